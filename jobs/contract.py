@@ -1,0 +1,81 @@
+"""The stop contract in names and numbers: signals, exit codes, causes, and the variables a rank is given.
+
+The batch script, the training processes and the launcher all read this page, so that none of them
+can disagree about what a signal or an exit code means.
+"""
+
+import signal
+from enum import IntEnum, StrEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of every command and of every training process."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    # EX_TEMPFAIL of sysexits.h: stopped on request, state saved, wants to be started again.
+    REQUEUE = 75
+    # EX_CONFIG of sysexits.h: starting it again cannot help.
+    IMPOSSIBLE = 78
+    # What a shell reports for a foreground command ended by Ctrl-C.
+    INTERRUPTED = 130
+
+
+# USR2 and not USR1: NCCL installs a handler of its own for USR1.
+LEAD_SIGNAL = signal.SIGUSR2
+# TERM is what Slurm sends at preemption and at the end of the time limit.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+
+# Seconds that the other ranks of a step may live on after one has left: long enough for a rank that
+# still writes its exit marker, short enough that a dead rank does not hold GPUs.
+PEER_EXIT_WAIT_S = 20
+
+# Ports for the rendezvous lie below 32768, where Linux starts to hand out ephemeral ports.
+RENDEZVOUS_PORTS = range(20000, 30000)
+
+
+class Cause(StrEnum):
+    """Why an attempt ended. `Slurm state -> cause` is in slurm/states.py, the policy in jobs/verdict.py."""
+
+    FINISHED = "finished"
+    PREEMPTED = "preempted"
+    TIME_LIMIT = "time_limit"
+    # `scontrol requeue` by a person or a tool, or a `stop` file in the run directory.
+    REQUEUED = "requeued"
+    NODE_FAILURE = "node_failure"
+    OUT_OF_MEMORY = "out_of_memory"
+    # A process of the run was ended by a signal that nobody announced.
+    KILLED = "killed"
+    CANCELLED = "cancelled"
+    CODE_ERROR = "code_error"
+    HANG = "hang"
+    STORAGE = "storage"
+    UNKNOWN = "unknown"
+
+
+class Event(StrEnum):
+    """Words in the `event` field of ledger.jsonl."""
+
+    SUBMITTED = "submitted"
+    START = "start"
+    RESUMED = "resumed"
+    STOP = "stop"
+    CHECKPOINT = "checkpoint"
+    DAMAGED = "damaged"
+    END = "end"
+    REQUEUE = "requeue"
+    CANCEL = "cancel"
+
+
+class RankEnv(StrEnum):
+    """Variables that every training process finds, whichever way it was launched."""
+
+    RUN_DIR = "HOLDFAST_RUN_DIR"
+    ATTEMPT = "HOLDFAST_ATTEMPT"
+    RANK = "RANK"
+    WORLD_SIZE = "WORLD_SIZE"
+    LOCAL_RANK = "LOCAL_RANK"
+    LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
+    MASTER_ADDR = "MASTER_ADDR"
+    MASTER_PORT = "MASTER_PORT"

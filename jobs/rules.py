@@ -1,0 +1,69 @@
+"""What settings demand of each other: batch arithmetic, hardware, and the values that follow from others."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.precision import MODES, arch_number, nearest_that_runs, runs_on
+from jobs.settings import Job
+
+
+def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:
+    """All problems of the combination, one line each, and the values that were left out and follow."""
+
+    def said(name: str) -> str:
+        return f"{name.upper()}={job.text(name)} ({origins.get(name, 'default')})"
+
+    problems: list[str] = []
+    derived: dict[str, Any] = {}
+    problem, batch = _batch(job, said)
+    problems += problem
+    derived |= batch
+    problems += _hardware(job, said)
+    if job.stop_lead_s >= job.time_limit * 60:
+        problems.append(f"{said('stop_lead_s')} seconds of warning do not fit into {said('time_limit')}.")
+    if job.warmup_steps is not None and job.warmup_steps > job.max_steps:
+        problems.append(f"{said('warmup_steps')} is more than {said('max_steps')}.")
+    return problems, derived
+
+
+def _batch(job: Job, said: Any) -> tuple[list[str], dict[str, Any]]:
+    """batch_size = processes x micro_batch_size x grad_accum_steps; one or two of the last may be left out."""
+    world = job.world_size
+    gpus = f"{world} process{'es' if world > 1 else ''} (NODES={job.nodes} x GPUS_PER_NODE={job.gpus_per_node})"
+    micro, accum = job.micro_batch_size, job.grad_accum_steps
+    unit = world * (micro or 1) * (accum or 1)
+    if job.batch_size % unit:
+        parts = [gpus]
+        parts += [f"{said('micro_batch_size')}"] if micro else []
+        parts += [f"{said('grad_accum_steps')}"] if accum else []
+        below, above = job.batch_size // unit * unit, (job.batch_size // unit + 1) * unit
+        near = ", ".join(str(n) for n in (above, below) if n)
+        return [f"{said('batch_size')} is not divisible by {' x '.join(parts)} = {unit}. Near values: {near}."], {}
+    per_rank = job.batch_size // world
+    if micro and accum and micro * accum != per_rank:
+        return [
+            f"{said('micro_batch_size')} x {said('grad_accum_steps')} x {gpus} = {micro * accum * world}, "
+            f"but {said('batch_size')}. Leave one of them out and it follows."
+        ], {}
+    micro = micro or per_rank // (accum or 1)
+    return [], {"micro_batch_size": micro, "grad_accum_steps": per_rank // micro}
+
+
+def _hardware(job: Job, said: Any) -> list[str]:
+    """What the site says its GPUs cannot do is refused before queueing; the node itself is asked again at the start."""
+    mode = MODES[job.precision]
+    if job.device == "cpu":
+        arch: int | None = None
+        where = said("device")
+    elif job.gpu_arch is None:
+        return []
+    else:
+        try:
+            arch = arch_number(job.gpu_arch)
+        except ValueError as err:
+            return [f"GPU_ARCH: {err}."]
+        where = f"{said('gpu_arch')}"
+    if runs_on(mode, arch):
+        return []
+    need = f"sm_{mode.min_arch}" if arch is not None else "a GPU"
+    return [f"{said('precision')} needs {need}, but {where}. Nearest that works: PRECISION={nearest_that_runs(mode, arch)}."]

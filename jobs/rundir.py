@@ -1,0 +1,218 @@
+"""The run directory: the one home of every path in it, and the way it comes into being and is found again.
+
+    runs/<name>-<id>/
+      job.yaml  origins.json          resolved settings, and where each came from
+      submit.sbatch                   the script; sbatch of it by hand works too
+      code/  snapshot.json  code.diff frozen code, its git commit and what was not committed
+      ledger.jsonl  metrics.jsonl
+      attempts/3/                     what one attempt leaves behind: environment, progress, markers, errors
+      checkpoints/step-00001200/
+      logs/<jobid>.<rank>.out         and <jobid>.batch.out
+      stop                            a file that a person makes to stop the run at the next step
+"""
+
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.errors import NotFoundError, SettingError
+
+_ID_LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"
+_STAGING = ".staging-"
+# Job arrays keep their members under this folder of the array's own directory.
+_MEMBERS = "tasks"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run. `path` is absolute; nothing needs to exist."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return f"{self.path.parent.parent.name}.{self.path.name}" if self.is_member else self.path.name
+
+    @property
+    def is_member(self) -> bool:
+        """Whether this is one task of an array."""
+        return self.path.parent.name == _MEMBERS
+
+    @property
+    def job_yaml(self) -> Path:
+        return self.path / "job.yaml"
+
+    @property
+    def origins(self) -> Path:
+        return self.path / "origins.json"
+
+    @property
+    def script(self) -> Path:
+        return (self.path.parent.parent if self.is_member else self.path) / "submit.sbatch"
+
+    @property
+    def code(self) -> Path:
+        return (self.path.parent.parent if self.is_member else self.path) / "code"
+
+    @property
+    def snapshot(self) -> Path:
+        return self.path / "snapshot.json"
+
+    @property
+    def diff(self) -> Path:
+        return self.path / "code.diff"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.path / "stop"
+
+    @property
+    def submitit(self) -> Path:
+        """Where submitit keeps its own files about the job."""
+        return (self.path.parent.parent if self.is_member else self.path) / "submitit"
+
+    @property
+    def loss_curve(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def members(self) -> Path:
+        return self.path / _MEMBERS
+
+    def member(self, index: int) -> "RunDir":
+        """The run of one task of this array."""
+        return RunDir(self.members / str(index))
+
+    def log(self, job_id: str, rank: int | str) -> Path:
+        return self.logs / f"{job_id}.{rank}.out"
+
+    def attempt(self, number: int) -> "AttemptDir":
+        return AttemptDir(self.path / "attempts" / str(number))
+
+    @property
+    def has_members(self) -> bool:
+        return self.members.is_dir()
+
+
+@dataclass(frozen=True)
+class AttemptDir:
+    """Paths of what one attempt leaves behind."""
+
+    path: Path
+
+    @property
+    def env(self) -> Path:
+        """Shell lines that the batch script sources: attempt number and rendezvous."""
+        return self.path / "env.sh"
+
+    @property
+    def progress(self) -> Path:
+        """The last optimizer step that rank 0 finished, as text."""
+        return self.path / "progress"
+
+    def marker(self, rank: int) -> Path:
+        """How a rank left: reason, step, signal."""
+        return self.path / f"exit.{rank}.json"
+
+    def error(self, rank: int) -> Path:
+        return self.path / f"error.{rank}.txt"
+
+
+def new_id() -> str:
+    """Four letters and digits that are hard to misread: 810,000 ids."""
+    return "".join(secrets.choice(_ID_LETTERS) for _ in range(4))
+
+
+def place(runs_dir: Path, job_name: str, run_id: str) -> RunDir:
+    """Where a run of this name and id lives."""
+    return RunDir(Path(os.path.abspath(runs_dir)) / f"{job_name}-{run_id}")
+
+
+def stage(final: RunDir) -> RunDir:
+    """An empty directory beside `final` to prepare the run in; `publish` gives it its name.
+
+    Raises SettingError when the runs directory cannot be written."""
+    staging = final.path.parent / f"{_STAGING}{final.path.name}-{secrets.token_hex(4)}"
+    try:
+        staging.mkdir(parents=True)
+    except OSError as err:
+        raise SettingError(f"RUNS_DIR {str(final.path.parent)!r} cannot be written: {err.strerror}. Choose another with RUNS_DIR=...") from err
+    return RunDir(staging)
+
+
+def publish(staging: RunDir, final: RunDir) -> None:
+    """Gives a staged directory its final name. Raises SettingError when that name is taken."""
+    try:
+        os.rename(staging.path, final.path)
+    except OSError as err:
+        shutil.rmtree(staging.path, ignore_errors=True)
+        raise SettingError(f"run directory {final.path} cannot be made: {err.strerror}") from err
+
+
+def discard(run: RunDir) -> None:
+    """Takes a run directory away: renamed first, so that no half-deleted run is ever found under its name."""
+    doomed = run.path.parent / f"{_STAGING}{run.path.name}-{secrets.token_hex(4)}"
+    try:
+        os.rename(run.path, doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def all_runs(runs_dir: Path) -> list[RunDir]:
+    """Every run under a runs directory, array members included, oldest first."""
+    found = []
+    for path in _children(runs_dir):
+        run = RunDir(path.absolute())
+        if run.has_members:
+            found += [RunDir(member.absolute()) for member in _children(run.members) if (member / "job.yaml").is_file()]
+        elif run.job_yaml.is_file():
+            found.append(run)
+    return sorted(found, key=lambda run: (run.job_yaml.stat().st_mtime_ns, run.path.parts))
+
+
+def find(word: str | None, runs_dir: Path) -> RunDir:
+    """The run that a person means: a directory, an id, a name (its newest run), or nothing (the newest of all).
+
+    Raises NotFoundError that names what there is."""
+    if word:
+        for candidate in (Path(word), runs_dir / word):
+            run = RunDir(candidate.absolute())
+            if run.job_yaml.is_file():
+                return run
+    runs = all_runs(runs_dir)
+    if not word:
+        if runs:
+            return runs[-1]
+        raise NotFoundError(f"there is no run in {runs_dir}/ yet; holdfast submit makes one")
+    for run in reversed(runs):
+        name, _, run_id = run.id.rpartition("-")
+        if word in (run.id, run_id, name):
+            return run
+    known = ", ".join(run.id for run in runs[-5:]) or "none"
+    raise NotFoundError(f"no run {word!r} in {runs_dir}/; the last ones: {known}")
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir()]
+    except OSError:
+        return []

@@ -1,0 +1,276 @@
+"""Every setting of a job: name, type, default, unit, bounds and help, declared once.
+
+The YAML key is the field's name, the environment variable and the `KEY=value` word are the name in capitals,
+the flag is the name behind two dashes. docs/settings.md, the JSON schema and `holdfast explain` are made from here.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from jobs.precision import ALIASES, Precision
+
+
+def setting(default: Any, help: str, *, group: str, unit: str | None = None, **bounds: Any) -> Any:
+    """A field with its help text; a setting without help cannot be declared."""
+    return Field(default, description=help, json_schema_extra={"group": group, "unit": unit or ""}, validate_default=False, **bounds)
+
+
+def _one_line(text: str) -> str:
+    bad = sorted({f"U+{ord(c):04X}" for c in text if ord(c) < 32 or ord(c) == 127 or c in "\x85\u2028\u2029"})
+    if bad:
+        raise ValueError(f"has the control character {', '.join(bad)}; a batch script can carry one line of text only")
+    if len(text) > 1000:
+        raise ValueError(f"is {len(text)} characters long; Slurm options of up to 1000 are passed on")
+    return text
+
+
+def _storable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("has a NUL character, which no environment or command line can carry")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as err:
+        raise ValueError("is not valid UTF-8") from err
+    return text
+
+
+def _slug(text: str) -> str:
+    if not text or len(text) > 64 or not all(c.isascii() and (c.isalnum() or c in "._-") for c in text) or text[0] in ".-":
+        raise ValueError("must be 1 to 64 of the characters A-Z a-z 0-9 . _ - and not begin with . or -, since it names a folder and a job")
+    return text
+
+
+def _environment(values: dict[str, str]) -> dict[str, str]:
+    for name in values:
+        if not (name.isascii() and name.isidentifier()):
+            raise ValueError(f"{name!r} cannot be the name of an environment variable")
+    return values
+
+
+def parse_minutes(value: Any) -> Any:
+    """Minutes from Slurm's own forms: 90, 90:00, 24:00:00, 2-12, 2-12:30, 2-12:30:00 (sbatch(1), --time).
+
+    Seconds are rounded up to a minute, as Slurm does. Raises ValueError for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    text = str(value).strip()
+    days, dash, clock = text.rpartition("-")
+    parts = clock.split(":")
+    try:
+        numbers = [int(part) for part in parts]
+        day_minutes = int(days) * 1440 if dash else 0
+    except ValueError:
+        raise ValueError("is not a time; write minutes (90), hours (24:00:00) or days (2-12:00:00)") from None
+    if len(numbers) > 3 or min(numbers) < 0 or day_minutes < 0:
+        raise ValueError("is not a time; write minutes (90), hours (24:00:00) or days (2-12:00:00)")
+    if dash:
+        hours, minutes, seconds = (numbers + [0, 0])[:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, (minutes, seconds) = 0, (numbers + [0])[:2]
+    return day_minutes + hours * 60 + minutes + (1 if seconds else 0)
+
+
+def format_minutes(minutes: int) -> str:
+    """Slurm's d-hh:mm:00 or hh:mm:00 for a number of minutes."""
+    days, rest = divmod(minutes, 1440)
+    clock = f"{rest // 60:02d}:{rest % 60:02d}:00"
+    return f"{days}-{clock}" if days else clock
+
+
+def _precision_word(value: Any) -> Any:
+    return ALIASES.get(str(value).lower(), value)
+
+
+def _items(value: Any) -> Any:
+    """`a,b` for a list given as one word on a command line or in the environment."""
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    return value
+
+
+def _pairs(value: Any) -> Any:
+    """`A=1,B=2` for a mapping given as one word; YAML scalars become text."""
+    if isinstance(value, str):
+        pairs = [item.partition("=") for item in value.split(",") if item.strip()]
+        for key, equals, _ in pairs:
+            if not equals:
+                raise ValueError(f"{key.strip()!r} has no value; write NAME=value, separated by commas")
+        return {key.strip(): text.strip() for key, _, text in pairs}
+    if isinstance(value, dict):
+        return {str(key): item if isinstance(item, (str, dict, list)) else _scalar_text(item) for key, item in value.items()}
+    return value
+
+
+def _scalar_text(value: Any) -> str:
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+Text = Annotated[str, AfterValidator(_storable)]
+Line = Annotated[str, AfterValidator(_storable), AfterValidator(_one_line)]
+Slug = Annotated[str, AfterValidator(_slug)]
+Words = Annotated[tuple[Line, ...], BeforeValidator(_items)]
+Pairs = Annotated[dict[str, Line], BeforeValidator(_pairs)]
+Minutes = Annotated[int, BeforeValidator(parse_minutes), Field(ge=1)]
+
+
+class Job(BaseModel):
+    """One training job, fully resolved. Made by `jobs.sources.resolve`, frozen into the run directory as job.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # --- the run
+    job_name: Slug = setting("", "name of the run and of the Slurm job; left out, the job file's name", group="run")
+    run_id: Slug | None = setting(None, "id of the run; left out, a new one at each submit. Given, submitting twice finds the first run", group="run")
+    runs_dir: Line = setting("runs", "folder that holds all run directories; must be visible on every node", group="run")
+    site: Line = setting("generic", "site file: a name in slurm/sites, or a path to a YAML file", group="run")
+    entry: Text | None = setting(None, "your own training script (path/to/train.py or -m module) instead of the built-in one", group="run")
+    entry_args: Annotated[tuple[Text, ...], BeforeValidator(_items)] = setting((), "arguments of your own script", group="run")
+    code_include: Words = setting((), "further files or folders to freeze with the code, beside what git tracks", group="run")
+    note: Text = setting("", "a remark that is kept with the run", group="run")
+
+    # --- what to ask of Slurm
+    partition: Line | None = setting(None, "Slurm partition", group="slurm")
+    account: Line | None = setting(None, "Slurm account to charge", group="slurm")
+    qos: Line | None = setting(None, "Slurm quality of service", group="slurm")
+    nodes: int = setting(1, "number of nodes", group="slurm", ge=1, le=100_000)
+    gpus_per_node: int = setting(1, "GPUs and training processes per node; on a site without GPUs, processes", group="slurm", ge=1, le=1024)
+    cpus_per_gpu: int | None = setting(None, "CPU cores per training process", group="slurm", ge=1)
+    mem_gb: int | None = setting(None, "memory per node", group="slurm", unit="GB", ge=1)
+    time_limit: Minutes = setting(60, "time limit of one attempt: 90, 24:00:00 or 2-12:00:00", group="slurm", unit="min")
+    stop_lead_s: int = setting(120, "warning before the time limit; must cover one step and one checkpoint. Slurm may send it up to 60 s early", group="slurm", unit="s", ge=1, le=65_535)
+    constraint: Line | None = setting(None, "node features to require", group="slurm")
+    reservation: Line | None = setting(None, "Slurm reservation", group="slurm")
+    exclude: Words = setting((), "nodes to stay away from", group="slurm")
+    array_parallel: int = setting(256, "array tasks that may run at the same time", group="slurm", ge=1)
+    sbatch_options: Pairs = setting({}, "further sbatch options as name: value (without the dashes); an empty value is a bare option", group="slurm")
+
+    # --- the site
+    gpu_request: Literal["gpus-per-node", "gres", "none"] = setting("gpus-per-node", "how this site wants GPUs asked for", group="site")
+    gpu_type: Line | None = setting(None, "type in the GPU request, as in gpus-per-node=h100:8", group="site")
+    gpu_arch: Line | None = setting(None, "compute capability of the site's GPUs, such as sm_90; left out, not checked before queueing", group="site")
+    device: Literal["auto", "cuda", "cpu"] = setting("auto", "where to train; auto takes the GPU, and a CPU only where no GPU was asked of Slurm", group="site")
+    modules: Words = setting((), "environment modules to load", group="site")
+    setup_script: Line | None = setting(None, "shell file on the cluster that each attempt sources first", group="site")
+    node_env: Annotated[Pairs, AfterValidator(_environment)] = setting({}, "environment variables for the nodes, such as the NCCL ones", group="site")
+    node_python: Line | None = setting(None, "Python on the nodes; left out, the one that submits", group="site")
+    container_image: Line | None = setting(None, "container image to train in", group="site")
+    container_runtime: Literal["apptainer", "pyxis"] = setting("apptainer", "what starts the container", group="site")
+    container_mounts: Words = setting((), "folders to mount, as host or host:container", group="site")
+    container_python: Line = setting("python3", "Python inside the container", group="site")
+
+    # --- what may go wrong how often
+    max_node_failure: int = setting(8, "attempts that may end with a lost node", group="retries", ge=0)
+    max_killed: int = setting(3, "attempts that may end with a process killed from outside", group="retries", ge=0)
+    max_out_of_memory: int = setting(0, "attempts that may end out of memory before the run is given up", group="retries", ge=0)
+    max_code_error: int = setting(0, "attempts that may end with an error of the code", group="retries", ge=0)
+    max_hang: int = setting(2, "attempts that may end in a hang", group="retries", ge=0)
+    max_storage: int = setting(1, "attempts that may end because the disk failed", group="retries", ge=0)
+    max_unknown: int = setting(3, "attempts that may end for no reason that can be found", group="retries", ge=0)
+    max_no_progress: int = setting(3, "attempts in a row that may end without a new checkpoint", group="retries", ge=1)
+
+    # --- what to train
+    model: Text = setting("nano", "model: a preset (nano, 124m, 350m, 1b, 3b, 8b), convnet, hf:PATH, or package.module:build", group="model")
+    model_options: dict[str, Any] = setting({}, "options of the model that differ from its preset", group="model")
+    grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third more work", group="model")
+    compile: bool = setting(False, "torch.compile of each block", group="model")
+    init_from: Text | None = setting(None, "checkpoint or run to take the weights from at step 0", group="model")
+    data: Text = setting("stdlib", "data: stdlib, synthetic, text:PATH, tokens:PATH, digits, or package.module:build", group="data")
+    seq_len: int = setting(128, "tokens per sample", group="data", unit="tokens", ge=2, le=1_048_576)
+
+    # --- the batch
+    batch_size: int = setting(32, "samples per optimizer step, over all GPUs and accumulation", group="batch", unit="samples", ge=1)
+    micro_batch_size: int | None = setting(None, "samples per GPU and forward pass; left out, it follows", group="batch", unit="samples", ge=1)
+    grad_accum_steps: int | None = setting(None, "forward passes per optimizer step; left out, it follows", group="batch", ge=1)
+
+    # --- the optimizer
+    max_steps: int = setting(1000, "optimizer steps of the whole run", group="optimizer", unit="steps", ge=1)
+    lr: float = setting(1e-3, "peak learning rate", group="optimizer", gt=0)
+    lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "wsd"] = setting("cosine", "shape of the learning rate after warm-up", group="optimizer")
+    lr_scheduler_params: dict[str, float] = setting({}, "parameters of the schedule: total_iters, T_0, T_max, T_mult, eta_min, num_cycles, decay_steps", group="optimizer")
+    warmup_pct: float | None = setting(0.05, "share of the optimizer steps to warm up in: int(max_steps * warmup_pct)", group="optimizer", ge=0, le=1)
+    warmup_steps: int | None = setting(None, "optimizer steps to warm up in, instead of warmup_pct", group="optimizer", unit="steps", ge=0)
+    weight_decay: float = setting(0.1, "AdamW weight decay of matrices; vectors have none", group="optimizer", ge=0)
+    beta1: float = setting(0.9, "AdamW decay of the first moment", group="optimizer", ge=0, lt=1)
+    beta2: float = setting(0.95, "AdamW decay of the second moment", group="optimizer", ge=0, lt=1)
+    eps: float = setting(1e-8, "AdamW epsilon", group="optimizer", gt=0)
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0 turns clipping off", group="optimizer", ge=0)
+
+    # --- precision
+    precision: Annotated[Precision, BeforeValidator(_precision_word)] = setting(Precision.BF16, "number format of the matrix products", group="precision")
+    fp8_backend: Literal["te", "torchao"] = setting("te", "fp8 by Transformer Engine or by torchao", group="precision")
+    fp8_recipe: Literal["current", "delayed", "block", "mxfp8", "tensorwise", "rowwise"] | None = setting(None, "how fp8 scales are found; left out, current (te) or tensorwise (torchao)", group="precision")
+    amp_opt_level: Literal["O0", "O1", "O2"] | None = setting(None, "O0: no mixed precision; O1: autocast; O2: 16-bit parameters with fp32 master weights", group="precision")
+    grad_scaler_init: float = setting(65536.0, "first loss scale of fp16", group="precision", gt=0)
+    grad_scaler_growth_interval: int = setting(2000, "steps without overflow after which the loss scale grows", group="precision", unit="steps", ge=1)
+    grad_scaler_growth: float = setting(2.0, "factor by which the loss scale grows", group="precision", gt=1)
+    grad_scaler_backoff: float = setting(0.5, "factor by which the loss scale shrinks at an overflow", group="precision", gt=0, lt=1)
+
+    # --- the loop
+    seed: int = setting(0, "seed of the weights, the data order and dropout", group="loop", ge=0, le=2**63 - 1)
+    log_every: int = setting(10, "steps between lines in metrics.jsonl", group="loop", unit="steps", ge=1)
+    eval_every: int = setting(100, "steps between validations; 0 validates at the end only", group="loop", unit="steps", ge=0)
+    eval_samples: int | None = setting(512, "validation samples; none takes all", group="loop", unit="samples", ge=1)
+    checkpoint_every: int = setting(100, "steps between checkpoints", group="loop", unit="steps", ge=1)
+    keep_last: int = setting(2, "checkpoints to keep", group="loop", ge=1)
+    parallel: Literal["ddp", "fsdp"] = setting("ddp", "how the model is spread over GPUs: ddp copies it, fsdp shards it", group="loop")
+    cpu_threads: int = setting(1, "threads per process on a CPU; part of the arithmetic, so it is a setting", group="loop", ge=1)
+
+    @property
+    def world_size(self) -> int:
+        """Training processes of the whole job."""
+        return self.nodes * self.gpus_per_node
+
+    def text(self, name: str) -> str:
+        """The value of a setting as a person would write it."""
+        value = getattr(self, name)
+        if value is None:
+            return ""
+        if name == "time_limit":
+            return format_minutes(value)
+        if isinstance(value, tuple):
+            return ",".join(str(item) for item in value)
+        if isinstance(value, dict):
+            return ",".join(f"{key}={item}" for key, item in value.items())
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# Words of other tools, and the setting that each one means here.
+NAME_ALIASES: dict[str, str] = {
+    "mixed_precision": "precision",
+    "fp_precision": "precision",
+    "grad_accum": "grad_accum_steps",
+    "gradient_accumulation_steps": "grad_accum_steps",
+    "grad_ckpt": "grad_checkpointing",
+    "gradient_checkpointing": "grad_checkpointing",
+    "global_batch_size": "batch_size",
+    "learning_rate": "lr",
+    "max_grad_norm": "grad_clip",
+}
+
+# Not a setting of the job but the word that names the job file.
+JOB_WORD = "job"
+
+
+def names() -> list[str]:
+    return list(Job.model_fields)
+
+
+def group_of(name: str) -> str:
+    return str(_extra(name)["group"])
+
+
+def unit_of(name: str) -> str:
+    return str(_extra(name)["unit"])
+
+
+def help_of(name: str) -> str:
+    return Job.model_fields[name].description or ""
+
+
+def _extra(name: str) -> dict[str, Any]:
+    extra = Job.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    return extra

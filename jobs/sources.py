@@ -1,0 +1,435 @@
+"""Where settings come from, in which order, and how the answer remembers it.
+
+    default  <  site file  <  job file  <  environment  <  command line
+
+`resolve` gathers every layer, reports every fault of all of them at once, and returns a frozen `Job` together with
+the origin of each value. It reads no global state: environment and words are handed in.
+"""
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from jobs import rules
+from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
+from jobs.settings import JOB_WORD, NAME_ALIASES, Job, names
+
+DEFAULT_JOB = "jobs/quickstart.yaml"
+PREFIX = "HOLDFAST_"
+
+# Variables of ours that are not settings of a job, so that a misspelt HOLDFAST_ name can be told from them.
+OTHER_VARIABLES = frozenset({"HOLDFAST_RUN_DIR", "HOLDFAST_ATTEMPT", "HOLDFAST_LAB", "HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM"})
+# Words that a person may hand to make for the Makefile itself.
+MAKE_WORDS = frozenset({"HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM", "HOLDFAST_LAB", "ARGS", "RUN"})
+
+# Two words of other tools that together mean one setting here.
+_AMP_WORDS = ("use_amp", "amp_dtype")
+# YAML keys that are headings only: what stands under them is read as if it stood at the top.
+_HEADINGS = frozenset({"training", "run", "slurm", "site", "retries", "model", "data", "batch", "optimizer", "precision", "loop"})
+_MAPPINGS = frozenset({"node_env", "sbatch_options", "model_options", "lr_scheduler_params"})
+
+LoadSite = Callable[[str], tuple[Path, str]]
+
+
+@dataclass(frozen=True)
+class Given:
+    """One value as it was found, before it is checked."""
+
+    name: str
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked job, where each of its values came from, and remarks about what was understood how."""
+
+    job: Job
+    origins: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    def not_default(self) -> dict[str, str]:
+        """Name -> origin of all values that a person or a site chose."""
+        return {name: origin for name, origin in self.origins.items() if origin not in ("default", "derived")}
+
+
+@dataclass
+class _Layer:
+    """The values of one source, and the faults found while reading it."""
+
+    given: list[Given] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, word: str, value: Any, origin: str) -> None:
+        name = setting_name(word)
+        if name is None:
+            self.faults.append(f"{word} is not a setting ({origin}).{_hint(word)}")
+        else:
+            self.given.append(Given(name, value, origin))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: `no` is a word, 24:00:00 is text, 1e-3 is a number, and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("tag:yaml.org,2002:int", r"^[-+]?[0-9]+$", "-+0123456789"),
+    ("tag:yaml.org,2002:float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", "-+0123456789."),
+    ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", "~nN\0"),
+):
+    for _char in _first:
+        _Loader.yaml_implicit_resolvers.setdefault("" if _char == "\0" else _char, []).append((_tag, re.compile(_pattern)))
+
+
+def read_yaml(path: Path, shown: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises SettingError with file and line when it is none."""
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as err:
+        raise SettingError(f"{shown}: not a text file in UTF-8 ({err.reason} at byte {err.start})") from err
+    except OSError as err:
+        raise NotFoundError(f"{shown}: cannot be read: {err.strerror}") from err
+    try:
+        # _Loader derives from SafeLoader: it builds plain values only.
+        content = yaml.load(text, _Loader)  # noqa: S506
+    except yaml.MarkedYAMLError as err:
+        mark = err.problem_mark
+        where = f"{shown}:{mark.line + 1}" if mark else shown
+        raise SettingError(f"{where}: not valid YAML: {err.problem}") from err
+    except yaml.YAMLError as err:
+        raise SettingError(f"{shown}: not valid YAML: {' '.join(str(err).split())}") from err
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingError(f"{shown}: holds a {type(content).__name__}, not settings; write lines of the form name: value")
+    return {str(key): value for key, value in content.items()}
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """YAML text that `read_yaml` reads back to the same values, whatever characters they hold."""
+    # JSON strings are YAML strings; quoting every one leaves nothing to the resolvers of any YAML version.
+    return "".join(f"{key}: {json.dumps(value, ensure_ascii=True)}\n" for key, value in values.items())
+
+
+def setting_name(word: str) -> str | None:
+    """The setting that a word means (`BATCH_SIZE`, `batch-size`, `mixed_precision`), or None."""
+    name = word.lower().replace("-", "_")
+    name = NAME_ALIASES.get(name, name)
+    return name if name in Job.model_fields or name in _AMP_WORDS else None
+
+
+def find_job_file(word: str, cwd: Path) -> tuple[Path, str]:
+    """The job file that `word` names: a path, or the name of one that comes with holdfast. Raises NotFoundError."""
+    path = (cwd / word).resolve()
+    if path.is_file():
+        return path, word
+    shipped = resources.files("jobs")
+    stem = Path(word).name.removesuffix(".yaml")
+    candidate = Path(str(shipped)) / f"{stem}.yaml"
+    if candidate.is_file() and word in (stem, f"{stem}.yaml", f"jobs/{stem}.yaml"):
+        return candidate, f"jobs/{stem}.yaml"
+    known = sorted(p.name.removesuffix(".yaml") for p in Path(str(shipped)).glob("*.yaml"))
+    near = difflib.get_close_matches(stem, known, 1)
+    hint = f" Did you mean jobs/{near[0]}.yaml?" if near else f" These come with holdfast: {', '.join(known)}."
+    raise NotFoundError(f"job file {word!r} does not exist in {cwd}.{hint}")
+
+
+def split_words(words: Iterable[str]) -> tuple[list[tuple[str, str]], str | None, list[str]]:
+    """(KEY, value) pairs, the job file if one was named, and faults, from the words after a command.
+
+    Understands KEY=value, --key=value, --key value, --flag and a path."""
+    pairs: list[tuple[str, str]] = []
+    job: str | None = None
+    faults: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.partition("=")
+        if word.startswith("--") and len(word) > 2:
+            key = key[2:]
+            if not equals:
+                is_flag = not rest or rest[0].startswith("--") or ("=" in rest[0] and setting_name(rest[0].partition("=")[0]) is not None)
+                value = "true" if is_flag else rest.pop(0)
+        elif equals and key and all(c.isalnum() or c in "_-" for c in key):
+            pass
+        else:
+            if job is not None:
+                faults.append(f"{_shorten(word)!r}: a second job file beside {_shorten(job)!r} (command line); settings are written KEY=value.")
+            job = word
+            continue
+        if key.lower() == JOB_WORD:
+            job = value
+        else:
+            pairs.append((key, value))
+    return pairs, job, faults
+
+
+def words_from_make(environ: Mapping[str, str]) -> list[str]:
+    """The KEY=value words of a make command line, unexpanded, from MAKEFLAGS.
+
+    make exports such words to the recipe, but only after expanding `$(...)` in them; here they are read as typed."""
+    flags = environ.get("MAKEFLAGS", "")
+    # A make started with -f or -C only, or none at all, has no ` -- `.
+    _, separator, tail = (" " + flags).partition(" -- ")
+    if not separator:
+        return []
+    words, current, escaped = [], "", False
+    for char in tail:
+        if escaped:
+            current, escaped = current + char, False
+        elif char == "\\":
+            escaped = True
+        elif char == " ":
+            words.append(current)
+            current = ""
+        else:
+            current += char
+    words.append(current)
+    return [word.replace("$$", "$") for word in words if "=" in word]
+
+
+def resolve(
+    words: Iterable[str],
+    environ: Mapping[str, str],
+    cwd: Path,
+    load_site: LoadSite,
+    *,
+    job_file: str | None = None,
+    allocation: Mapping[str, Any] | None = None,
+) -> Resolved:
+    """The job that these words, this environment and the files they name describe.
+
+    `load_site` finds a site file by name. `allocation` is what Slurm has already given (a script that was submitted by
+    hand), and wins over everything. Raises SettingError with one line per fault, NotFoundError, or ImpossibleJobError
+    when each value is fine and their combination is not."""
+    pairs, named, faults = split_words(words)
+    shown = named or job_file or environ.get("HOLDFAST_JOB") or environ.get("JOB") or DEFAULT_JOB
+    path, shown = find_job_file(shown, cwd)
+
+    command_line = _Layer(faults=faults)
+    for key, value in pairs:
+        command_line.add(key, value, "command line")
+    environment = _environment_layer(environ)
+    file_layer = _file_layer(read_yaml(path, shown), shown)
+    upper = [file_layer, environment, command_line]
+
+    site_word = "generic"
+    site_origin = "default"
+    for layer in upper:
+        for given in layer.given:
+            if given.name == "site":
+                site_word, site_origin = str(given.value), given.origin
+    site_layer = _Layer()
+    try:
+        site_path, site_shown = load_site(site_word)
+        site_layer = _file_layer(read_yaml(site_path, site_shown), site_shown)
+    except (NotFoundError, SettingError) as err:
+        site_layer.faults.append(f"{err} (SITE from {site_origin})" if isinstance(err, NotFoundError) else str(err))
+
+    layers = [site_layer, *upper]
+    if allocation:
+        layers.append(_Layer([Given(name, value, "Slurm allocation") for name, value in allocation.items()]))
+    return _combine(layers, default_name=path.stem, notes=_alias_notes(pairs))
+
+
+def load(path: Path) -> Job:
+    """The job of a run directory's job.yaml: nothing but the file counts."""
+    values = read_yaml(path, str(path))
+    try:
+        return Job(**values)
+    except ValidationError as err:
+        raise SettingError("\n".join(_faults(err, {name: str(path) for name in values}, values))) from err
+
+
+def _environment_layer(environ: Mapping[str, str]) -> _Layer:
+    layer = _Layer()
+    for name in [*names(), *NAME_ALIASES, *_AMP_WORDS]:
+        for variable in (name.upper(), PREFIX + name.upper()):  # the prefixed one last: it wins
+            if variable in environ:
+                layer.add(name, environ[variable], f"environment {variable}")
+    for variable in environ:
+        word = variable.removeprefix(PREFIX)
+        if variable.startswith(PREFIX) and variable not in OTHER_VARIABLES and word != "JOB" and setting_name(word) is None:
+            layer.faults.append(f"{variable} is not a setting (environment).{_hint(word, PREFIX)}")
+    return layer
+
+
+def _file_layer(content: Mapping[str, Any], shown: str) -> _Layer:
+    layer = _Layer()
+    for key, value in content.items():
+        is_block = isinstance(value, dict) and setting_name(key) not in _MAPPINGS
+        if is_block and key in _HEADINGS:
+            for inner, inner_value in value.items():
+                layer.add(str(inner), inner_value, f"{shown}, {key}")
+        else:
+            layer.add(key, value, shown)
+    return layer
+
+
+def _combine(layers: list[_Layer], default_name: str, notes: tuple[str, ...]) -> Resolved:
+    faults = [fault for layer in layers for fault in layer.faults]
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    rank: dict[str, int] = {}
+    for index, layer in enumerate(layers):
+        for given in layer.given:
+            values[given.name], origins[given.name], rank[given.name] = _plain(given), given.origin, index
+    _merge_amp_words(values, origins, rank, faults)
+    # Two words for one thing: the higher layer's wins, and only within one layer is it a contradiction.
+    if values.get("warmup_steps") is not None and values.get("warmup_pct") is not None:
+        if rank["warmup_steps"] == rank["warmup_pct"]:
+            faults.append(f"WARMUP_STEPS ({origins['warmup_steps']}) and WARMUP_PCT ({origins['warmup_pct']}) say the same thing twice; give one.")
+        elif rank["warmup_steps"] < rank["warmup_pct"]:
+            values["warmup_steps"] = None
+    values.setdefault("job_name", _slug_of(default_name))
+    origins.setdefault("job_name", "derived")
+    job = None
+    try:
+        job = Job(**values)
+    except ValidationError as err:
+        faults.extend(_faults(err, origins, values))
+    if faults or job is None:
+        raise SettingError("\n".join(faults))
+
+    problems, derived = rules.check(job, origins)
+    if problems:
+        raise ImpossibleJobError("This job cannot run as asked:\n" + "\n".join(f"  {problem}" for problem in problems))
+    job = job.model_copy(update=derived)
+    complete = {name: origins.get(name, "default") for name in Job.model_fields}
+    complete |= {name: "derived" for name in derived if complete[name] == "default"}
+    return Resolved(job, complete, notes)
+
+
+def _merge_amp_words(values: dict[str, Any], origins: dict[str, str], rank: dict[str, int], faults: list[str]) -> None:
+    """Turns use_amp and amp_dtype into precision, unless a layer above them gives precision itself."""
+    found = [word for word in _AMP_WORDS if word in values]
+    if not found:
+        return
+    level = max(rank[word] for word in found)
+    where = " and ".join(dict.fromkeys(origins[word] for word in found))
+    use = str(values.pop("use_amp", True)).lower()
+    dtype = str(values.pop("amp_dtype", "bfloat16")).lower()
+    for word in found:
+        origins.pop(word), rank.pop(word)
+    if use not in ("true", "false", "1", "0"):
+        faults.append(f"use_amp: {use!r} is neither true nor false ({where}).")
+        return
+    if dtype not in ("bfloat16", "float16", "bf16", "fp16"):
+        faults.append(f"amp_dtype: {dtype!r} is not known ({where}); choose bfloat16 or float16.")
+        return
+    if rank.get("precision", -1) < level:
+        values["precision"] = "fp32" if use in ("false", "0") else dtype.replace("bfloat16", "bf16").replace("float16", "fp16")
+        origins["precision"], rank["precision"] = f"{where}: {' and '.join(found)}", level
+
+
+def _plain(given: Given) -> Any:
+    """A value as pydantic should see it: the words none and null clear an optional setting; mappings may be one word."""
+    value = given.value
+    if given.name not in Job.model_fields:
+        return value
+    optional = _is_optional(given.name)
+    if isinstance(value, str) and optional and value.lower() in ("none", "null", ""):
+        return None
+    if isinstance(value, str) and given.name in ("model_options", "lr_scheduler_params"):
+        return _mapping_from_word(value)
+    return value
+
+
+def _mapping_from_word(text: str) -> Any:
+    """`{a: 1, b: 2}` or `a=1,b=2`; anything else is handed on, for pydantic to refuse."""
+    try:
+        if text.lstrip().startswith("{"):
+            return yaml.load(text, _Loader)  # noqa: S506
+        pairs = [item.partition("=") for item in text.split(",") if item.strip()]
+        if all(equals for _, equals, _ in pairs):
+            return {key.strip(): yaml.load(value, _Loader) for key, _, value in pairs}  # noqa: S506
+    except yaml.YAMLError:
+        pass
+    return text
+
+
+def _is_optional(name: str) -> bool:
+    annotation = Job.model_fields[name].annotation
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType) and type(None) in typing.get_args(annotation)
+
+
+def _faults(err: ValidationError, origins: Mapping[str, str], values: Mapping[str, Any]) -> list[str]:
+    """One line per fault: what, where from, what is allowed."""
+    lines = []
+    for fault in err.errors(include_url=False):
+        name = str(fault["loc"][0])
+        value, context, kind = fault["input"], fault.get("ctx", {}), fault["type"]
+        said = f"{name.upper()}: {_shorten(value)!r}"
+        inner = ".".join(str(part) for part in fault["loc"][1:] if not (isinstance(part, str) and "function" in part))
+        if inner and isinstance(values.get(name), (dict, list, tuple)):
+            said = f"{name.upper()}.{inner}: {_shorten(value)!r}"
+        allowed: list[str] = []
+        if kind == "int_parsing" or kind == "int_type" or kind == "int_from_float":
+            problem = "is not a whole number"
+        elif kind in ("float_parsing", "float_type"):
+            problem = "is not a number"
+        elif kind in ("bool_parsing", "bool_type"):
+            problem = "is neither true nor false"
+        elif kind in ("literal_error", "enum"):
+            allowed = re.findall(r"'([^']*)'", str(context.get("expected", "")))
+            problem = "is not known; choose one of " + ", ".join(allowed)
+        elif kind in ("greater_than_equal", "greater_than", "less_than_equal", "less_than"):
+            word = {"greater_than_equal": "at least", "greater_than": "more than", "less_than_equal": "at most", "less_than": "less than"}[kind]
+            problem = f"must be {word} {next(iter(context.values()))}"
+        elif kind == "value_error":
+            problem = str(context.get("error", fault["msg"]))
+        elif kind == "extra_forbidden":
+            said, problem = f"{name}", f"is not a setting{_hint(name).rstrip('.')}"
+        elif kind == "finite_number":
+            problem = "must be a finite number"
+        else:
+            problem = fault["msg"][0].lower() + fault["msg"][1:]
+        near = difflib.get_close_matches(str(value).lower(), allowed, 1, 0.5) if allowed else []
+        mean = f". Did you mean {near[0]!r}?" if near else "."
+        line = f"{said} {problem} ({origins.get(name, 'default')}){mean}"
+        if line not in lines:
+            lines.append(line)
+    return lines
+
+
+def _hint(word: str, prefix: str = "") -> str:
+    known = [name.upper() for name in (*names(), *NAME_ALIASES, *_AMP_WORDS)]
+    near = difflib.get_close_matches(word.upper().replace("-", "_"), known, 1, 0.6)
+    return f" Did you mean {prefix}{near[0]}?" if near else " `holdfast explain` lists the settings."
+
+
+def _alias_notes(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    notes = []
+    for key, _ in pairs:
+        name = setting_name(key)
+        if name and name != key.lower().replace("-", "_"):
+            notes.append(f"{key} is read as {name.upper()}")
+    return tuple(notes)
+
+
+def _shorten(value: Any) -> Any:
+    return value if not isinstance(value, str) or len(value) <= 60 else value[:57] + "..."
+
+
+def _slug_of(stem: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:64] or "job"

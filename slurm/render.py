@@ -1,0 +1,189 @@
+"""From a job to the text of its batch script: a pure function, and the one home of quoting.
+
+In a template every `{{ value }}` is quoted for the shell. Two filters say that a value stands elsewhere: `sbatch` in a
+directive line, `pattern` where Slurm expands % in a file name (quoted for the shell), `sbatch_pattern` for both.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from jobs.contract import LEAD_SIGNAL, PEER_EXIT_WAIT_S, STOP_SIGNALS, RankEnv
+from jobs.errors import RenderError
+from jobs.rundir import RunDir
+from jobs.settings import Job, format_minutes
+
+
+class Quoted(str):
+    """Text that is already quoted for the place where it stands."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """What the script needs beside the job. `python` runs the launcher's part on the node; `array_size` is None for one run."""
+
+    run: RunDir
+    python: str
+    array_size: int | None = None
+
+
+def shell(value: Any) -> str:
+    """A value as one word of a shell command."""
+    return value if isinstance(value, Quoted) else Quoted(shlex.quote(_line(value)))
+
+
+def sbatch(value: Any) -> str:
+    """A value in an #SBATCH line.
+
+    sbatch takes a backslash for an escape also between single quotes, so shell quoting loses it there (22.05, tried);
+    between double quotes with both characters escaped every value comes through."""
+    text = _line(value)
+    if re.fullmatch(r"[A-Za-z0-9_./:@%,=+-]+", text):
+        return Quoted(text)
+    return Quoted('"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"')
+
+
+def pattern(value: Any) -> str:
+    """A path where Slurm expands %j and its like: % is doubled. A backslash would switch all expansion off, so it is refused."""
+    text = _line(value)
+    if "\\" in text:
+        raise RenderError(f"{text!r} has a backslash, which Slurm cannot have in the name of a log file; choose another RUNS_DIR.")
+    return text.replace("%", "%%")
+
+
+def _line(value: Any) -> str:
+    text = value if isinstance(value, str) else str(value)
+    if any(char in text for char in "\n\r\0"):
+        raise RenderError(f"{text[:60]!r} has a line break or NUL, which a batch script cannot carry.")
+    return text
+
+
+@lru_cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(str(resources.files("slurm") / "templates")),
+        undefined=jinja2.StrictUndefined,
+        finalize=shell,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # shell text; `finalize` quotes
+    )
+    environment.filters["sbatch"] = sbatch
+    environment.filters["pattern"] = lambda value: Quoted(shlex.quote(pattern(value)))
+    environment.filters["sbatch_pattern"] = lambda value, tail="": Quoted(sbatch(pattern(value) + tail))
+    environment.filters["word"] = _word
+    environment.filters["words"] = lambda value: Quoted(" ".join(_word(part) for part in value.split()))
+    return environment
+
+
+def _word(value: Any) -> str:
+    """A name of ours (a variable, an option) that must be what it looks like."""
+    text = str(value)
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", text):
+        raise RenderError(f"{text!r} cannot be the name of an option or variable.")
+    return Quoted(text)
+
+
+def render_script(job: Job, script: Script) -> str:
+    """The batch script of a run, or of an array of runs. Raises RenderError for a value that no script can carry."""
+    return _render("train.sbatch.j2", job=job, script=script, run=script.run, directives=list(_directives(job, script)), train=Quoted(" ".join(shell(word) for word in _train_command(job, script))))
+
+
+def render_by_hand(job: Job) -> str:
+    """slurm/train.sbatch: the script that is submitted without the launcher and makes its run directory on the node."""
+    return _render("byhand.sbatch.j2", job=job)
+
+
+def _render(template: str, **values: Any) -> str:
+    return _environment().get_template(template).render(
+        contract={
+            "lead_signal": LEAD_SIGNAL.name.removeprefix("SIG"),
+            "stop_signals": [number.name.removeprefix("SIG") for number in STOP_SIGNALS],
+            "peer_exit_wait_s": PEER_EXIT_WAIT_S,
+            "run_dir": RankEnv.RUN_DIR.value,
+        },
+        **values,
+    )
+
+
+# Options that the script itself depends on: a site may add options, not change these.
+OURS = frozenset({"job-name", "nodes", "ntasks-per-node", "requeue", "no-requeue", "open-mode", "signal", "output", "error", "array", "time", "chdir", "export", "wrap", "comment"})
+
+
+def _directives(job: Job, script: Script) -> Iterator[tuple[str, Any]]:
+    """The #SBATCH options as (name, value); True is a bare option."""
+    yield "job-name", script.run.id
+    # The run's id again where no length limit or site prefix touches it: status finds lost submissions by it.
+    yield "comment", f"holdfast:{script.run.id}"
+    for name in ("partition", "account", "qos", "constraint", "reservation"):
+        if getattr(job, name):
+            yield name, getattr(job, name)
+    if job.exclude:
+        yield "exclude", ",".join(job.exclude)
+    yield "nodes", job.nodes
+    yield "ntasks-per-node", job.gpus_per_node
+    if job.cpus_per_gpu:
+        yield "cpus-per-task", job.cpus_per_gpu
+    gpus = f"{job.gpu_type}:{job.gpus_per_node}" if job.gpu_type else str(job.gpus_per_node)
+    if job.gpu_request == "gpus-per-node":
+        yield "gpus-per-node", gpus
+    elif job.gpu_request == "gres":
+        yield "gres", f"gpu:{gpus}"
+    if job.mem_gb:
+        yield "mem", f"{job.mem_gb}G"
+    yield "time", format_minutes(job.time_limit)
+    yield "requeue", True
+    # A requeue would otherwise begin the log anew and the first attempt's words would be lost.
+    yield "open-mode", "append"
+    yield "signal", f"{LEAD_SIGNAL.name.removeprefix('SIG')}@{job.stop_lead_s}"
+    if script.array_size is not None:
+        yield "array", f"0-{script.array_size - 1}%{min(job.array_parallel, script.array_size)}"
+        yield "output", Quoted(pattern(script.run.members) + "/%a/logs/%A_%a.batch.out")
+    else:
+        yield "output", Quoted(pattern(script.run.logs) + "/%j.batch.out")
+    for name, value in job.sbatch_options.items():
+        option = name.lstrip("-").replace("_", "-")
+        if option in OURS:
+            raise RenderError(f"SBATCH_OPTIONS: --{option} is set by holdfast itself and cannot be given; use the setting for it.")
+        yield option, value if value != "" else True
+
+
+def _train_command(job: Job, script: Script) -> list[Any]:
+    """The command of one training process, with the container around it where there is one."""
+    inside = [job.container_python if job.container_image else script.python, "-u"]
+    if job.entry is None:
+        command: list[Any] = [*inside, "-m", "train", "--run-dir", Quoted(f'"${RankEnv.RUN_DIR.value}"')]
+    elif job.entry.startswith("-m "):
+        command = [*inside, "-m", job.entry[3:].strip(), *job.entry_args]
+    else:
+        command = [*inside, job.entry, *job.entry_args]
+    if not job.container_image or job.container_runtime == "pyxis":
+        return command
+    mounts = [str(script.run.path), *job.container_mounts]
+    binds = [part for mount in mounts for part in ("--bind", mount)]
+    return ["apptainer", "exec", *([] if job.device == "cpu" else ["--nv"]), *binds, job.container_image, *command]
+
+
+def default_python(job: Job, executable: str) -> str:
+    """The Python that runs on the nodes: the site's, else the one that submits (`sys.executable`)."""
+    return job.node_python or executable
+
+
+def script_for(job: Job, run: RunDir, executable: str, array_size: int | None = None) -> str:
+    """`render_script` with what a submit knows."""
+    return render_script(job, Script(run=run, python=default_python(job, executable), array_size=array_size))
+
+
+def run_dir_of(job: Job, cwd: Path) -> RunDir:
+    """Where the run of a job lives; a job without an id gets a placeholder, so that a script can be shown before it exists."""
+    from jobs.rundir import place
+
+    return place(cwd / job.runs_dir, job.job_name, job.run_id or "0000")

@@ -1,0 +1,30 @@
+"""Site files: what is true of a cluster rather than of a job. Each is a layer of the same settings, below the job file."""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+
+from jobs.errors import NotFoundError
+
+
+def sites_dir() -> Path:
+    return Path(str(resources.files("slurm"))) / "sites"
+
+
+def shipped() -> list[str]:
+    """Names of the site files that come with holdfast."""
+    return sorted(path.stem for path in sites_dir().glob("*.yaml"))
+
+
+def find(word: str, cwd: Path) -> tuple[Path, str]:
+    """The file that SITE=word means, and how to call it in messages. Raises NotFoundError that names the known ones."""
+    if "/" in word or word.endswith((".yaml", ".yml")):
+        path = (cwd / word).resolve()
+        if path.is_file():
+            return path, word
+        raise NotFoundError(f"site file {word!r} does not exist in {cwd}.")
+    if word in shipped():
+        return sites_dir() / f"{word}.yaml", f"slurm/sites/{word}.yaml"
+    near = difflib.get_close_matches(word, shipped(), 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise NotFoundError(f"site {word!r} is not known; there are {', '.join(shipped())}, or give a path to a YAML file.{hint}")

@@ -1,0 +1,31 @@
+"""Slurm's job states and what each one says about an attempt: the one table of it."""
+
+from jobs.contract import Cause
+
+# Every state of squeue(1) and sacct(1) that ends a job, with the cause that it stands for. FAILED says only that the
+# script returned non-zero: the exit code and the ranks' own markers say more.
+ENDED: dict[str, Cause] = {
+    "COMPLETED": Cause.FINISHED,
+    "PREEMPTED": Cause.PREEMPTED,
+    "TIMEOUT": Cause.TIME_LIMIT,
+    "DEADLINE": Cause.TIME_LIMIT,
+    "NODE_FAIL": Cause.NODE_FAILURE,
+    "BOOT_FAIL": Cause.NODE_FAILURE,
+    "OUT_OF_MEMORY": Cause.OUT_OF_MEMORY,
+    "CANCELLED": Cause.CANCELLED,
+    "REVOKED": Cause.CANCELLED,
+    "FAILED": Cause.UNKNOWN,
+}
+
+WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING"})
+RUNNING = frozenset({"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"})
+
+
+def base(state: str) -> str:
+    """PREEMPTED for `PREEMPTED+`, CANCELLED for `CANCELLED by 1000`."""
+    return state.split()[0].rstrip("+").upper() if state.strip() else ""
+
+
+def is_live(state: str) -> bool:
+    """Whether a job in this state holds nodes or may still get them."""
+    return base(state) in WAITING | RUNNING

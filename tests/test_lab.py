@@ -1,0 +1,407 @@
+"""The lab: its texts and refusals anywhere, its life on the real programs (marker `slurm`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from jobs.errors import LabError
+from slurm import lab, lab_conf, lab_host, lab_proc
+from slurm.lab import Lab, LabConfig
+
+REPO = Path(lab.__file__).resolve().parents[1]
+NOBODY = 65534
+TWO = LabConfig(nodes=2, kill_wait_s=3)
+
+
+def real(accounting: bool = False) -> Callable[[object], object]:
+    missing = lab.missing_programs(accounting)
+    skip = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}; {lab.how_to_install()}")
+    return lambda test: pytest.mark.slurm(skip(test))
+
+
+@pytest.fixture
+def room() -> Iterator[Path]:
+    """A folder with a short path, unlike tmp_path; labs in it are stopped whatever happened."""
+    path = Path(tempfile.mkdtemp(prefix="hf-")).resolve()
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        left = [lab.load(saved.parent) for saved in path.rglob("lab.json")]
+        for found in left:
+            if found:
+                found.stop()
+        shutil.rmtree(path)
+
+
+def client(of: Lab, *command: str, timeout_s: float = 20) -> str:
+    done = subprocess.run(
+        command, env={**os.environ, **of.env()}, cwd=of.root, capture_output=True, text=True, timeout=timeout_s
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def submit(of: Lab, script: str, *options: str) -> str:
+    log = of.root / "job-%j.out"
+    return client(of, "sbatch", "--parsable", f"--output={log}", *options, "--wrap", script).strip()
+
+
+def job(of: Lab, number: str) -> dict[str, str]:
+    shown = client(of, "scontrol", "--oneliner", "show", "job", number).split()
+    return dict(pair.split("=", 1) for pair in shown if "=" in pair)
+
+
+def until(done: Callable[[], bool], timeout_s: float = 15) -> None:
+    assert lab_proc.wait_until(done, timeout_s, 0.05), "did not happen in time"
+
+
+def jobs_of(of: Lab) -> list[lab_proc.Process]:
+    return [p for group in lab_proc.of_lab(of.root).jobs.values() for p in group]
+
+
+def with_slurm_conf(conf: Path) -> list[int]:
+    pids = (int(e) for e in os.listdir("/proc") if e.isdigit())
+    return [p for p in pids if lab_proc.look_up(p) and lab_proc.environment(p).get("SLURM_CONF") == str(conf)]
+
+
+def listening_addresses(of: Lab) -> dict[str, set[str]]:
+    """Hexadecimal local addresses on which processes of the lab listen, by name of the process."""
+    address_of = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:] if Path(table).exists() else []:
+            fields = line.split()
+            if fields[3] == "0A":  # LISTEN
+                address_of[fields[9]] = fields[1].partition(":")[0]
+    found: dict[str, set[str]] = {}
+    for process in lab_proc.of_lab(of.root).all():
+        for fd in Path(f"/proc/{process.pid}/fd").iterdir():
+            inode = os.readlink(fd).removeprefix("socket:[").removesuffix("]")
+            if inode in address_of:
+                found.setdefault(process.name, set()).add(address_of[inode])
+    return found
+
+
+LOOPBACK = "0100007F"
+
+
+# -- without Slurm -----------------------------------------------------------------------------------------------------
+
+
+def test_all_wrong_values_of_a_config_are_named_at_once() -> None:
+    with pytest.raises(LabError) as err:
+        LabConfig(nodes=0, preempt_mode="SUSPEND", kill_wait_s=-1)
+    assert all(word in str(err.value) for word in ("nodes: 0", "'SUSPEND'", "REQUEUE, CANCEL", "kill_wait_s: -1"))
+
+
+def test_configuration_says_what_was_asked_for(tmp_path: Path) -> None:
+    config = LabConfig(
+        nodes=3, gpus=2, grace_s=7, preempt_mode="CANCEL", user_signal=True, extra_conf="DebugFlags=Gres"
+    )
+    text = lab_conf.slurm_conf(config, tmp_path, 12000, "ada", "box")
+    assert "SlurmUser=ada\n" in text
+    assert "NodeName=node[1-3] NodeHostname=box NodeAddr=127.0.0.1 Port=[12002-12004]" in text
+    assert "Gres=gpu:h100:2" in text
+    assert "PreemptMode=CANCEL GraceTime=7" in text
+    assert "SlurmctldParameters=preempt_send_user_signal\n" in text
+    assert text.endswith("DebugFlags=Gres\n")
+    assert "slurmdbd" not in text
+
+
+def test_real_gpus_are_dealt_out_to_the_nodes(tmp_path: Path) -> None:
+    text = lab_conf.gres_conf(LabConfig(nodes=2, gpus=2, real_gpus=True), tmp_path)
+    assert text.splitlines() == [
+        f"NodeName=node1 Name=gpu Type=h100 File={tmp_path}/dev/gpu[0-1]",
+        f"NodeName=node2 Name=gpu Type=h100 File={tmp_path}/dev/gpu[2-3]",
+    ]
+
+
+def test_host_name_of_the_machine_means_loopback_inside() -> None:
+    text = lab_conf.hosts(
+        "127.0.0.1 localhost\n10.1.2.3 box.site box other # me\n::1 box\n", ("box.site", "box"), ("node1",)
+    )
+    assert text == "127.0.0.1 box.site box\n127.0.0.11 node1\n127.0.0.1 localhost\n10.1.2.3 other\n"
+
+
+def test_missing_programs_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lab_host, "search_path", lambda: str(tmp_path))
+    assert {"slurmctld", "munged", "sbatch"} <= set(lab.missing_programs())
+    assert "mariadbd" in lab.missing_programs(accounting=True)
+    with pytest.raises(LabError, match=r"slurmctld.*apt-get install slurm-wlm"):
+        lab.start(tmp_path / "lab")
+    assert not (tmp_path / "lab").exists()
+
+
+@pytest.fixture
+def all_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "missing_programs", lambda accounting=False: [])
+
+
+@pytest.mark.usefixtures("all_programs")
+def test_too_long_directory_is_refused_before_anything_exists(room: Path) -> None:
+    root = room / ("x" * 90)
+    with pytest.raises(LabError, match=r"\d+ characters too long .* Unix socket"):
+        lab.start(root)
+    assert list(room.iterdir()) == []
+
+
+@pytest.mark.usefixtures("all_programs")
+@pytest.mark.parametrize("name", ["a b", "a\nb", "50%", "a,b", "a#b", "a[1]", "é"])
+def test_path_that_slurm_conf_cannot_carry_is_refused(room: Path, name: str) -> None:
+    with pytest.raises(LabError, match="cannot carry"):
+        lab.start(room / name)
+    assert list(room.iterdir()) == []
+
+
+@pytest.mark.usefixtures("all_programs")
+def test_folder_with_other_things_in_it_is_left_alone(room: Path) -> None:
+    (room / "thesis.tex").touch(mode=0o600)
+    with pytest.raises(LabError, match="other things in it"):
+        lab.start(room)
+    assert [p.name for p in room.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.usefixtures("all_programs")
+def test_parent_that_everybody_may_write_is_refused(room: Path) -> None:
+    (room / "open").mkdir()
+    (room / "open").chmod(0o777)
+    with pytest.raises(LabError, match="chmod o-w"):
+        lab.start(room / "open" / "lab")
+
+
+def test_port_in_use_is_passed_over_and_refused_when_asked_for(room: Path) -> None:
+    with lab_host.reserved_ports(room, LabConfig(nodes=1), None) as first:
+        with lab_host.reserved_ports(room, LabConfig(nodes=1), None) as second:
+            assert second != first
+        with (
+            pytest.raises(LabError, match="in use"),
+            lab_host.reserved_ports(room, LabConfig(base_port=first - 2), None),
+        ):
+            pass
+    with socket.create_server(("127.0.0.1", first + 2)):
+        with lab_host.reserved_ports(room, LabConfig(nodes=1), None) as third:
+            assert third != first
+    with lab_host.reserved_ports(room, LabConfig(nodes=1), None) as again:
+        assert again == first
+
+
+def test_without_private_hosts_a_public_host_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab_host, "isolate", lambda how, hosts: ["false"])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("10.1.2.3", 0))])
+    with pytest.raises(LabError, match=r"10\.1\.2\.3.*/etc/hosts"):
+        lab_host.pick_isolation()
+
+
+def test_recycled_pid_is_not_signalled() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        found = lab_proc.look_up(child.pid)
+        assert found and lab_proc.alive(found)
+        stale = lab_proc.Process(found.pid, found.started - 1, found.parent, found.name)
+        lab_proc.terminate([stale], 0.1)
+        assert child.poll() is None
+        lab_proc.terminate([found], 5)
+    assert lab_proc.look_up(child.pid) is None
+
+
+# -- with Slurm --------------------------------------------------------------------------------------------------------
+
+
+@real()
+def test_two_node_step_runs_with_gpus_on_loopback_only(room: Path) -> None:
+    (room / "closed").mkdir(mode=0o700)  # as pytest's own folders are, which munged does not like
+    cluster = lab.start(room / "closed" / "lab", TWO)
+    assert lab.start(cluster.root, TWO) == cluster == lab.find(cluster.root)
+    with pytest.raises(LabError, match="cpus is 16, asked for 8"):
+        lab.start(cluster.root, LabConfig(nodes=2, kill_wait_s=3, cpus=8))
+
+    told = client(
+        cluster, "srun", "--nodes=2", "--gpus-per-node=8", "--cpus-per-task=16", "--mem=60000",
+        "sh", "-c", 'echo "$SLURMD_NODENAME $CUDA_VISIBLE_DEVICES"',
+    )  # fmt: skip
+    assert sorted(told.split("\n")[:2]) == ["node1 0,1,2,3,4,5,6,7", "node2 0,1,2,3,4,5,6,7"]
+
+    running = submit(cluster, "srun --nodes=2 sleep 600", "--nodes=2")
+    until(lambda: len(lab_proc.of_lab(cluster.root).jobs) == 2)
+    until(lambda: "srun" in listening_addresses(cluster))
+    listening = listening_addresses(cluster)
+    assert {"slurmctld", "slurmd"} <= set(listening)
+    assert set().union(*listening.values()) == {LOOPBACK}
+
+    status = cluster.status()
+    assert status.running and status.jobs_running == 1 and running
+    text = status.describe()
+    assert "2 mixed: node1 node2" in text and "1 running, 0 pending" in text
+    if cluster.names_resolve:
+        assert client(cluster, "srun", "-N1", "--overlap", "getent", "hosts", "node2").split()[0] == "127.0.0.12"
+
+
+@real()
+def test_two_labs_start_at_once_and_know_nothing_of_each_other(room: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        one, two = pool.map(lambda name: lab.start(room / name, TWO), ["one", "two"])
+    assert one.base_port != two.base_port
+    assert submit(one, "sleep 600") == submit(two, "sleep 600") == "1"
+    until(lambda: {p.name for p in jobs_of(two)} == {"slurmstepd", "slurm_script", "sleep"})
+    of_two = lab_proc.of_lab(two.root)
+    one.stop()
+    assert lab.find(one.root) is None and with_slurm_conf(one.conf) == []
+    assert lab_proc.of_lab(two.root) == of_two
+    assert job(two, "1")["JobState"] == "RUNNING"
+
+
+@real()
+@pytest.mark.parametrize("controller", ["alive", "dead"])
+def test_stop_leaves_no_process_but_those_it_did_not_start(room: Path, controller: str) -> None:
+    cluster = lab.start(room / "lab", TWO)
+    # A batch script that ignores its end, and a child of it that no environment gives away.
+    number = submit(cluster, "trap '' TERM; env -i sleep 86399 & while :; do sleep 0.1; done")
+    until(lambda: job(cluster, number)["JobState"] == "RUNNING")
+    until(lambda: any(p.name == "sleep" for p in jobs_of(cluster)))
+    sleepers = [p for p in jobs_of(cluster) if not lab_proc.environment(p.pid).get("SLURM_CONF")]
+    with subprocess.Popen(["sleep", "60"], env={**os.environ, **cluster.env()}) as shell:  # somebody's own terminal
+        if controller == "dead":
+            cluster.kill_controller()
+            assert lab.find(cluster.root) is None and lab.load(cluster.root) == cluster
+        cluster.stop()
+        assert with_slurm_conf(cluster.conf) == [shell.pid]
+        shell.terminate()
+    assert sleepers and not any(map(lab_proc.alive, sleepers))
+    assert (cluster.root / "log" / "slurmctld.log").stat().st_size
+    assert "not running" in cluster.status().describe()
+    cluster.stop()
+
+
+@real()
+def test_low_job_is_preempted_by_a_high_one_and_comes_back(room: Path) -> None:
+    cluster = lab.start(room / "lab", TWO)
+    low = submit(cluster, "echo attempt ${SLURM_RESTART_COUNT:-0}; srun sleep 600", "--nodes=2", "--exclusive")
+    until(lambda: job(cluster, low)["JobState"] == "RUNNING")
+    submit(cluster, "sleep 0.5", "--nodes=2", "--exclusive", "--partition=high")
+    until(lambda: job(cluster, low)["Restarts"] == "1")
+    until(lambda: job(cluster, low)["JobState"] == "RUNNING")
+    until(lambda: "attempt 1" in (cluster.root / f"job-{low}.out").read_text())
+
+
+@real()
+def test_lost_node_loses_its_tasks_and_comes_back_usable(room: Path) -> None:
+    cluster = lab.start(room / "lab", TWO)
+    number = submit(cluster, "srun --nodes=2 --no-kill sleep 600", "--nodes=2", "--no-kill")
+    until(lambda: len(lab_proc.of_lab(cluster.root).jobs) == 2)
+    cluster.kill_node("node2")
+    assert "node2" not in lab_proc.of_lab(cluster.root).jobs
+    assert [d.name for d in cluster.status().daemons if not d.alive] == ["node2"]
+    client(cluster, "scancel", number)
+    cluster.restart_node("node2")
+    until(lambda: cluster._node_states()["node2"] == "idle")
+    assert client(cluster, "srun", "--nodelist=node2", "printenv", "SLURMD_NODENAME") == "node2\n"
+    with pytest.raises(LabError, match="it has node1, node2"):
+        cluster.kill_node("node9")
+
+
+@real()
+def test_jobs_outlive_their_controller(room: Path) -> None:
+    cluster = lab.start(room / "lab", TWO)
+    number = submit(cluster, "sleep 600")
+    until(lambda: job(cluster, number)["JobState"] == "RUNNING")
+    time.sleep(0.2)
+    cluster.kill_controller()
+    assert "slurmctld" not in lab_proc.of_lab(cluster.root).daemons
+    cluster.start_controller()
+    assert lab.find(cluster.root) == cluster
+    # What slurmctld had not yet written to disk is lost with it; the job itself goes on either way.
+    assert lab_proc.of_lab(cluster.root).jobs
+
+
+@real()
+def test_failed_start_shows_the_reason_and_leaves_nothing(room: Path) -> None:
+    root = room / "lab"
+    with pytest.raises(LabError, match=r"(?s)slurmctld .*NoSuchKey"):
+        lab.start(root, LabConfig(nodes=2, extra_conf="NoSuchKey=1"))
+    assert with_slurm_conf(root / "slurm.conf") == []
+    assert lab.start(root, TWO).status().running
+
+
+@real()
+def test_daemons_let_go_of_the_callers_output_and_outlive_it(room: Path) -> None:
+    code = "import sys; from pathlib import Path; from slurm import lab; lab.start(Path(sys.argv[1])); print('up')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(room / "lab")], cwd=REPO, capture_output=True, text=True, timeout=20
+    )
+    assert done.stdout == "up\n", done.stderr
+    cluster = lab.find(room / "lab")
+    assert cluster and cluster.config == LabConfig()
+    assert {os.getsid(p.pid) for p in lab_proc.of_lab(cluster.root).all()}.isdisjoint({os.getsid(0)})
+
+
+@real(accounting=True)
+def test_accounting_keeps_every_attempt(room: Path) -> None:
+    cluster = lab.start(room / "lab", LabConfig(nodes=2, accounting=True))
+    number = submit(cluster, "true")
+
+    def rows() -> str:
+        return client(cluster, "sacct", "-D", "-X", "--noheader", "--parsable2", "-j", number, "-o", "jobid,state")
+
+    until(lambda: rows() == f"{number}|COMPLETED\n")
+    listening = listening_addresses(cluster)
+    assert "slurmdbd" in listening and set().union(*listening.values()) == {LOOPBACK}
+    assert (cluster.root / "db").stat().st_mode & 0o077 == 0  # its root account has no password
+
+
+AS_SOMEBODY = """
+import json, sys
+from pathlib import Path
+from slurm import lab, lab_host
+if sys.argv[2] == "none":
+    lab_host.pick_isolation = lambda: "none"
+cluster = lab.start(Path(sys.argv[1]), lab.LabConfig(nodes=2, kill_wait_s=3))
+print(json.dumps([cluster.isolation, lab.find(cluster.root) == cluster]))
+"""
+
+
+@real()
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+@pytest.mark.parametrize("isolation", ["best", "none"])
+def test_plain_user_has_a_lab_too(room: Path, isolation: str) -> None:
+    os.chown(room, NOBODY, NOBODY)
+    become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "env", f"HOME={room}"]
+    become.append("PYTHONDONTWRITEBYTECODE=1")
+    for python in (sys.executable, "/usr/bin/python3"):
+        trial = [*become, python, "-c", "import slurm.lab"]
+        if subprocess.run(trial, cwd=REPO, capture_output=True, timeout=20).returncode == 0:
+            break
+    else:
+        pytest.skip("no Python that an unprivileged user may run and that can import slurm.lab")
+    done = subprocess.run(
+        [*become, python, "-c", AS_SOMEBODY, str(room / "lab"), isolation],
+        cwd=REPO, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    how, found = json.loads(done.stdout)
+    assert found and how in (("none",) if isolation == "none" else ("user", "none"))
+    cluster = lab.load(room / "lab")
+    assert cluster
+    assert {os.stat(f"/proc/{p.pid}").st_uid for p in lab_proc.of_lab(cluster.root).all()} == {NOBODY}
+
+    def call(*command: str) -> str:
+        return client(cluster, *become, *command)
+
+    told = call("srun", "--nodes=2", "--gpus-per-node=2", "sh", "-c", 'echo "$(id -u) $CUDA_VISIBLE_DEVICES"')
+    assert told == f"{NOBODY} 0,1\n" * 2
+    script = ("--parsable", "--output=/dev/null", "--nodes=2", "--exclusive", "--wrap")
+    low = call("sbatch", *script, "srun sleep 600").strip()
+    until(lambda: job(cluster, low)["JobState"] == "RUNNING")
+    call("sbatch", "--partition=high", *script, "true")
+    until(lambda: job(cluster, low)["Restarts"] == "1")
+    assert set().union(*listening_addresses(cluster).values()) == {LOOPBACK}

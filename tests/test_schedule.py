@@ -1,0 +1,214 @@
+"""The learning rate: equality with torch's schedulers, and what happens at the ends of the curve.
+
+Run: pytest tests/test_schedule.py"""
+
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.optim import lr_scheduler as torch_lr
+
+from jobs.errors import SettingError
+from train.schedule import KINDS, Schedule, curve, describe, lr_at, warmup_steps_from_pct
+
+BASE = 3e-3
+
+
+def torch_rates(schedule: Schedule, steps: int) -> list[float]:
+    """What torch's own schedulers train with at steps 0 .. steps - 1."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=schedule.base_lr)
+    warmup, rest = schedule.warmup_steps, (schedule.total_iters or schedule.total_steps) - schedule.warmup_steps
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        main = {
+            "constant": lambda: torch_lr.ConstantLR(optimizer, factor=1.0, total_iters=rest),
+            "linear": lambda: torch_lr.LinearLR(
+                optimizer, 1.0, schedule.min_lr / schedule.base_lr, total_iters=rest
+            ),
+            "cosine": lambda: torch_lr.CosineAnnealingLR(
+                optimizer, T_max=schedule.T_max or rest, eta_min=schedule.min_lr
+            ),
+            "cosine_with_restarts": lambda: torch_lr.CosineAnnealingWarmRestarts(
+                optimizer, T_0=schedule.T_0 or rest, T_mult=schedule.T_mult, eta_min=schedule.min_lr
+            ),
+        }
+        if warmup:
+            first = torch_lr.LinearLR(optimizer, start_factor=1e-10, total_iters=warmup)
+            scheduler = torch_lr.SequentialLR(optimizer, [first, main[schedule.kind]()], milestones=[warmup])
+        else:
+            scheduler = main[schedule.kind]()
+        rates = []
+        for _ in range(steps):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+    return rates
+
+
+def assert_same(schedule: Schedule, steps: int | None = None) -> None:
+    steps = steps or schedule.total_steps
+    for step, expected in enumerate(torch_rates(schedule, steps)):
+        # 1e-9 relative: torch multiplies from step to step and gathers rounding; ours is closed.
+        assert lr_at(schedule, step) == pytest.approx(expected, rel=1e-9, abs=1e-18), step
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "cosine_with_restarts"])
+@pytest.mark.parametrize("warmup", [0, 1, 50])
+@pytest.mark.parametrize("min_lr", [0.0, 3e-4])
+def test_every_step_equals_torchs_sequential_schedulers(kind: str, warmup: int, min_lr: float) -> None:
+    assert_same(Schedule(kind, BASE, 1000, warmup, min_lr))
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_total_iters_counts_the_warm_up(kind: str) -> None:
+    schedule = Schedule(kind, BASE, 400, 50, 1e-5, total_iters=300)
+    assert_same(schedule, 300)
+    assert lr_at(schedule, 300) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("T_mult", [1, 2, 3])
+def test_t_0_counts_the_main_phase_and_wins_over_total_iters(T_mult: int) -> None:
+    assert_same(Schedule("cosine_with_restarts", BASE, 1000, 100, 1e-5, total_iters=700, T_0=120, T_mult=T_mult))
+
+
+def test_t_max_counts_the_main_phase_and_wins_over_total_iters() -> None:
+    schedule = Schedule("cosine", BASE, 1000, 100, total_iters=300, T_max=900)
+    assert_same(schedule)
+    assert lr_at(schedule, 550) == pytest.approx(BASE / 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_past_the_end_the_rate_stays_where_it_ended(kind: str) -> None:
+    schedule = Schedule(kind, BASE, 100, 10, 1e-4)
+    expected = BASE if kind == "constant" else 1e-4
+    for step in (100, 101, 150, 10_000):
+        assert lr_at(schedule, step) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_cosine_shorter_than_the_run_never_climbs_back() -> None:
+    rates = [lr_at(Schedule("cosine", BASE, 500, 20, T_max=100), step) for step in range(20, 600)]
+    assert all(later <= earlier for earlier, later in zip(rates, rates[1:], strict=False))
+
+
+def test_a_restart_exactly_at_the_end_of_the_run_does_not_happen() -> None:
+    schedule = Schedule("cosine_with_restarts", BASE, 1000, 100, T_0=300, T_mult=1)
+    assert lr_at(schedule, 400) == pytest.approx(BASE)
+    assert lr_at(schedule, 1000) == pytest.approx(0.0, abs=1e-12)
+    grown = Schedule("cosine_with_restarts", BASE, 1000, 100, T_0=300, T_mult=2)
+    assert lr_at(grown, 1000) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_an_end_inside_a_cycle_holds_the_rate_of_that_moment() -> None:
+    schedule = Schedule("cosine_with_restarts", BASE, 1000, 100, T_0=500, T_mult=2)
+    assert lr_at(schedule, 5000) == lr_at(schedule, 1000) == pytest.approx(BASE * (1 + math.cos(math.pi * 0.4)) / 2)
+
+
+@pytest.mark.parametrize("T_mult", [1, 2])
+@pytest.mark.parametrize("cycles", [1, 2, 3, 7])
+def test_num_cycles_fills_the_run_with_whole_cycles(cycles: int, T_mult: int) -> None:
+    schedule = Schedule("cosine_with_restarts", BASE, 1000, 55, 1e-5, num_cycles=cycles, T_mult=T_mult)
+    rates = [lr_at(schedule, step) for step in range(55, 1000)]
+    assert sum(later > earlier for earlier, later in zip(rates, rates[1:], strict=False)) == cycles - 1
+    assert lr_at(schedule, 1000) == pytest.approx(1e-5, rel=1e-6)
+    assert not [line for line in describe(schedule) if "cut short" in line]
+
+
+def test_num_cycles_beside_t_0_stops_the_restarts() -> None:
+    schedule = Schedule("cosine_with_restarts", BASE, 1000, 0, 1e-5, T_0=100, num_cycles=2)
+    assert lr_at(schedule, 100) == pytest.approx(BASE)
+    assert [lr_at(schedule, step) for step in (200, 250, 999, 1000)] == pytest.approx([1e-5] * 4)
+
+
+def test_wsd_is_constant_then_falls_in_a_line() -> None:
+    schedule = Schedule("wsd", BASE, 1000, 50, 3e-4, decay_steps=200)
+    assert {lr_at(schedule, step) for step in range(50, 801)} == {BASE}
+    assert lr_at(schedule, 900) == pytest.approx((BASE + 3e-4) / 2)
+    assert lr_at(schedule, 1000) == pytest.approx(3e-4)
+    assert lr_at(Schedule("wsd", BASE, 1000, 50, decay_pct=0.2), 900) == pytest.approx(BASE / 2)
+    assert lr_at(Schedule("wsd", BASE, 1000, 50), 950) == pytest.approx(BASE / 2)
+
+
+def test_wsd_is_the_same_for_any_horizon_until_decay_begins() -> None:
+    short, long = (Schedule("wsd", BASE, total, 50, decay_steps=100) for total in (500, 5000))
+    assert all(lr_at(short, step) == lr_at(long, step) for step in range(400))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS), total=st.integers(1, 400), pct=st.floats(0, 1), T_0=st.none() | st.integers(1, 300),
+    T_mult=st.integers(1, 3), cycles=st.none() | st.integers(1, 5), step=st.integers(0, 1000),
+)  # fmt: skip
+def test_no_rate_leaves_the_range_between_floor_and_peak(
+    kind: str, total: int, pct: float, T_0: int | None, T_mult: int, cycles: int | None, step: int
+) -> None:
+    warmup = warmup_steps_from_pct(total, pct)
+    schedule = Schedule(kind, BASE, total, warmup, 1e-4, T_0=T_0, T_mult=T_mult, num_cycles=cycles)
+    low = 0.0 if step < warmup else 1e-4
+    assert low <= lr_at(schedule, step) <= BASE * (1 + 1e-12)
+    describe(schedule)
+
+
+def test_warm_up_share_is_rounded_down() -> None:
+    assert [warmup_steps_from_pct(*given) for given in ((19, 0.05), (20, 0.05), (10_000, 0.05), (7, 0.0))] == [0, 1, 500, 0]
+    with pytest.raises(SettingError, match="between 0 and 1"):
+        warmup_steps_from_pct(100, 5)
+
+
+def test_a_last_cycle_cut_short_is_reported_with_the_rate_it_leaves() -> None:
+    lines = describe(Schedule("cosine_with_restarts", 1e-3, 1000, 100, T_0=500, T_mult=2, total_iters=1000))
+    (cut,) = [line for line in lines if "cut short" in line]
+    assert "0.000656" in cut and "40%" in cut and "step 1600" in cut
+    assert any("restarts: 1, at steps 600" in line for line in lines)
+
+
+def test_description_names_what_is_probably_not_meant() -> None:
+    def warned(schedule: Schedule) -> str:
+        return "\n".join(line for line in describe(schedule) if line.startswith("warning: "))
+
+    assert "no warm-up" in warned(Schedule("cosine", BASE, 100))
+    assert "plain cosine" in warned(Schedule("cosine_with_restarts", BASE, 100, 10, T_mult=2))
+    assert "T_0 has no effect" in warned(Schedule("cosine", BASE, 100, 10, T_0=5))
+    assert "total_iters has no effect" in warned(Schedule("cosine", BASE, 100, 10, T_max=90, total_iters=50))
+    assert "40 steps train at lr 0" in warned(Schedule("cosine", BASE, 100, 10, total_iters=60))
+    assert "cut short" in warned(Schedule("linear", BASE, 100, 10, total_iters=200))
+    assert warned(Schedule("cosine", BASE, 100, 10)) == ""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"kind": "cosin"}, "Did you mean 'cosine'"),
+        ({"base_lr": 0.0}, "above 0"),
+        ({"min_lr": 1.0}, "eta_min"),
+        ({"warmup_steps": 101}, "from 0 to 100"),
+        ({"T_0": 0}, "T_0: 0 is not allowed"),
+        ({"T_mult": 1.5}, "T_mult: 1.5"),
+        ({"kind": "wsd", "decay_steps": 95}, "choose at most 90"),
+        ({"kind": "wsd", "decay_steps": 5, "decay_pct": 0.1}, "one of them"),
+    ],
+)
+def test_an_impossible_curve_is_refused_and_what_is_allowed_is_named(wrong: dict, said: str) -> None:
+    given = {"kind": "cosine", "base_lr": BASE, "total_steps": 100, "warmup_steps": 10} | wrong
+    with pytest.raises(SettingError, match=said):
+        Schedule(**given)
+
+
+def test_parameters_of_a_settings_file_are_understood_and_unknown_ones_refused() -> None:
+    schedule = Schedule.from_params("cosine", BASE, 100, {"eta_min": 1e-4, "T_max": 90.0, "warmup_steps": 10})
+    assert (schedule.min_lr, schedule.T_max, schedule.warmup_steps) == (1e-4, 90, 10)
+    assert isinstance(schedule.T_max, int)
+    with pytest.raises(SettingError, match="Did you mean 'T_max'"):
+        Schedule.from_params("cosine", BASE, 100, {"Tmax": 90})
+    with pytest.raises(SettingError, match="whole number"):
+        Schedule.from_params("cosine", BASE, 100, {"T_max": 90.5})
+
+
+def test_drawn_curve_has_both_ends_and_the_peak() -> None:
+    schedule = Schedule("cosine", BASE, 100_000, 777)
+    points = curve(schedule, 50)
+    assert len(points) <= 51 and points[0][0] == 0 and points[-1][0] == 99_999
+    assert max(rate for _, rate in points) == BASE
+    assert len(curve(Schedule("cosine", BASE, 3), 50)) == 3

@@ -1,0 +1,71 @@
+"""One training process: `python -m train --run-dir DIR`, started once per GPU.
+
+Everything it needs to know stands in the run directory; rank and rendezvous come in the variables of `RankEnv`.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from jobs.contract import Exit, RankEnv
+from jobs.errors import HoldfastError
+from jobs.rundir import AttemptDir, RunDir
+from jobs.sources import load
+from train.stop import StopFlag
+
+
+def main() -> int:
+    # Before anything slow is imported: a warning that comes during the seconds of `import torch` must not kill us.
+    flag = StopFlag.install()
+    parser = argparse.ArgumentParser(prog="python -m train", description="One training process of a run directory that holdfast made.")
+    parser.add_argument("--run-dir", "--run_dir", type=Path, default=os.environ.get(RankEnv.RUN_DIR))
+    args = parser.parse_args()
+    if args.run_dir is None:
+        parser.error(f"needs --run-dir, or {RankEnv.RUN_DIR} in the environment")
+    run = RunDir(Path(args.run_dir).absolute())
+    rank = int(os.environ.get(RankEnv.RANK, "0"))
+    attempt = run.attempt(int(os.environ.get(RankEnv.ATTEMPT, "0")))
+    attempt.path.mkdir(parents=True, exist_ok=True)
+    try:
+        job = load(run.job_yaml)
+        # OpenMP reads this once, when torch is loaded. On a CPU the number of threads is part of the arithmetic.
+        os.environ["OMP_NUM_THREADS"] = str(job.cpu_threads)
+        from train.loop import train
+
+        outcome = train(job, run, flag)
+    except BaseException as err:  # whatever it is, the attempt's end must be able to read why this rank left
+        return _failed(attempt, rank, err)
+    leave_marker(attempt, rank, reason="stopped" if outcome.stopped_by else "finished", step=outcome.step, signal=outcome.stopped_by)
+    return Exit.REQUEUE if outcome.stopped_by else Exit.DONE
+
+
+def leave_marker(attempt: AttemptDir, rank: int, **fields: object) -> None:
+    """Says how this rank left, for the end of the attempt to read. Written aside and renamed: it is whole or absent."""
+    path = attempt.marker(rank)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps({"rank": rank, "time": round(time.time(), 3), **fields}))
+    os.replace(aside, path)
+
+
+def _failed(attempt: AttemptDir, rank: int, err: BaseException) -> int:
+    text = traceback.format_exc()
+    says_it_all = isinstance(err, HoldfastError)
+    print(str(err) if says_it_all else text, file=sys.stderr, flush=True)
+    try:
+        attempt.error(rank).write_text(str(err) + "\n" if says_it_all else text)
+        leave_marker(attempt, rank, reason="error", kind=type(err).__name__, message=str(err)[-2000:], errno=getattr(err, "errno", None))
+    except OSError as disk:
+        print(f"and that could not be written down: {disk}", file=sys.stderr, flush=True)
+    return err.exit_code if isinstance(err, HoldfastError) else Exit.FAILED
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: after an error the destructors of a process group wait for peers that may never answer.
+    os._exit(code)

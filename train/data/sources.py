@@ -1,0 +1,117 @@
+"""Where samples come from: one protocol, and `open_data`, which turns the setting `data` into a dataset.
+
+    stdlib            source text of the running Python's standard library, bytes; nothing to download
+    text:PATH         a text file or a folder of text, bytes
+    tokens:PATH       memory-mapped token files (train/data/tokens.py has the forms that PATH can take)
+    synthetic         an affine recurrence over any vocabulary; its best loss is 0
+    digits            small real images, from scikit-learn
+    package.module:build    your own: a callable (split=, seq_len=, vocab_size=, cache_dir=) -> Dataset
+"""
+
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from jobs.errors import SettingError
+from train.data.corpus import BYTE_VOCAB, Corpus, byte_entropy, load_split, stdlib_corpus, text_corpus
+from train.data.synthetic import AffineTokens, Digits
+from train.data.tokens import missing_file, split_tokens, write_tokens
+from train.data.windows import TokenWindows
+from train.names import call_with_accepted, import_callable, unknown
+
+__all__ = ["Dataset", "Split", "byte_entropy", "open_data", "write_tokens"]
+
+Split = Literal["train", "val"]
+SPECS = ("stdlib", "text:PATH", "tokens:PATH", "synthetic", "digits", "package.module:build")
+_DEFAULT_VOCAB = 256
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """Samples by number. The same number is the same sample in every process and in every attempt of a run."""
+
+    name: str  # what was opened, versions included: a run that resumes can notice that it changed
+    vocab_size: int  # how many different targets there can be: tokens, bytes or classes
+    unit: str  # what the loss is an average over: "byte", "token" or "image"
+
+    def __len__(self) -> int:
+        """Number of samples; ids run from 0 to one less."""
+        ...
+
+    def batch(self, ids: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """The samples `ids`, stacked, as CPU tensors whose names are the keyword arguments of the model's forward."""
+        ...
+
+
+def open_data(
+    spec: str,
+    *,
+    seq_len: int,
+    split: Split,
+    cache_dir: Path | None = None,
+    vocab_size: int | None = None,
+) -> Dataset:
+    """The dataset that `spec` names.
+
+    seq_len: tokens per sample; images have no use for it. cache_dir: where built corpora may be kept.
+    vocab_size: size of the model's vocabulary; data that needs more is refused, `synthetic` makes itself that size, and a
+    token file that states none is believed to fit. Relative paths start at the working directory.
+    Raises SettingError for an unknown spec, a missing file, or data too small for one sample."""
+    if split not in ("train", "val"):
+        raise unknown("split", split, ("train", "val"))
+    kind, colon, argument = spec.partition(":")
+    if kind in ("text", "tokens") and not argument:
+        raise SettingError(f"data: {spec!r} needs a path behind it, such as {kind}:PATH")
+    if kind in ("stdlib", "digits", "synthetic") and colon:
+        raise SettingError(f"data: {kind!r} takes nothing behind it; write DATA={kind}")
+    if kind == "stdlib":
+        data: Dataset = _windows(stdlib_corpus(), split, seq_len, cache_dir)
+    elif kind == "text":
+        path = Path(argument).expanduser()
+        if not path.exists():
+            raise missing_file("text", path)
+        data = _windows(text_corpus(path), split, seq_len, cache_dir)
+    elif kind == "tokens":
+        data = _token_file(argument, split, seq_len, vocab_size)
+    elif kind == "synthetic":
+        data = AffineTokens(seq_len=seq_len, vocab_size=vocab_size or _DEFAULT_VOCAB, split=split)
+    elif kind == "digits":
+        data = Digits(split=split)
+    elif colon and argument.isidentifier():
+        data = _own(spec, seq_len=seq_len, split=split, cache_dir=cache_dir, vocab_size=vocab_size)
+    else:
+        raise unknown("data", spec, SPECS)
+    if vocab_size is not None and data.vocab_size > vocab_size:
+        raise SettingError(
+            f"data {spec!r} has a vocabulary of {data.vocab_size}, the model one of {vocab_size};"
+            " use a model with a larger vocabulary or other data"
+        )
+    return data
+
+
+def _windows(corpus: Corpus, split: Split, seq_len: int, cache_dir: Path | None) -> TokenWindows:
+    stream = load_split(corpus, split, cache_dir)
+    name = f"{corpus.name}-{corpus.total_bytes}[{split}]"
+    return TokenWindows(stream, seq_len=seq_len, vocab_size=BYTE_VOCAB, name=name, unit="byte")
+
+
+def _token_file(argument: str, split: Split, seq_len: int, vocab_size: int | None) -> TokenWindows:
+    stream, stated, name = split_tokens(argument, split)
+    size = stated or vocab_size
+    if size is None:
+        raise SettingError(
+            f"data 'tokens:{argument}': nothing states the size of its vocabulary; write it with write_tokens, or put"
+            ' {"vocab_size": N} into the JSON file beside it'
+        )
+    return TokenWindows(stream, seq_len=seq_len, vocab_size=size, name=name, unit="token")
+
+
+def _own(spec: str, **offered: object) -> Dataset:
+    data = call_with_accepted("data", import_callable("data", spec), offered, {})
+    missing = [a for a in ("name", "vocab_size", "unit", "batch", "__len__") if not hasattr(data, a)]
+    if missing:
+        raise SettingError(f"data: what {spec!r} returned has no {', '.join(missing)}; see Dataset in train/data/sources.py")
+    return data  # type: ignore[no-any-return]

@@ -1,0 +1,55 @@
+"""Validation: every sample counts once, whatever the number of ranks."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from train.data.order import shard
+from train.data.sources import Dataset
+from train.models.contract import read_loss
+from train.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Validation:
+    """`loss` is the mean in nats per target over all validation samples."""
+
+    loss: float
+
+    def metrics(self, unit: str) -> dict[str, float]:
+        values = {"val_loss": self.loss}
+        if unit == "byte":
+            values["val_bits_per_byte"] = self.loss / math.log(2)
+        return values
+
+
+def evaluate(model: nn.Module, data: Dataset, runtime: Runtime, *, samples: int | None, micro_batch: int, should_stop: Callable[[], bool]) -> Validation | None:
+    """The validation loss under the precision of training; None when the ranks agreed to stop in the middle.
+
+    `model` is the module inside DDP: ranks have shards of different lengths and must not wait for each other in it."""
+    count = min(len(data), samples or len(data))
+    mine = shard(count, runtime.world, runtime.rank)
+    # The largest shard decides how often the ranks ask each other whether to stop: all ask equally often.
+    rounds = -(-(-(-count // runtime.world)) // micro_batch)
+    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    was_training = model.training
+    model.eval()
+    try:
+        for index in range(rounds):
+            if should_stop():
+                return None
+            ids = mine[index * micro_batch : (index + 1) * micro_batch]
+            if not len(ids):
+                continue
+            batch = {name: tensor.to(runtime.device) for name, tensor in data.batch(np.asarray(ids)).items()}
+            with torch.no_grad():
+                loss_sum, targets = read_loss(model(**batch), batch)
+            sums += torch.stack([loss_sum.double(), targets.to(runtime.device).double()])
+    finally:
+        model.train(was_training)
+    loss, targets = runtime.total(sums).tolist()
+    return Validation(loss / max(targets, 1.0))

@@ -1,0 +1,244 @@
+"""The built-in causal language model: RMSNorm, rotary positions, grouped-query attention, SwiGLU; the shapes of Llama.
+
+Shape letters: B samples, T tokens of a sample, D model width, H query heads, K key/value heads, C channels of a head,
+F width of the feed-forward part, V vocabulary.
+
+Linears that read the same input are one (QKV; gate and up): fewer and wider products, which fp8 gains most from.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from jobs.errors import SettingError
+from train.models.loss import DEFAULT_CHUNK, Terms, chunk_terms, chunked_loss_sum
+
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape and options. Raises SettingError for a shape that cannot be built.
+
+    head_dim: None: d_model / n_heads.       n_kv_heads: None: one per query head.
+    tie_embeddings: the head is the embedding table.
+    loss_chunk_tokens: tokens per chunk of head and loss; memory against a little speed, no effect on the result.
+    checkpoint_blocks: recompute each block in the backward pass; about a third more work, a block's input kept per block."""
+
+    vocab_size: int = 256
+    seq_len: int = 128
+    d_model: int = 128
+    n_layers: int = 2
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int = 384
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    loss_chunk_tokens: int = DEFAULT_CHUNK
+    checkpoint_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        counts = ("vocab_size", "seq_len", "d_model", "n_layers", "n_heads", "kv_heads", "channels", "d_ff", "loss_chunk_tokens")
+        for name in counts:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise SettingError(f"model: {name} {value!r} is not allowed; it must be a whole number of at least 1")
+        if self.n_heads % self.kv_heads:
+            raise SettingError(f"model: n_heads {self.n_heads} must be a multiple of n_kv_heads {self.kv_heads}")
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise SettingError(f"model: d_model {self.d_model} must be a multiple of n_heads {self.n_heads}, or give head_dim")
+        if self.channels % 2:
+            raise SettingError(f"model: {self.channels} channels per head; rotary positions need an even number")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def channels(self) -> int:
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gain, computed in fp32 and returned in the dtype of x (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * self.weight).to(x.dtype)
+
+
+def rope_tables(seq_len: int, channels: int, theta: float, device: Any = None) -> tuple[Tensor, Tensor]:
+    """cos and sin, fp32 [seq_len, channels / 2], of position times theta ** (-2 i / channels) (Su et al. 2021)."""
+    # fp64 first: in fp32 the angle of a late position is off by more than a bf16 step.
+    inverse = theta ** (-torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels)
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=device), inverse)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + C/2) of x [B, T, heads, C] by their position's angle; cos, sin [T, C/2].
+
+    Halves, not neighbours, form pairs: the layout of Llama checkpoints in transformers, so weights can be exchanged."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.channels = config.n_heads, config.kv_heads, config.channels
+        self.qkv = nn.Linear(config.d_model, (self.heads + 2 * self.kv_heads) * self.channels, bias=False)
+        self.out = nn.Linear(self.heads * self.channels, config.d_model, bias=False)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        B, T, _ = x_BTD.shape
+        packed = self.qkv(x_BTD).view(B, T, self.heads + 2 * self.kv_heads, self.channels)
+        q, k, v = packed.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        # Views, not copies: attention reads [B, H, T, C] with any strides.
+        q, k, v = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        return self.out(y.transpose(1, 2).reshape(B, T, self.heads * self.channels))  # type: ignore[no-any-return]
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020); rows [0, F) of the first weight are gate, [F, 2F) are up."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class GPT(nn.Module):
+    """forward(tokens, targets) is the loss sum (train/models/contract.py); logits(tokens) is for everything else."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        device = torch.get_default_device()
+        # Shapes first, memory after: torch's own initialisation would cost time and random numbers for nothing.
+        with torch.device("meta"):
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+            self.norm = RMSNorm(config.d_model, config.norm_eps)
+            self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+            # Not part of the weights: a checkpoint does not depend on seq_len.
+            for name in ("cos", "sin"):
+                self.register_buffer(name, torch.empty(config.seq_len, config.channels // 2), persistent=False)
+        self._terms: Terms = chunk_terms
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw all weights from torch's global generator; a model built on the meta device needs it after `to_empty`.
+
+        Normal, std 0.02; what is added to the residual stream starts smaller by sqrt(2 L), so that its size does not
+        depend on depth (Radford et al. 2019, section 2.3)."""
+        residual = INIT_STD / math.sqrt(2 * self.config.n_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, residual if name.endswith(("attention.out.weight", "mlp.down.weight")) else INIT_STD)
+        cos, sin = rope_tables(self.config.seq_len, self.config.channels, self.config.rope_theta, self.cos.device)
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]; the embedding table itself where they are tied."""
+        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Final, normed states [B, T, D] of int64 tokens [B, T]; T at most seq_len."""
+        T = tokens.shape[1]
+        if T > self.config.seq_len:
+            raise SettingError(f"model: {T} tokens in a sample, built for seq_len {self.config.seq_len}")
+        x = self.embedding(tokens)
+        device = x.device.type
+        # The residual stream follows bf16 autocast (half the traffic); fp16's range is too short for a sum over layers.
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+            x = x.bfloat16()
+        cos, sin = self.cos[:T], self.sin[:T]
+        for block in self.blocks:
+            if self.config.checkpoint_blocks and torch.is_grad_enabled():
+                # No dropout anywhere: there is no random state to bring back.
+                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def forward(self, tokens: Tensor, targets: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+        """Sum of cross entropies in nats, fp32 scalar. All arguments [B, T]; targets of -100 do not count."""
+        chunk = self.config.loss_chunk_tokens
+        return chunked_loss_sum(
+            self.hidden(tokens), self.head_weight, targets, loss_mask, chunk_tokens=chunk, terms=self._terms
+        )
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[B, T, V], held whole: for generation and tests, not for training."""
+        return F.linear(self.hidden(tokens), self.head_weight)
+
+    def compile_regions(self, **options: Any) -> None:
+        """torch.compile each block and the loss of a chunk, in place; weight names stay as they are.
+
+        Regions and not the whole: all blocks share one compilation, and DDP cannot cut through it."""
+        options.setdefault("dynamic", False)
+        for block in self.blocks:
+            block.compile(**options)
+        self._terms = torch.compile(chunk_terms, **options)
+
+    def num_params(self, non_embedding: bool = False) -> int:
+        """Parameters, tied ones once. `non_embedding` leaves out the table that is only looked up, never multiplied with:
+        the head is counted, so a tied table is too."""
+        total = sum(p.numel() for p in self.parameters())
+        return total - self.embedding.weight.numel() if non_embedding and self.lm_head is not None else total
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Model FLOPs per token, forward and backward: 6 N + 6 L (H C) T (Kaplan et al. 2020, section 2.1).
+
+        N = num_params(non_embedding=True): blocks and head, no embedding lookup. The attention term is the causal one,
+        half of the 12 L d T that some projects report. Recomputation is not counted."""
+        return sum(self.flops_by_part(seq_len).values())
+
+    def flops_by_part(self, seq_len: int) -> dict[str, int]:
+        """The same, split into blocks (with norm gains, below 0.1 %), head and attention."""
+        c, head = self.config, self.head_weight.numel()
+        attention = 6 * c.n_layers * c.n_heads * c.channels * seq_len
+        return {"blocks": 6 * (self.num_params(non_embedding=True) - head), "head": 6 * head, "attention": attention}
