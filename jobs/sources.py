@@ -216,11 +216,12 @@ def resolve(
     *,
     job_file: str | None = None,
     allocation: Mapping[str, Any] | None = None,
+    allocation_origin: str = "Slurm allocation",
 ) -> Resolved:
     """The job that these words, this environment and the files they name describe.
 
-    `load_site` finds a site file by name. `allocation` is what Slurm has already given (a script that was submitted by
-    hand), and wins over everything. Raises SettingError with one line per fault, NotFoundError, or ImpossibleJobError
+    `load_site` finds a site file by name. `allocation` is what is already given (by Slurm to a script that was
+    submitted by hand, by the machine to a run in the foreground), and wins over everything. Raises SettingError with one line per fault, NotFoundError, or ImpossibleJobError
     when each value is fine and their combination is not."""
     pairs, named, faults = split_words(words)
     shown = named or job_file or environ.get("HOLDFAST_JOB") or environ.get("JOB") or DEFAULT_JOB
@@ -248,7 +249,7 @@ def resolve(
 
     layers = [site_layer, *upper]
     if allocation:
-        layers.append(_Layer([Given(name, value, "Slurm allocation") for name, value in allocation.items()]))
+        layers.append(_Layer([Given(name, value, allocation_origin) for name, value in allocation.items()]))
     return _combine(layers, default_name=path.stem, notes=_alias_notes(pairs))
 
 

@@ -22,15 +22,16 @@ from jobs import ledger
 from jobs.contract import Cause, Event, Exit, RankEnv
 from jobs.errors import HoldfastError, RunOwnedError, SubmitError
 from jobs.rundir import RunDir
-from jobs.settings import Job
+from jobs.settings import Job, parse_minutes
 from jobs.sources import load
 from jobs.verdict import Budgets, Verdict, judge
 from launcher.cause import Evidence, classify
 from launcher.rendezvous import address_of, free_port
 from slurm.client import JobInfo, Slurm, expand_nodelist
-from slurm.render import pattern
-from slurm.states import is_live
+from slurm.states import ENDED, base, is_live
 
+# Job ids of runs without Slurm: this word and the number of the process that watches over the ranks.
+LOCAL = "local-"
 # Where an attempt keeps the size that the batch log had when it began.
 _LOG_OFFSET = "HOLDFAST_LOG_OFFSET"
 
@@ -38,13 +39,17 @@ _LOG_OFFSET = "HOLDFAST_LOG_OFFSET"
 def job_id_of(environ: Mapping[str, str]) -> str:
     """1234, or 1234_5 for a task of an array: the form that scontrol and squeue understand."""
     array = environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else environ.get("SLURM_JOB_ID", "local")
+    return f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else environ.get("SLURM_JOB_ID", f"{LOCAL}{os.getpid()}")
 
 
-def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> Path:
-    """Counts the attempt, closes the one before if nobody could, and writes what the ranks need to a file to source.
+def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> dict[str, str]:
+    """Counts the attempt, closes the one before if nobody could, and returns the variables that the ranks need.
+
+    They are also written to the attempt's folder as a file to source.
 
     Raises RunOwnedError when another job is training this run, HoldfastError when the run is over."""
+    from slurm.render import pattern  # brings the template engine with it, which `end` has no time for
+
     job = load(run.job_yaml)
     job_id, restarts = job_id_of(environ), int(environ.get("SLURM_RESTART_COUNT", "0") or 0)
     events = ledger.read(run.ledger)
@@ -53,8 +58,8 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> Path:
         _close(run, job, known[-1], job_id, slurm)
         events = ledger.read(run.ledger)
     verdict = judge(events, budgets_of(job))
-    resumed_by_hand = bool(events) and events[-1]["event"] == Event.SUBMITTED
-    if known and not verdict.again and not resumed_by_hand:
+    # Slurm may bring a job back that is over (a requeue by somebody else). Another job is a person's own wish.
+    if known and not verdict.again and known[-1].job_id == job_id:
         raise HoldfastError(f"run {run.id} is over: {verdict.reason}. `holdfast resume {run.id}` starts it again on purpose.")
     number = (known[-1].number if known else 0) + 1
     nodes = expand_nodelist(environ.get("SLURM_JOB_NODELIST", "")) or [socket.gethostname()]
@@ -82,7 +87,7 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> Path:
         restarts=restarts,
         host=socket.gethostname(),
     )
-    return attempt.env
+    return values
 
 
 def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int, signals: list[str]) -> tuple[Verdict, Cause]:
@@ -148,8 +153,6 @@ def _close(run: RunDir, job: Job, open_attempt: ledger.Attempt, job_id: str, slu
     )
     cause, evidence = classify(seen)
     if cause in (Cause.UNKNOWN, Cause.REQUEUED) and rows:
-        from slurm.states import ENDED, base
-
         ended = [row for row in rows if row.job_id == open_attempt.job_id and base(row.state) in ENDED]
         if ended:
             cause, evidence = ENDED[base(ended[-1].state)], f"sacct: {ended[-1].state}"
@@ -251,8 +254,6 @@ def adopt(environ: Mapping[str, str], cwd: Path) -> Path:
     allocation["gpus_per_node"] = max(per_node, 1)
     info = _ask(Slurm(environ), job_id_of(environ))
     if info is not None:
-        from jobs.settings import parse_minutes
-
         try:
             allocation["time_limit"] = parse_minutes(info.time_limit)
         except ValueError:  # UNLIMITED
@@ -281,7 +282,8 @@ def main() -> int:
         run = RunDir(Path(os.environ[RankEnv.RUN_DIR]))
         slurm = Slurm() if "SLURM_JOB_ID" in os.environ else None
         if args.command == "begin":
-            print(begin(run, os.environ, slurm))
+            values = begin(run, os.environ, slurm)
+            print(run.attempt(int(values[RankEnv.ATTEMPT])).env)
             return Exit.DONE
         verdict, cause = end(run, os.environ, slurm, args.code, [name for name in args.signals.split(",") if name])
     except HoldfastError as err:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from train.data.order import permuted, rank_slice, sample_ids, shard
 
-
 FROZEN_A = [367, 115, 958, 655, 499, 97, 348, 834]
 FROZEN_B = [41786, 70365, 47884, 45592, 53854, 27475]
 FROZEN_C = [0, 2, 1, 0]
@@ -111,5 +110,5 @@ def test_impossible_questions_are_refused() -> None:
         lambda: sample_ids(-1, 8, 10, 0), lambda: sample_ids(0, 8, 0, 0), lambda: rank_slice(8, 2, 2, 2),
         lambda: shard(8, 2, -1),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="no (batch|slice|shard)"):
+        with pytest.raises(ValueError, match=r"no (batch|slice|shard)"):
             wrong()

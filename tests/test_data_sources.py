@@ -229,7 +229,7 @@ def test_digits_are_images_of_both_splits() -> None:
     assert len(train) + len(val) == 1797 and 250 < len(val) < 450
     batch = train.batch(np.arange(16))
     assert batch["images"].shape == (16, 1, 8, 8) and batch["images"].dtype == torch.float32
-    assert 0 <= float(batch["images"].min()) and float(batch["images"].max()) == 1.0
+    assert float(batch["images"].min()) == 0.0 and float(batch["images"].max()) == 1.0
     assert set(val.batch(np.arange(len(val)))["targets"].tolist()) == set(range(10))
 
 
@@ -244,7 +244,7 @@ def test_own_data_by_import_path(monkeypatch: pytest.MonkeyPatch) -> None:
         open_data("my_data:wrong", seq_len=9, split="val")
     with pytest.raises(SettingError, match="Did you mean 'build'"):
         open_data("my_data:biuld", seq_len=9, split="val")
-    with pytest.raises(SettingError, match="'no_such_module' .* cannot be found"):
+    with pytest.raises(SettingError, match=r"'no_such_module' .* cannot be found"):
         open_data("no_such_module:build", seq_len=9, split="val")
 
 

@@ -60,7 +60,7 @@ def test_loss_is_the_sum_of_token_cross_entropies() -> None:
     assert loss.dtype == torch.float32 and loss.shape == ()
     # 1e-6: one fp32 sum in two orders.
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    assert read_loss(loss, batch).count == 3 * 32
+    assert read_loss(loss, batch).num_targets == 3 * 32
 
 
 def test_a_new_model_knows_nothing() -> None:
@@ -124,7 +124,8 @@ def test_sums_of_parts_are_the_sum_of_the_whole_batch() -> None:
     whole = gradients(model, **batch)
     parts = [gradients(model, **{k: v[s] for k, v in batch.items()}) for s in (slice(0, 1), slice(1, 4))]
     for name, gradient in whole.items():
-        torch.testing.assert_close(parts[0][name] + parts[1][name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+        close_to = {"rtol": 1e-5, "atol": 1e-5 * float(gradient.abs().max())}  # fp32 sums in two orders
+        torch.testing.assert_close(parts[0][name] + parts[1][name], gradient, **close_to)
 
 
 def test_evaluation_without_gradients_gives_the_same_loss() -> None:
@@ -247,6 +248,21 @@ def test_nano_learns_the_synthetic_stream() -> None:
     assert losses[0] == pytest.approx(math.log(256), rel=0.03) and losses[-1] < 1.5
 
 
+@pytest.mark.parametrize("changes", [{}, {"checkpoint_blocks": True, "tie_embeddings": True, "loss_chunk_tokens": 40}])
+def test_gradients_under_ddp_are_those_of_the_bare_model(tmp_path: Path, changes: dict) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        batch, model = tokens_of(), small(**changes)
+        wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        for _ in range(2):
+            model.zero_grad()
+            read_loss(wrapped(**batch), batch).loss_sum.backward()
+        expected = gradients(small(**changes), **batch)
+        assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # ---- sizes
 
 
@@ -353,7 +369,8 @@ def test_own_models_may_return_a_mean_and_are_counted(monkeypatch: pytest.Monkey
     for returns, count in (("mean", 10), ("mapping", 10), ("object", 10), ("count", 5)):
         model = build_model("my_models:build", vocab_size=8, seq_len=6, overrides={"returns": returns})
         loss = read_loss(model(**batch), batch)
-        assert isinstance(loss, LossSum) and int(loss.count) == count and float(loss.loss_sum.detach()) == 2.0 * count
+        assert isinstance(loss, LossSum)
+        assert int(loss.num_targets) == count and float(loss.loss_sum.detach()) == 2.0 * count
     for returns, said in (("vector", r"a tensor of shape \(8,\)"), ("nothing", "a mapping with logits")):
         model = build_model("my_models:build", vocab_size=8, seq_len=6, overrides={"returns": returns})
         with pytest.raises(SettingError, match=said):
@@ -424,10 +441,14 @@ def test_the_same_weights_give_the_same_logits_as_llama_in_transformers(tmp_path
 def test_transformers_models_with_changed_logits_tied_heads_and_classes(tmp_path: Path) -> None:
     import transformers
 
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
-    scaled = transformers.GraniteConfig(**shape, num_key_value_heads=4, logits_scaling=7.0)
-    gpt2 = transformers.GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=1, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    bert = transformers.BertConfig(**shape, num_labels=3, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    scaled = transformers.GraniteConfig(**shape, vocab_size=96, num_key_value_heads=4, logits_scaling=7.0)
+    gpt2 = transformers.GPT2Config(
+        vocab_size=96, n_positions=32, n_embd=32, n_layer=1, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    bert = transformers.BertConfig(
+        **shape, vocab_size=96, num_labels=3, hidden_dropout_prob=0, attention_probs_dropout_prob=0
+    )
     kinds = (
         (scaled, "GraniteForCausalLM", None),
         (gpt2, "GPT2LMHeadModel", ("transformer", "lm_head")),
@@ -445,7 +466,8 @@ def test_transformers_models_with_changed_logits_tied_heads_and_classes(tmp_path
             assert count_targets(batch) == 2
         else:
             assert model._body_and_head == expected
-            expected_loss = F.cross_entropy(model.logits(batch["tokens"]).flatten(0, 1), batch["targets"].flatten(), reduction="sum")
+            logits = model.logits(batch["tokens"]).flatten(0, 1)
+            expected_loss = F.cross_entropy(logits, batch["targets"].flatten(), reduction="sum")
         torch.testing.assert_close(model(**batch), expected_loss, rtol=1e-5, atol=0)
         gradients(model, **batch)
     with pytest.raises(SettingError, match="models are not fetched"):

@@ -152,7 +152,8 @@ def test_no_rate_leaves_the_range_between_floor_and_peak(
 
 
 def test_warm_up_share_is_rounded_down() -> None:
-    assert [warmup_steps_from_pct(*given) for given in ((19, 0.05), (20, 0.05), (10_000, 0.05), (7, 0.0))] == [0, 1, 500, 0]
+    given = ((19, 0.05), (20, 0.05), (10_000, 0.05), (7, 0.0))
+    assert [warmup_steps_from_pct(*one) for one in given] == [0, 1, 500, 0]
     with pytest.raises(SettingError, match="between 0 and 1"):
         warmup_steps_from_pct(100, 5)
 

@@ -45,7 +45,7 @@ def import_callable(what: str, spec: str) -> Callable[..., Any]:
         close = nearest(attribute, public)
         hint = f" Did you mean {close!r}?" if close else ""
         raise SettingError(f"{what}: module {module_name!r} has no callable {attribute!r}.{hint}")
-    return found
+    return found  # type: ignore[no-any-return]
 
 
 def call_with_accepted(

@@ -1,6 +1,7 @@
 """The process as a member of its job: device, Accelerate, and a control channel between the ranks."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -87,6 +88,8 @@ def start(job: Job, environ: Mapping[str, str] = os.environ) -> Runtime:
     torch.set_float32_matmul_precision(mode.matmul_precision)
     if mode.matmul_precision == "highest":
         torch.backends.cudnn.allow_tf32 = False
+    # torch 2.13 renames this option; the new name is not in 2.11, and means something else at the start.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision=_ACCELERATE_WORD[mode.autocast],

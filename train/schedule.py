@@ -4,11 +4,11 @@ There is no scheduler object: nothing to step, to save or to restore, and no way
 processes, on accumulation, or on the order in which things were built after a restart.
 
 A curve has a warm-up of `warmup_steps` and a main phase. `total_iters` (default: the whole run) is the length of both
-together; `T_0` and `T_max` count steps of the main phase only and win over it. Up to its end the curve is that of torch's
-`SequentialLR([LinearLR(start_factor=1e-10, total_iters=warmup_steps), main], milestones=[warmup_steps])` with main =
-`ConstantLR(factor=1)`, `LinearLR(1 -> min_lr / base_lr)`, `CosineAnnealingLR` or `CosineAnnealingWarmRestarts`.
-Past its end the curve stays where it ended: it never climbs back, and a restart that falls exactly on the end of the run
-does not happen.
+together; `T_0` and `T_max` count steps of the main phase only and win over it. Up to its end the curve is that of
+torch's `SequentialLR([LinearLR(start_factor=1e-10, total_iters=warmup_steps), main], milestones=[warmup_steps])` with
+main = `ConstantLR(factor=1)`, `LinearLR(1 -> min_lr / base_lr)`, `CosineAnnealingLR` or `CosineAnnealingWarmRestarts`.
+Past its end the curve stays where it ended: it never climbs back, and a restart that falls exactly on the end of the
+run does not happen.
 """
 
 import math
@@ -92,7 +92,7 @@ class Schedule:
 
     @classmethod
     def from_params(cls, kind: str, base_lr: float, total_steps: int, params: Mapping[str, Any]) -> "Schedule":
-        """The schedule for a mapping such as `lr_scheduler_params`; takes `eta_min` for min_lr, refuses unknown names."""
+        """The schedule for a mapping such as `lr_scheduler_params`; `eta_min` is min_lr, unknown names are refused."""
         allowed = [f.name for f in fields(cls) if f.name not in ("kind", "base_lr", "total_steps", "min_lr")]
         for name in params:
             if name not in (*allowed, "eta_min", "min_lr"):
@@ -130,11 +130,11 @@ class Schedule:
             return self.T_0
         if self.num_cycles is None:
             return self.main_steps
-        return self.main_steps / sum(self.T_mult**i for i in range(self.num_cycles))
+        return self.main_steps / float(sum(self.T_mult**i for i in range(self.num_cycles)))
 
 
 def lr_at(schedule: Schedule, step: int) -> float:
-    """The rate that optimizer step `step` (counted from 0) trains at; steps past the end of the run keep its last value."""
+    """The rate that optimizer step `step` (from 0) trains at; steps past the end of the run keep its last value."""
     if step < 0:
         raise ValueError(f"step {step} is before the start of the run")
     s = schedule
@@ -169,9 +169,9 @@ def _cosine(s: Schedule, share: float) -> float:
 def cycle_at(s: Schedule, t: float, ended: bool = False) -> tuple[float, float]:
     """Start and length of the cosine cycle that main-phase step `t` lies in.
 
-    A boundary belongs to the new cycle, except where the curve is over (`ended`, or the last of the cycles): there it is
-    the end of the old one."""
-    # Without T_0 there is an exact number of cycles, one if nothing else was said; with T_0 they go on until the run ends.
+    A boundary belongs to the new cycle, except where the curve is over (`ended`, or the last of the cycles): there it
+    is the end of the old one."""
+    # Without T_0 the number of cycles is known, one if nothing else was said; with T_0 they go on until the run ends.
     count = s.num_cycles or (None if s.T_0 else 1)
     start, length = 0.0, float(s.first_cycle)
     if s.T_mult == 1 and length > 0:
@@ -202,7 +202,7 @@ def curve(schedule: Schedule, points: int = 200) -> list[tuple[int, float]]:
 
 
 def describe(schedule: Schedule) -> list[str]:
-    """The curve in words, a line per phase; then a line starting with `warning: ` for each thing that may not be meant."""
+    """The curve in words, a line per phase; then a line `warning: ...` for each thing that may not be meant."""
     s, last = schedule, schedule.total_steps - 1
     lines = [f"{s.kind}: peak lr {s.base_lr:g}, {s.total_steps} steps, last step trains at lr {lr_at(s, last):.3g}"]
     if s.warmup_steps:

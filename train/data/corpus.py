@@ -1,7 +1,7 @@
 """Byte-level corpora made of text files: the running Python's standard library, or a file or folder of one's own.
 
 No tokenizer, no download: a byte is a token and the vocabulary is 256. Files, not bytes, are dealt to training and
-validation, by a hash of their relative path; so the split is the same on every machine, and adding a file moves no other.
+validation, by a hash of their relative path: the split is the same on every machine, and adding a file moves no other.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ VAL_SHARE = 0.05
 # Part of the cache's file name: raise it when the rules below pick or join files differently.
 RULES = 1
 
-# Tests are half of the library; encodings are tables and pydoc_data one file of help texts, which alone would be most of
-# validation; installed packages are not the library.
+# Tests are half of the library; encodings are tables and pydoc_data one file of help texts, which alone would be most
+# of validation; installed packages are not the library.
 _SKIPPED_FOLDERS = {
     "test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__",
 }  # fmt: skip
@@ -119,7 +119,7 @@ def load_split(corpus: Corpus, split: str, cache_dir: Path | None = None) -> NDA
     listing = hashlib.sha256(repr(corpus.files).encode()).hexdigest()[:12]
     cached = cache_dir / f"{corpus.name}-{corpus.total_bytes}-{listing}-{split}-r{RULES}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):
-        return np.load(cached, mmap_mode="r", allow_pickle=False)
+        return np.load(cached, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
     array = _read(corpus.root, corpus.split_files(split))
     with contextlib.suppress(OSError):
         write_npy(cached, array)
@@ -132,7 +132,7 @@ def _read(root: Path, paths: list[str]) -> NDArray[np.uint8]:
 
 
 def write_npy(path: Path, array: NDArray[np.generic]) -> None:
-    """Save aside, then rename: several processes of a node may build the same file, and a reader never sees half of one."""
+    """Save aside, then rename: processes of a node may build the same file, and a reader never sees half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

@@ -5,8 +5,8 @@ and holds the sample that the epoch's permutation puts at g % num_samples. So th
 resumes at any step and at any number of processes with the same samples, and each epoch has every sample once, also
 where an epoch ends in the middle of a batch.
 
-The permutation is our own keyed Feistel network (splitmix64 as its mixing function) with cycle-walking: any entry can be
-had without the others, in no memory, and no release of numpy can change it under a run that is still going.
+The permutation is our own keyed Feistel network (splitmix64 as its mixing function) with cycle-walking: any entry can
+be had without the others, in no memory, and no release of numpy can change it under a run that is still going.
 """
 
 import numpy as np

@@ -57,8 +57,8 @@ def open_data(
     """The dataset that `spec` names.
 
     seq_len: tokens per sample; images have no use for it. cache_dir: where built corpora may be kept.
-    vocab_size: size of the model's vocabulary; data that needs more is refused, `synthetic` makes itself that size, and a
-    token file that states none is believed to fit. Relative paths start at the working directory.
+    vocab_size: size of the model's vocabulary; data that needs more is refused, `synthetic` makes itself that size, and
+    a token file that states none is believed to fit. Relative paths start at the working directory.
     Raises SettingError for an unknown spec, a missing file, or data too small for one sample."""
     if split not in ("train", "val"):
         raise unknown("split", split, ("train", "val"))
@@ -113,5 +113,6 @@ def _own(spec: str, **offered: object) -> Dataset:
     data = call_with_accepted("data", import_callable("data", spec), offered, {})
     missing = [a for a in ("name", "vocab_size", "unit", "batch", "__len__") if not hasattr(data, a)]
     if missing:
-        raise SettingError(f"data: what {spec!r} returned has no {', '.join(missing)}; see Dataset in train/data/sources.py")
+        lacks = ", ".join(missing)
+        raise SettingError(f"data: what {spec!r} returned has no {lacks}; see Dataset in train/data/sources.py")
     return data  # type: ignore[no-any-return]

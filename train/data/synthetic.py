@@ -1,6 +1,7 @@
-"""Data made of nothing: a token stream for machines without files, and scikit-learn's digits as a small real image set."""
+"""Data without files: a token stream made by arithmetic, and scikit-learn's digits as a small real image set."""
 
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -11,21 +12,22 @@ from train.data.windows import check_ids, split_window
 
 
 class AffineTokens:
-    """Sample i starts at a token drawn from i and goes on by x -> (a * x + c) mod vocab_size, a prime to vocab_size.
+    """Sample i starts at a token drawn from i and goes on by x -> (a * x + 1) mod vocab_size, a prime to vocab_size.
 
-    The next token is a function of the last one alone, so the best loss is 0, a model that learns anything gets closer to
+    The next token is a function of the last one alone: the best loss is 0, a model that learns anything gets closer to
     it, and log(vocab_size) is what knowing nothing costs. Every token occurs; nothing is stored."""
 
     unit = "token"
 
     def __init__(self, *, seq_len: int, vocab_size: int, split: str, num_samples: int | None = None) -> None:
         if vocab_size < 2 or seq_len < 1:
-            raise SettingError(f"data 'synthetic': needs 2 tokens or more and seq_len of at least 1, not {vocab_size}, {seq_len}")
+            raise SettingError(f"data 'synthetic': vocabulary {vocab_size} must be at least 2, seq_len {seq_len} 1")
         self.seq_len, self.vocab_size, self.name = seq_len, vocab_size, f"synthetic-{vocab_size}[{split}]"
         self._length = num_samples or (1 << 20 if split == "train" else 1 << 12)
-        # A validation sample is no training sample by its id; its start tokens are drawn from another part of the sequence.
+        # Validation draws its start tokens from another part of the sequence of ids.
         self._offset = 0 if split == "train" else 1 << 40
-        multiplier = next(a for a in range(max(2, int(vocab_size * 0.618)), 3 * vocab_size) if np.gcd(a, vocab_size) == 1)
+        first = max(2, int(vocab_size * 0.618))
+        multiplier = next(a for a in range(first, 3 * vocab_size) if math.gcd(a, vocab_size) == 1)
         # x_t = power[t] * x_0 + shift[t]: a whole batch in one expression.
         power, shift = [1], [0]
         for _ in range(seq_len):
@@ -47,7 +49,7 @@ class AffineTokens:
 class Digits:
     """scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, part of that package: real images without a download.
 
-    One in five, picked by a hash of its number, is for validation. Raises SettingError where scikit-learn is missing."""
+    One in five, picked by a hash of its number, is for validation. Raises SettingError without scikit-learn."""
 
     unit = "image"
     vocab_size = 10
@@ -55,9 +57,9 @@ class Digits:
 
     def __init__(self, *, split: str) -> None:
         try:
-            from sklearn.datasets import load_digits
+            from sklearn.datasets import load_digits  # type: ignore[import-not-found,unused-ignore]
         except ImportError as err:
-            raise SettingError("data 'digits' comes with scikit-learn, which is not installed: pip install scikit-learn") from err
+            raise SettingError("data 'digits' is part of scikit-learn, which is not installed") from err
         found = load_digits()
         val = np.array([hashlib.sha256(str(i).encode()).digest()[0] < 51 for i in range(len(found.target))])
         chosen = val if split == "val" else ~val

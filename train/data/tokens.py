@@ -61,7 +61,8 @@ def read_tokens(path: Path) -> tuple[NDArray[np.integer], int | None]:
         except (ValueError, EOFError) as err:
             raise SettingError(f"data 'tokens:{path}': not a readable .npy file ({err})") from err
         if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise SettingError(f"data 'tokens:{path}': holds {array.dtype} {array.shape}; it must be one row of integers")
+            held = f"{array.dtype} {array.shape}"
+            raise SettingError(f"data 'tokens:{path}': holds {held}; it must be one row of integers")
         return array, note.get("vocab_size")
     if path.suffix != ".bin":
         raise SettingError(f"data 'tokens:{path}': a token file ends in .bin or .npy")

@@ -24,8 +24,9 @@ class TokenWindows:
                 f"data {name!r} has {len(stream)} {unit}s, one sample needs seq_len + 1 = {seq_len + 1};"
                 f" use SEQ_LEN={max(1, len(stream) - 1)} or less, or more data"
             )
-        self.stream, self.seq_len, self.vocab_size, self.name, self.unit = stream, seq_len, vocab_size, name, unit
-        # A view: row i is window i. Picking rows copies each window in one piece, and a memory map reads only those pages.
+        self.stream, self.seq_len = stream, seq_len
+        self.vocab_size, self.name, self.unit = vocab_size, name, unit
+        # A view: row i is window i. Picking rows copies each window whole, and a memory map reads only those pages.
         self._rows = np.lib.stride_tricks.sliding_window_view(stream, seq_len + 1)[::seq_len]
 
     def __len__(self) -> int:

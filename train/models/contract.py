@@ -24,10 +24,10 @@ IGNORE = -100  # a target of this value is no target; the convention of torch an
 
 
 class LossSum(NamedTuple):
-    """loss_sum: fp32 scalar with a gradient. count: scalar, how many targets the sum is over."""
+    """loss_sum: fp32 scalar with a gradient. num_targets: scalar, how many targets the sum is over."""
 
     loss_sum: Tensor
-    count: Tensor
+    num_targets: Tensor
 
 
 def count_targets(batch: Mapping[str, Tensor]) -> Tensor:

@@ -18,17 +18,16 @@ from torch.utils.checkpoint import checkpoint
 from jobs.errors import SettingError
 from train.models.loss import DEFAULT_CHUNK, Terms, chunk_terms, chunked_loss_sum
 
-INIT_STD = 0.02
-
 
 @dataclass(frozen=True)
 class GPTConfig:
     """Shape and options. Raises SettingError for a shape that cannot be built.
 
     head_dim: None: d_model / n_heads.       n_kv_heads: None: one per query head.
+    init_std: spread of new weights; 0.02 suits widths around 2,000, narrower models start faster with about 1 / sqrt(D).
     tie_embeddings: the head is the embedding table.
     loss_chunk_tokens: tokens per chunk of head and loss; memory against a little speed, no effect on the result.
-    checkpoint_blocks: recompute each block in the backward pass; about a third more work, a block's input kept per block."""
+    checkpoint_blocks: recompute each block in the backward pass: about a third more work, only its input is kept."""
 
     vocab_size: int = 256
     seq_len: int = 128
@@ -40,20 +39,23 @@ class GPTConfig:
     d_ff: int = 384
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    init_std: float = 0.02
     tie_embeddings: bool = False
     loss_chunk_tokens: int = DEFAULT_CHUNK
     checkpoint_blocks: bool = False
 
     def __post_init__(self) -> None:
-        counts = ("vocab_size", "seq_len", "d_model", "n_layers", "n_heads", "kv_heads", "channels", "d_ff", "loss_chunk_tokens")
-        for name in counts:
+        shape = ("vocab_size", "seq_len", "d_model", "n_layers", "n_heads", "kv_heads", "channels", "d_ff")
+        for name in (*shape, "loss_chunk_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise SettingError(f"model: {name} {value!r} is not allowed; it must be a whole number of at least 1")
         if self.n_heads % self.kv_heads:
             raise SettingError(f"model: n_heads {self.n_heads} must be a multiple of n_kv_heads {self.kv_heads}")
         if self.head_dim is None and self.d_model % self.n_heads:
-            raise SettingError(f"model: d_model {self.d_model} must be a multiple of n_heads {self.n_heads}, or give head_dim")
+            raise SettingError(
+                f"model: d_model {self.d_model} must be a multiple of n_heads {self.n_heads}, or give head_dim"
+            )
         if self.channels % 2:
             raise SettingError(f"model: {self.channels} channels per head; rotary positions need an even number")
 
@@ -137,7 +139,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))  # type: ignore[no-any-return]
 
 
 class GPT(nn.Module):
@@ -168,14 +170,17 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Draw all weights from torch's global generator; a model built on the meta device needs it after `to_empty`.
 
-        Normal, std 0.02; what is added to the residual stream starts smaller by sqrt(2 L), so that its size does not
-        depend on depth (Radford et al. 2019, section 2.3)."""
-        residual = INIT_STD / math.sqrt(2 * self.config.n_layers)
+        Normal, std `init_std`; what is added to the residual stream starts smaller by sqrt(2 L), so that its size does
+        not depend on depth (Radford et al. 2019, section 2.3)."""
+        std = self.config.init_std
+        residual = std / math.sqrt(2 * self.config.n_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
+            elif name.endswith(("attention.out.weight", "mlp.down.weight")):
+                parameter.normal_(0.0, residual)
             else:
-                parameter.normal_(0.0, residual if name.endswith(("attention.out.weight", "mlp.down.weight")) else INIT_STD)
+                parameter.normal_(0.0, std)
         cos, sin = rope_tables(self.config.seq_len, self.config.channels, self.config.rope_theta, self.cos.device)
         self.cos.copy_(cos)
         self.sin.copy_(sin)
@@ -188,7 +193,7 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor) -> Tensor:
         """Final, normed states [B, T, D] of int64 tokens [B, T]; T at most seq_len."""
         T = tokens.shape[1]
-        if T > self.config.seq_len:
+        if self.config.seq_len < T:
             raise SettingError(f"model: {T} tokens in a sample, built for seq_len {self.config.seq_len}")
         x = self.embedding(tokens)
         device = x.device.type
@@ -225,10 +230,11 @@ class GPT(nn.Module):
         self._terms = torch.compile(chunk_terms, **options)
 
     def num_params(self, non_embedding: bool = False) -> int:
-        """Parameters, tied ones once. `non_embedding` leaves out the table that is only looked up, never multiplied with:
-        the head is counted, so a tied table is too."""
+        """Parameters, tied ones once. `non_embedding` leaves out the table that is only looked up, never multiplied
+        with; the head stays, and so does a table that is also the head."""
         total = sum(p.numel() for p in self.parameters())
-        return total - self.embedding.weight.numel() if non_embedding and self.lm_head is not None else total
+        only_looked_up = 0 if self.lm_head is None else self.embedding.weight.numel()
+        return total - only_looked_up if non_embedding else total
 
     def flops_per_token(self, seq_len: int) -> int:
         """Model FLOPs per token, forward and backward: 6 N + 6 L (H C) T (Kaplan et al. 2020, section 2.1).

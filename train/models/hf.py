@@ -1,7 +1,7 @@
 """Models of transformers, from a local folder or config.json; nothing is fetched and no code of theirs is run.
 
 `hf:FOLDER` loads the weights if the folder has safetensors, else draws new ones from its config; `hf:FILE.json` always
-draws new ones. Two kinds: causal language models, and sequence classifiers (where `architectures` in the config says so).
+draws new ones. Two kinds: causal language models, and sequence classifiers where `architectures` in the config says so.
 """
 
 from pathlib import Path
@@ -47,7 +47,8 @@ class HFClassifier(nn.Module):
         self.model = model
 
     def forward(self, tokens: Tensor, targets: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return F.cross_entropy(self.logits(tokens, attention_mask).float(), targets, ignore_index=IGNORE, reduction="sum")
+        logits = self.logits(tokens, attention_mask).float()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
     def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, num_labels]."""
@@ -78,14 +79,17 @@ def _plain_head(model: Any) -> tuple[str, str] | None:
 def build_hf(location: str, *, vocab_size: int | None, seq_len: int, overrides: dict[str, Any]) -> nn.Module:
     """The model that `hf:location` names, with fp32 weights; overrides are fields of its config.
 
-    Raises SettingError for a missing path, an unknown field, another kind of model, or a vocabulary below vocab_size."""
+    Raises SettingError for a missing path, an unknown field, another kind of model, or one too small for the data."""
     try:
-        import transformers
+        import transformers  # type: ignore[import-not-found,unused-ignore]
     except ImportError as err:
         raise SettingError("model 'hf:': transformers is not installed; install holdfast with its 'hf' group") from err
     path = Path(location).expanduser()
     if not path.exists() or (path.is_dir() and not (path / "config.json").is_file()):
-        raise SettingError(f"model 'hf:{location}': give a local folder with a config.json, or a config.json; models are not fetched")
+        raise SettingError(
+            f"model 'hf:{location}': not found; give a local folder with a config.json, or a config.json:"
+            " models are not fetched"
+        )
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     for name, value in overrides.items():
         if not hasattr(config, name):
@@ -98,6 +102,8 @@ def build_hf(location: str, *, vocab_size: int | None, seq_len: int, overrides: 
         if has is not None and need is not None and has < need:
             raise SettingError(f"model 'hf:{location}': its {name} is {has}, this job needs {need}")
     architecture = next(iter(config.architectures or []), "ForCausalLM")
+    auto: Any
+    wrapper: type[nn.Module]
     if architecture.endswith("ForSequenceClassification"):
         auto, wrapper = transformers.AutoModelForSequenceClassification, HFClassifier
     elif architecture.endswith(("ForCausalLM", "LMHeadModel")):

@@ -1,9 +1,10 @@
 """Head and cross entropy in one, over chunks of tokens: the [tokens, vocab] logits are never held whole.
 
-For 32,768 tokens and a vocabulary of 32,000 the logits are 2.1 GB in bf16 and 4.2 GB in fp32, more than anything else in
-the model. The gradient of the loss by the logits needs nothing that the forward pass does not have, so each chunk makes
-it at once and turns it into gradients of its input and of the head's weight. The backward pass then only scales these:
-the head's matrix product is done once, not a second time as recomputing it would.
+For 32,768 tokens and a vocabulary of 32,000 the logits are 2.1 GB in bf16 and 4.2 GB in fp32, more than anything else
+in the model. The gradient of the loss by the logits needs nothing that the forward pass does not have, so each chunk
+makes it at once and turns it into gradients of its input and of the head's weight. The backward pass only scales these:
+the head's matrix product is done once, where recomputing the logits would do it twice. The price is that the gradient
+of the head's weight exists, in fp32, from the forward pass on.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from train.models.contract import IGNORE
 
-DEFAULT_CHUNK = 4096  # tokens: large enough for full speed of the product, 0.5 GB of fp32 logits at a vocabulary of 32,000
+DEFAULT_CHUNK = 4096  # tokens: 0.5 GB of fp32 logits at a vocabulary of 32,000, and still a large matrix product
 
 Terms = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -23,7 +24,7 @@ Terms = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 def chunk_terms(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Loss sum (fp32 scalar) of one chunk, and its gradient by the logits [c, V] in the dtype of `hidden`.
 
-    hidden [c, d] and weight [V, d] share a dtype; targets int64 [c] in 0 .. V - 1; scale fp32 [c], 0 where nothing counts.
+    hidden [c, d] and weight [V, d] share a dtype; targets int64 [c], 0 .. V - 1; scale fp32 [c], 0 where none counts.
     Softmax and sums are fp32 whatever the dtype."""
     logits = (hidden @ weight.t()).float()
     log_norm = torch.logsumexp(logits, dim=-1, keepdim=True)
@@ -44,14 +45,21 @@ def chunk_loss(hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, dtype: torch.dtype, size: int, terms: Terms
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        size: int,
+        terms: Terms,
     ) -> Tensor:
         low = weight.to(dtype)
         # fp32 sum over chunks: in bf16 a token's share would be rounded away against what is already there.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grads = []
-        for h, t, s in zip(hidden.split(size), targets.split(size), scale.split(size), strict=True):
+        for h, t, s in zip(*(x.split(size) for x in (hidden, targets, scale)), strict=True):  # type: ignore[no-untyped-call]
             h = h.to(dtype)
             loss, grad_logits = terms(h, low, t, s)
             total = total + loss
@@ -81,8 +89,8 @@ def chunked_loss_sum(
 ) -> Tensor:
     """Sum of token cross entropies of `hidden @ weight.T`, an fp32 scalar in nats.
 
-    hidden [..., d]; weight [V, d]; targets int64 [...], -100 where there is none; loss_mask [...] multiplies each token's
-    loss. The product runs in autocast's dtype where autocast is on. `terms` may be a compiled `chunk_terms`."""
+    hidden [..., d]; weight [V, d]; targets int64 [...], -100 where there is none; loss_mask [...] multiplies each
+    token's loss. The product runs in autocast's dtype where autocast is on. `terms` may be a compiled `chunk_terms`."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -98,7 +106,7 @@ def chunked_loss_sum(
     # Dtypes are explicit below; autocast's cache of cast weights would only keep a second copy alive.
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-            return _ChunkedLoss.apply(flat, weight, targets, scale, dtype, size, terms)  # type: ignore[no-any-return]
+            return _ChunkedLoss.apply(flat, weight, targets, scale, dtype, size, terms)  # type: ignore
         low = weight.to(dtype)
-        parts = zip(flat.split(size), targets.split(size), scale.split(size), strict=True)
+        parts = zip(*(x.split(size) for x in (flat, targets, scale)), strict=True)  # type: ignore[no-untyped-call]
         return torch.stack([chunk_loss(h.to(dtype), low, t, s) for h, t, s in parts]).sum()

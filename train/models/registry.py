@@ -51,7 +51,7 @@ def preset_config(
 ) -> GPTConfig:
     """A preset's config for data of `vocab_size` tokens and samples of `seq_len` tokens.
 
-    A vocabulary larger than the preset's enlarges it, to the next multiple of 128; a smaller one leaves the shape alone.
+    A vocabulary larger than the preset's enlarges it, to a multiple of 128; a smaller one leaves the shape alone.
     `overrides` come last and may name any field of GPTConfig; others are a SettingError."""
     if name not in PRESETS:
         raise unknown("model", name, SPECS)

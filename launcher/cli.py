@@ -1,0 +1,188 @@
+"""The command line: `holdfast COMMAND`. Each command says first what happened, then where it is, then what to do next."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.contract import Exit
+from jobs.errors import HoldfastError
+
+# Settings are words of their own (KEY=value, --key value), so every job command takes whatever typer does not know.
+_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+_HINT = "[JOB] [KEY=value | --key value]..."
+
+app = typer.Typer(
+    name="holdfast",
+    help="Launches training jobs on Slurm clusters and brings them to their end.",
+    epilog="JOB is a job file (jobs/quickstart.yaml when left out), RUN a run directory, its id or its name (the newest when left out). Settings: holdfast explain",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+lab_app = typer.Typer(help="A private, real Slurm cluster in one directory.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(lab_app, name="lab")
+
+Json = Annotated[bool, typer.Option("--json", help="Answer for programs, on standard output.")]
+_RUN_HINT = "[RUN] [RUNS_DIR=folder]"
+
+
+def _words(ctx: typer.Context) -> list[str]:
+    return list(ctx.args)
+
+
+@app.command(context_settings=_SETTINGS, options_metavar=_HINT)
+def render(ctx: typer.Context) -> None:
+    """Print the script that submit would submit, byte for byte."""
+    from launcher.prepare import resolve_here
+    from slurm.render import run_dir_of, script_for
+
+    resolved = resolve_here(_words(ctx), os.environ, Path.cwd())
+    sys.stdout.write(script_for(resolved.job, run_dir_of(resolved.job, Path.cwd()), sys.executable))
+
+
+@app.command(context_settings=_SETTINGS, options_metavar=_HINT)
+def explain(
+    ctx: typer.Context,
+    as_json: Json = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a job file.")] = False,
+) -> None:
+    """Show every setting, its value, where it comes from, and what it means."""
+    from launcher import show
+    from launcher.prepare import resolve_here
+
+    if schema:
+        print(show.schema())
+        return
+    resolved = resolve_here(_words(ctx), os.environ, Path.cwd())
+    show.explain(resolved, as_json)
+
+
+@app.command(context_settings=_SETTINGS, options_metavar=_HINT)
+def submit(
+    ctx: typer.Context,
+    local: Annotated[bool, typer.Option("--local", help="Run on this machine, in the background, without Slurm.")] = False,
+    test_only: Annotated[bool, typer.Option("--test-only", help="Ask Slurm when it would start; submit nothing.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when the run is over, with its exit code.")] = False,
+    array: Annotated[list[str] | None, typer.Option("--array", metavar="KEY=V1,V2 | KEY=1..20", help="One run for each value, as one job array; may be given again for a grid.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Submit a job to Slurm; prints its run directory and job id."""
+    from launcher.commands import submit_job
+
+    raise typer.Exit(submit_job(_words(ctx), Path.cwd(), local=local, test_only=test_only, wait=wait, array=array or [], as_json=as_json))
+
+
+@app.command(context_settings=_SETTINGS, options_metavar=_HINT)
+def run(ctx: typer.Context) -> None:
+    """Train here and now in the foreground, without Slurm: same run directory, same resume."""
+    from launcher.commands import run_here
+
+    raise typer.Exit(run_here(_words(ctx), Path.cwd()))
+
+
+@app.command(context_settings=_SETTINGS, options_metavar=_RUN_HINT)
+def status(ctx: typer.Context, as_json: Json = False, every: Annotated[bool, typer.Option("--all", help="Also runs that ended more than a day ago.")] = False) -> None:
+    """Show what the runs are doing."""
+    from launcher import show
+    from launcher.prepare import which_run
+
+    show.status(*which_run(_words(ctx), os.environ, Path.cwd()), as_json, every)
+
+
+@app.command(context_settings=_SETTINGS, options_metavar=_RUN_HINT)
+def logs(
+    ctx: typer.Context,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing until the run is over.")] = False,
+    rank: Annotated[str, typer.Option("--rank", help="Whose log: a rank, or batch for the script's.")] = "0",
+) -> None:
+    """Print the log of a run's newest attempt."""
+    from launcher.commands import print_logs
+    from launcher.prepare import find_run
+
+    print_logs(find_run(_words(ctx), os.environ, Path.cwd()), follow, rank)
+
+
+@app.command(context_settings=_SETTINGS, options_metavar=_RUN_HINT)
+def cancel(ctx: typer.Context) -> None:
+    """Stop a run for good; it saves a checkpoint first, and `resume` can start it again."""
+    from launcher.commands import cancel_run
+    from launcher.prepare import find_run
+
+    cancel_run(find_run(_words(ctx), os.environ, Path.cwd()))
+
+
+@app.command(context_settings=_SETTINGS, options_metavar=_RUN_HINT)
+def resume(ctx: typer.Context, local: Annotated[bool, typer.Option("--local", help="Here and now, in the foreground.")] = False) -> None:
+    """Start a run again that was stopped, cancelled or given up."""
+    from launcher.commands import resume_run
+    from launcher.prepare import find_run
+
+    raise typer.Exit(resume_run(find_run(_words(ctx), os.environ, Path.cwd()), local))
+
+
+LabDir = Annotated[Path | None, typer.Argument(metavar="[DIR]", envvar="HOLDFAST_LAB", help="Directory of the lab; one per user in the temporary folder when left out.", show_default=False)]
+
+
+@lab_app.command("start")
+def lab_start(
+    directory: LabDir = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, max=64, help="Virtual nodes.")] = 4,
+    grace: Annotated[int, typer.Option("--grace", min=0, help="Seconds between preemption and kill (GraceTime).")] = 0,
+    accounting: Annotated[bool, typer.Option("--accounting", help="With slurmdbd and MariaDB, so that sacct works.")] = False,
+    preempt_mode: Annotated[str, typer.Option("--preempt-mode", help="REQUEUE or CANCEL.")] = "REQUEUE",
+    real_gpus: Annotated[bool, typer.Option("--real-gpus", help="This machine's NVIDIA GPUs instead of stand-ins.")] = False,
+) -> None:
+    """Boot it: slurmctld, slurmd per node, munged, on loopback."""
+    from launcher.lab import start
+
+    start(directory, nodes=nodes, grace=grace, accounting=accounting, preempt_mode=preempt_mode, real_gpus=real_gpus)
+
+
+@lab_app.command("stop")
+def lab_stop(directory: LabDir = None) -> None:
+    """End its jobs and daemons; logs stay."""
+    from launcher.lab import stop
+
+    stop(directory)
+
+
+@lab_app.command("status")
+def lab_status(directory: LabDir = None) -> None:
+    """Show daemons, nodes and jobs."""
+    from launcher.lab import status as show_status
+
+    raise typer.Exit(show_status(directory))
+
+
+@lab_app.command("env")
+def lab_env(directory: LabDir = None) -> None:
+    """Print the shell lines that point Slurm's clients, and holdfast, at it: eval "$(holdfast lab env)"."""
+    from launcher.lab import env
+
+    env(directory)
+
+
+def main() -> None:
+    """Entry point of the console script. Every error that a person can be told ends in one message and its exit code."""
+    sys.exit(run_app())
+
+
+def run_app(arguments: list[str] | None = None) -> int:
+    try:
+        app(arguments)
+    except HoldfastError as err:
+        print(err, file=sys.stderr)
+        return err.exit_code
+    except SystemExit as err:
+        return err.code if isinstance(err.code, int) else Exit.DONE
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+    return Exit.DONE
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The commands that do something: submit, run, logs, cancel, resume."""
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs import ledger, rundir
+from jobs.contract import Cause, Event, Exit
+from jobs.errors import NotFoundError, SettingError, SubmitError
+from jobs.rundir import RunDir
+from jobs.settings import Job, format_minutes
+from jobs.sources import Resolved, load, setting_name
+from launcher import show
+from launcher.attempt import LOCAL
+from launcher.local import gpus_here, run_attempts
+from launcher.prepare import prepare, resolve_here
+from slurm.client import Slurm
+from slurm.render import run_dir_of, script_for
+
+_POLL_S = 0.5
+MAX_ARRAY = 10_000
+
+
+def submit_job(words: Sequence[str], cwd: Path, *, local: bool, test_only: bool, wait: bool, array: Sequence[str], as_json: bool) -> int:
+    """Submits, says where and what next. Nothing is left behind when Slurm refuses. Returns the exit code."""
+    grid = _grid(array)
+    resolved = resolve_here(words, os.environ, cwd)
+    members = [resolve_here([*words, *point], os.environ, cwd) for point in grid]
+    _check_members(resolved, members)
+    job = resolved.job
+    slurm = Slurm()
+    estimate = ""
+    if not local:
+        text = script_for(job, run_dir_of(job, cwd), sys.executable, array_size=len(members) or None)
+        # Asked before anything is made: a job that Slurm refuses leaves no trace.
+        estimate = _start_estimate(slurm.test_only(text))
+    if test_only:
+        _say_job(resolved, estimate, members, as_json)
+        print(json.dumps({"would_start": estimate}) if as_json else "nothing was submitted (--test-only)")
+        return Exit.DONE
+    run, made = prepare(resolved, cwd, sys.executable, members)
+    if not made:
+        return _already_there(run, job, slurm, local, as_json)
+    try:
+        if local:
+            from launcher.submit import to_local
+
+            if members:
+                raise SettingError("--array and --local cannot be combined; run the members one by one.")
+            job_id = f"{LOCAL}{to_local(run, job).job_id}"
+        else:
+            from launcher.submit import to_slurm
+
+            job_id = to_slurm(run, job, os.environ, members=len(members))
+    except (SubmitError, SettingError):
+        rundir.discard(run)
+        raise
+    if as_json:
+        print(json.dumps({"run": run.id, "path": str(run.path), "job_id": job_id, "members": len(members)}))
+    else:
+        _say_job(resolved, estimate, members, as_json)
+        print(f"submitted job {job_id} as {'array' if members else 'run'} {run.id}  ->  {_near(run.path)}/")
+        if members:
+            print("follow it with: holdfast status")
+        else:
+            print(f"follow it with: holdfast logs -f {run.id}    or: holdfast status")
+    if wait:
+        return wait_for([run.member(i) for i in range(len(members))] or [run], slurm if not local else None)
+    return Exit.DONE
+
+
+def run_here(words: Sequence[str], cwd: Path) -> int:
+    """One node, the GPUs of this machine (or one process on a CPU), in the foreground."""
+    gpus = gpus_here()
+    here = {"nodes": 1}
+    given = {setting_name(word.partition("=")[0].lstrip("-")) for word in words}
+    if "gpus_per_node" not in given and not any(name in os.environ for name in ("GPUS_PER_NODE", "HOLDFAST_GPUS_PER_NODE")):
+        here["gpus_per_node"] = max(gpus, 1)
+    resolved = resolve_here(words, os.environ, cwd, allocation=here, allocation_origin="this machine")
+    run, made = prepare(resolved, cwd, sys.executable)
+    print(f"{show.headline(resolved.job)}\nrun {run.id}  ->  {_near(run.path)}/", flush=True)
+    if not made:
+        print("this run exists already; it goes on from its last checkpoint", flush=True)
+    code = run_attempts(run, os.environ, foreground=True)
+    if code == Exit.REQUEUE:
+        print(f"stopped and saved; holdfast resume --local {run.id} goes on")
+    return code
+
+
+def resume_run(run: RunDir, local: bool) -> int:
+    """Starts a run again. Its settings are those that were frozen; only its budgets and a wish to stop are forgotten."""
+    job = load(run.job_yaml)
+    events = ledger.read(run.ledger)
+    attempts = ledger.attempts(events)
+    if attempts and attempts[-1].cause is Cause.FINISHED:
+        print(f"run {run.id} is finished; there is nothing to resume")
+        return Exit.DONE
+    state = show.collect([run], show.ask_queue()[0])[0]
+    if state.state in ("running", "waiting"):
+        raise SettingError(f"run {run.id} is {state.state} as job {state.job_id}; holdfast cancel {run.id} stops it first.")
+    run.stop_file.unlink(missing_ok=True)
+    was_local = bool(attempts) and attempts[-1].job_id.startswith(LOCAL)
+    if local or was_local:
+        ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=f"{LOCAL}{os.getpid()}", by="resume")
+        return run_attempts(run, os.environ, foreground=True)
+    from launcher.submit import resubmit
+
+    job_id = resubmit(run, job, os.environ)
+    print(f"submitted job {job_id} for run {run.id}; it goes on from step {state.checkpoint_step or 0:,}")
+    return Exit.DONE
+
+
+def cancel_run(run: RunDir) -> None:
+    """Asks a run to stop for good: first written down, so that nothing starts it again, then Slurm (or its process) is told."""
+    state = show.collect([run], show.ask_queue()[0])[0]
+    if state.state not in ("running", "waiting"):
+        print(f"run {run.id} is {state.state}; there is nothing to cancel")
+        return
+    ledger.append(run.ledger, Event.CANCEL, attempt=state.attempt, job_id=state.job_id)
+    if state.job_id.startswith(LOCAL):
+        run.stop_file.touch()
+        print(f"run {run.id} will save and stop within a step or two")
+        return
+    Slurm().cancel(state.job_id)
+    print(f"cancelled job {state.job_id} of run {run.id}; holdfast resume {run.id} goes on from its last checkpoint")
+
+
+def print_logs(run: RunDir, follow: bool, rank: str) -> None:
+    """The log of the newest attempt; with `follow`, until the run is over, over requeues too."""
+    shown: Path | None = None
+    position = 0
+    while True:
+        attempts = ledger.attempts(ledger.read(run.ledger))
+        path = run.log(attempts[-1].job_id, rank) if attempts else None
+        if path is not None and path.exists():
+            if path != shown:
+                shown, position = path, 0
+            with open(path, "rb") as file:
+                file.seek(position)
+                new = file.read()
+                position = file.tell()
+            sys.stdout.buffer.write(new)
+            sys.stdout.flush()
+        elif not follow:
+            which = f"attempt {attempts[-1].number} has written no log of rank {rank} yet" if attempts else "no attempt has started yet"
+            raise NotFoundError(f"run {run.id}: {which}. Logs are in {_near(run.logs)}/")
+        if not follow:
+            return
+        if show.collect([run], show.ask_queue()[0])[0].state not in ("running", "waiting"):
+            return
+        time.sleep(_POLL_S)
+
+
+def wait_for(runs: Sequence[RunDir], slurm: Slurm | None) -> int:
+    """Waits until every run is over. 0 when all finished, else 1."""
+    while True:
+        queue = None
+        if slurm is not None:
+            try:
+                queue = slurm.queue()
+            except SubmitError:
+                time.sleep(5)  # a controller that restarts; the runs are not over because it is
+                continue
+        states = [row.state for row in show.collect(runs, queue)]
+        if all(state not in ("running", "waiting") for state in states):
+            # A job leaves the queue a moment before its last ledger line can be read on another node.
+            time.sleep(1)
+            states = [row.state for row in show.collect(runs, queue)]
+            if all(state not in ("running", "waiting") for state in states):
+                return Exit.DONE if all(state == "finished" for state in states) else Exit.FAILED
+        time.sleep(_POLL_S)
+
+
+def _grid(array: Sequence[str]) -> list[list[str]]:
+    """Points of a grid, each as KEY=value words, from `KEY=v1,v2` and `KEY=1..20`."""
+    axes = []
+    for word in array:
+        key, equals, text = word.partition("=")
+        if not equals or not text:
+            raise SettingError(f"--array {word!r}: write KEY=value1,value2 or KEY=1..20.")
+        low, dots, high = text.partition("..")
+        if dots and low.lstrip("-").isdigit() and high.lstrip("-").isdigit():
+            values = [str(n) for n in range(int(low), int(high) + 1)]
+        else:
+            values = text.split(",")
+        if not values:
+            raise SettingError(f"--array {word!r} has no values.")
+        axes.append([f"{key}={value}" for value in values])
+    points = [list(point) for point in itertools.product(*axes)] if axes else []
+    if len(points) > MAX_ARRAY:
+        raise SettingError(f"--array: {len(points)} runs, at most {MAX_ARRAY} in one array.")
+    return points
+
+
+# What a whole array shares, because Slurm is asked once for all of its tasks.
+_SHARED = ("job_name", "run_id", "runs_dir", "nodes", "gpus_per_node", "cpus_per_gpu", "mem_gb", "time_limit", "stop_lead_s", "partition", "account", "qos", "site", "node_env", "entry")
+
+
+def _check_members(resolved: Resolved, members: Sequence[Resolved]) -> None:
+    for name in _SHARED:
+        if any(getattr(member.job, name) != getattr(resolved.job, name) for member in members):
+            raise SettingError(f"--array: {name.upper()} is the same for all runs of an array; submit them one by one to vary it.")
+
+
+def _already_there(run: RunDir, job: Job, slurm: Slurm, local: bool, as_json: bool) -> int:
+    state = show.collect([run], show.ask_queue()[0] if not local else None)[0]
+    if as_json:
+        print(json.dumps({"run": run.id, "path": str(run.path), "job_id": state.job_id, "members": 0, "state": state.state}))
+    else:
+        print(f"run {run.id} exists already and is {state.state}; nothing was submitted. holdfast resume {run.id} goes on with it.")
+    return Exit.DONE
+
+
+def _say_job(resolved: Resolved, estimate: str, members: Sequence[Resolved], as_json: bool) -> None:
+    if as_json:
+        return
+    job = resolved.job
+    print(show.headline(job) + (f" · {len(members)} runs" if members else ""))
+    print(f"  not default   {show.not_default(resolved)}")
+    for note in resolved.notes:
+        print(f"  read as       {note}")
+    print(f"  time limit    {format_minutes(job.time_limit)}, warned {job.stop_lead_s} s before; requeued by Slurm or by holdfast, resumed from the last checkpoint")
+    if estimate:
+        print(f"  start         {estimate}")
+
+
+def _start_estimate(said: str) -> str:
+    """`estimated 14:20 (in 35 min)` from sbatch --test-only's own sentence."""
+    import re
+    from datetime import datetime
+
+    found = re.search(r"to start at (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", said)
+    if not found:
+        return said
+    begins = datetime.fromisoformat(found.group(1))
+    seconds = (begins - datetime.now()).total_seconds()
+    if seconds < 60:
+        return "at once, Slurm estimates"
+    away = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return f"estimated {begins:%H:%M}" + (f" on {begins:%a %d %b}" if seconds > 43_200 else "") + f" (in {away})"
+
+
+def _near(path: Path) -> str:
+    """A path as seen from here, when that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+

@@ -1,0 +1,109 @@
+"""Attempts on this machine, without Slurm: the same run directory, the same ranks, the same ledger and verdicts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+from jobs.contract import PEER_EXIT_WAIT_S, STOP_SIGNALS, Cause, Exit, RankEnv
+from jobs.rundir import RunDir
+from jobs.settings import Job
+from jobs.sources import load
+from launcher.attempt import begin, end
+from slurm.client import clean_environment
+
+_POLL_S = 0.05
+
+
+def run_attempts(run: RunDir, environ: Mapping[str, str], *, foreground: bool = False) -> Exit:
+    """Starts attempts until the run is over or this process is asked to stop. Returns how it ended.
+
+    In the foreground rank 0 writes to the terminal as well as to its log."""
+    job = load(run.job_yaml)
+    environ = {**clean_environment(environ), **job.node_env, RankEnv.RUN_DIR: str(run.path)}
+    asked: list[int] = []
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        for rank in ranks:
+            if rank.poll() is None:
+                # Ctrl-C reaches the ranks by itself; a second one means now.
+                rank.send_signal(signal.SIGKILL if asked.count(signal.SIGINT) > 1 else number)
+
+    before = {number: signal.signal(number, forward) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    try:
+        while True:
+            values = begin(run, environ, None)
+            ranks[:] = _spawn(job, run, {**environ, **values}, foreground)
+            code = _wait(ranks)
+            names = [signal.Signals(number).name.removeprefix("SIG") for number in asked]
+            verdict, cause = end(run, {**environ, **values}, None, code, names)
+            if cause is Cause.FINISHED:
+                return Exit.DONE
+            if asked:
+                return Exit.REQUEUE if code == Exit.REQUEUE else Exit.INTERRUPTED
+            if not verdict.again:
+                return Exit(code) if code in list(Exit) and code else Exit.FAILED
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _spawn(job: Job, run: RunDir, environ: Mapping[str, str], foreground: bool) -> list[subprocess.Popen[bytes]]:
+    world = job.world_size
+    ranks = []
+    for rank in range(world):
+        log = run.log(environ["HOLDFAST_JOB_ID"], rank)
+        mine = {**environ, RankEnv.RANK: str(rank), RankEnv.WORLD_SIZE: str(world), RankEnv.LOCAL_RANK: str(rank), RankEnv.LOCAL_WORLD_SIZE: str(world), "MASTER_ADDR": "127.0.0.1"}
+        command = _command(job, run)
+        if foreground and rank == 0:
+            # tee and not a pipe of ours: the rank goes on writing when this process is gone. It ignores Ctrl-C, which is for the rank.
+            tee = subprocess.Popen(["tee", "-a", "-i", str(log)], stdin=subprocess.PIPE)
+            ranks.append(subprocess.Popen(command, cwd=run.code, env=mine, stdout=tee.stdin, stderr=subprocess.STDOUT))
+            assert tee.stdin is not None
+            tee.stdin.close()
+        else:
+            with open(log, "ab") as file:
+                ranks.append(subprocess.Popen(command, cwd=run.code, env=mine, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT))
+    return ranks
+
+
+def _command(job: Job, run: RunDir) -> list[str]:
+    if job.entry is None:
+        return [sys.executable, "-u", "-m", "train", "--run-dir", str(run.path)]
+    if job.entry.startswith("-m "):
+        return [sys.executable, "-u", "-m", job.entry[3:].strip(), *job.entry_args]
+    return [sys.executable, "-u", str(Path(job.entry)), *job.entry_args]
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """The exit code of the step, as srun would give it: the largest, 128 + n for a signal.
+
+    Once a rank has left, the others have PEER_EXIT_WAIT_S seconds."""
+    first_exit: float | None = None
+    while any(rank.poll() is None for rank in ranks):
+        if first_exit is None and any(rank.poll() is not None for rank in ranks):
+            first_exit = time.monotonic()
+        if first_exit is not None and time.monotonic() - first_exit > PEER_EXIT_WAIT_S:
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill()
+        time.sleep(_POLL_S)
+    codes = [rank.returncode for rank in ranks]
+    return max((128 - code if code < 0 else code) for code in codes)
+
+
+def gpus_here() -> int:
+    """GPUs that a process on this machine sees, without asking torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"])
+    return sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if path.name.removeprefix("nvidia").isdigit())

@@ -1,0 +1,112 @@
+"""From settings to a run directory that is complete: staged aside, then renamed."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jobs import rundir
+from jobs.errors import HoldfastError, SettingError
+from jobs.rundir import RunDir
+from jobs.settings import Job
+from jobs.sources import Resolved, dump_yaml, resolve, words_from_make
+from launcher import snapshot
+from slurm import site
+from slurm.render import script_for
+
+# Settings whose value may be a path behind a word and a colon; nodes start in another folder than the person who submits.
+_PATH_WORDS = {"data": ("text", "tokens"), "model": ("hf",)}
+
+
+def resolve_here(words: Sequence[str], environ: Mapping[str, str], cwd: Path, **more: Any) -> Resolved:
+    """The job that a person describes from folder `cwd`, words of a make command line included."""
+    resolved = resolve([*words_from_make(environ), *words], environ, cwd, lambda word: site.find(word, cwd), **more)
+    return replace(resolved, job=_anchor_paths(resolved.job, cwd))
+
+
+def which_run(words: Sequence[str], environ: Mapping[str, str], cwd: Path) -> tuple[Path, str | None]:
+    """The runs directory, and the run that was named (RUN or RUN=...) or None, from the words after a command."""
+    folder = environ.get("HOLDFAST_RUNS_DIR") or environ.get("RUNS_DIR") or str(Job.model_fields["runs_dir"].default)
+    named: str | None = None
+    for word in [*words_from_make(environ), *words]:
+        key, equals, value = word.partition("=")
+        key = key.removeprefix("--").replace("-", "_").upper()
+        if equals and key == "RUNS_DIR":
+            folder = value
+        elif equals and key == "RUN":
+            named = value
+        elif equals and key.isidentifier():
+            raise SettingError(f"{key} has no effect here (command line); this command takes RUN and RUNS_DIR.")
+        elif word.startswith("-"):
+            raise SettingError(f"{word} is not an option of this command (command line).")
+        elif named is not None:
+            raise SettingError(f"{word!r}: one run at a time, {named!r} was named already (command line).")
+        else:
+            named = word
+    return cwd / folder, named
+
+
+def find_run(words: Sequence[str], environ: Mapping[str, str], cwd: Path) -> RunDir:
+    """The run that a person means; the newest when none is named. Raises NotFoundError."""
+    folder, named = which_run(words, environ, cwd)
+    return rundir.find(named, folder)
+
+
+def prepare(resolved: Resolved, cwd: Path, executable: str, members: Sequence[Resolved] = ()) -> tuple[RunDir, bool]:
+    """The run directory of a job, and whether it was made now (a given RUN_ID finds the run that exists).
+
+    With `members` it is the directory of an array, and each member becomes a run of its own in it.
+    Nothing is left behind when anything fails."""
+    job = resolved.job
+    runs_dir = cwd / job.runs_dir
+    final = rundir.place(runs_dir, job.job_name, job.run_id or _unused_id(runs_dir, job.job_name))
+    if final.path.exists():
+        if not final.job_yaml.exists():
+            raise SettingError(f"RUN_ID: {final.path} exists and is no run directory.")
+        return final, False
+    staging = rundir.stage(final)
+    try:
+        _write_run(staging, resolved)
+        snapshot.freeze(staging, cwd, job.code_include, leave_out=Path(os.path.abspath(runs_dir)))
+        text = script_for(job, final, executable, array_size=len(members) or None)
+        staging.script.write_text(text)
+        staging.script.chmod(0o755)
+        for index, member in enumerate(members):
+            _write_run(staging.member(index), member)
+    except HoldfastError:
+        rundir.discard(staging)
+        raise
+    except OSError as err:
+        rundir.discard(staging)
+        raise SettingError(f"run directory {final.path} cannot be made: {err.strerror or err}") from err
+    rundir.publish(staging, final)
+    return final, True
+
+
+def _write_run(run: RunDir, resolved: Resolved) -> None:
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.logs.mkdir()
+    run.job_yaml.write_text(dump_yaml(resolved.job.model_dump(mode="json")))
+    run.origins.write_text(json.dumps(resolved.origins, indent=1) + "\n")
+
+
+def _unused_id(runs_dir: Path, name: str) -> str:
+    while True:
+        run_id = rundir.new_id()
+        if not rundir.place(runs_dir, name, run_id).path.exists():
+            return run_id
+
+
+def _anchor_paths(job: Job, cwd: Path) -> Job:
+    update: dict[str, str] = {}
+    for name, words in _PATH_WORDS.items():
+        word, colon, path = getattr(job, name).partition(":")
+        if colon and word in words and not os.path.isabs(os.path.expanduser(path)):
+            update[name] = f"{word}:{cwd / path}"
+    for name in ("setup_script", "init_from"):
+        path = getattr(job, name)
+        if path and not os.path.isabs(path):
+            update[name] = str(cwd / path)
+    return job.model_copy(update=update) if update else job

@@ -1,0 +1,252 @@
+"""What commands print: tables on a terminal, plain text in a pipe, JSON for programs."""
+
+import json
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jobs import ledger, metrics, rundir, sources
+from jobs.contract import Cause, Event
+from jobs.errors import HoldfastError, SubmitError
+from jobs.rundir import RunDir
+from jobs.settings import Job, group_of, help_of, names, unit_of
+from jobs.sources import Resolved
+from jobs.verdict import judge
+from launcher.attempt import LOCAL, budgets_of
+from slurm.client import Slurm
+from slurm.states import base
+
+_DAY_S = 86_400
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.I)
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run as `status` shows it. Times are Unix seconds; `state` is waiting, running, finished, failed, cancelled or stopped."""
+
+    run: str
+    path: str
+    state: str
+    job_id: str
+    attempt: int
+    step: int
+    max_steps: int
+    loss: float | None
+    tokens_per_s: float | None
+    lost_steps: int
+    causes: list[str]
+    checkpoint_step: int | None
+    checkpoint_time: float | None
+    note: str
+
+
+def schema() -> str:
+    """The JSON schema of a job file."""
+    return json.dumps(Job.model_json_schema(), indent=1)
+
+
+def explain(resolved: Resolved, as_json: bool) -> None:
+    job = resolved.job
+    if as_json:
+        rows = [{"setting": n, "value": _masked(n, job), "from": resolved.origins[n], "unit": unit_of(n), "group": group_of(n), "meaning": help_of(n)} for n in names()]
+        print(json.dumps(rows, indent=1))
+        return
+    for note in resolved.notes:
+        print(note)
+    table = _table("setting", "value", "from", "meaning")
+    for name in names():
+        unit = f" {unit_of(name)}" if unit_of(name) and getattr(job, name) is not None and name != "time_limit" else ""
+        value = _masked(name, job)
+        table.add_row(Text(name), Text((value or "-") + (unit if value else "")), Text(resolved.origins[name]), Text(help_of(name)))
+    _print(table)
+
+
+def not_default(resolved: Resolved) -> str:
+    """`PRECISION=bf16 (command line)  LR=3e-4 (environment LR)`: all that somebody chose outside of the job file."""
+    by_origin: dict[str, list[str]] = {}
+    for name, origin in resolved.not_default().items():
+        by_origin.setdefault(origin, []).append(f"{name.upper()}={_shown(_masked(name, resolved.job))}")
+    return "   ".join(f"{'  '.join(words)} ({origin})" for origin, words in by_origin.items())
+
+
+def headline(job: Job) -> str:
+    """quickstart · 2 nodes x 2 processes · bf16 · 32 samples per step = 4 x 8 x 1 accumulation."""
+    what = "process" if job.device == "cpu" or job.gpu_request == "none" else "GPU"
+    many = "es" if what == "process" else "s"
+    per_node = f"{job.gpus_per_node} {what}{many if job.gpus_per_node > 1 else ''}"
+    nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''}"
+    return f"{job.job_name} · {nodes} x {per_node} · {job.precision} · {job.batch_size} samples per step = {job.world_size} x {job.micro_batch_size} x {job.grad_accum_steps} accumulation"
+
+
+def collect(runs: Iterable[RunDir], queue: dict[str, tuple[str, str, str]] | None) -> list[RunStatus]:
+    """Status of runs from their own files and one answer of squeue (None when Slurm could not be asked)."""
+    return [_status_of(run, queue) for run in runs]
+
+
+def status(runs_dir: Path, word: str | None, as_json: bool, every: bool) -> None:
+    runs = [rundir.find(word, runs_dir)] if word else rundir.all_runs(runs_dir)
+    if not runs and not as_json:
+        print(f"no runs in {runs_dir}/ yet; holdfast submit makes one")
+        return
+    queue, trouble = ask_queue()
+    rows = collect(runs, queue)
+    if not word and not every and not as_json:
+        rows = [row for row in rows if row.state in ("running", "waiting") or _touched(row) > time.time() - _DAY_S]
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+        return
+    if trouble:
+        print(trouble)
+    table = _table("run", "state", "job", "attempt", "step", "loss", "tok/s", "checkpoint", "note")
+    for row in rows:
+        table.add_row(
+            row.run,
+            row.state,
+            row.job_id,
+            str(row.attempt or "-"),
+            f"{row.step:,}/{row.max_steps:,}",
+            "" if row.loss is None else f"{row.loss:.3f}",
+            "" if row.tokens_per_s is None or row.state != "running" else f"{row.tokens_per_s:,.0f}",
+            "" if row.checkpoint_time is None else f"step {row.checkpoint_step:,}, {ago(row.checkpoint_time)}",
+            row.note,
+        )
+    _print(table)
+
+
+def ask_queue() -> tuple[dict[str, tuple[str, str, str]] | None, str]:
+    """This user's jobs, or None with a remark when there is a Slurm that does not answer."""
+    if not Slurm.available():
+        return None, ""
+    try:
+        return Slurm().queue(), ""
+    except SubmitError as err:
+        return None, f"Slurm does not answer, so states are from the runs' own files: {err}"
+
+
+def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> RunStatus:
+    try:
+        job = sources.load(run.job_yaml)
+    except HoldfastError as err:
+        return RunStatus(run.id, str(run.path), "damaged", "", 0, 0, 0, None, None, 0, [], None, None, str(err).splitlines()[0])
+    events = ledger.read(run.ledger)
+    attempts = ledger.attempts(events)
+    submitted = [event for event in events if event["event"] == Event.SUBMITTED]
+    job_id = str(submitted[-1]["job_id"]) if submitted else (attempts[-1].job_id if attempts else "")
+    if attempts and not attempts[-1].job_id.startswith(LOCAL):
+        job_id = attempts[-1].job_id
+    saves = [event for event in events if event["event"] == Event.CHECKPOINT]
+    lines = metrics.read(run.metrics)
+    last = lines[-1] if lines else {}
+    step = _progress(run, attempts, int(last.get("step", 0)))
+    state, note = _state(run, job, events, attempts, job_id, queue)
+    return RunStatus(
+        run=run.id,
+        path=str(run.path),
+        state=state,
+        job_id=job_id,
+        attempt=attempts[-1].number if attempts else 0,
+        step=step,
+        max_steps=job.max_steps,
+        loss=last.get("loss"),
+        tokens_per_s=last.get("tokens_per_s"),
+        lost_steps=sum(attempt.lost_steps for attempt in attempts),
+        causes=[attempt.cause.value for attempt in attempts if attempt.cause],
+        checkpoint_step=int(saves[-1]["step"]) if saves else None,
+        checkpoint_time=float(saves[-1]["time"]) if saves else None,
+        note=note,
+    )
+
+
+def _state(run: RunDir, job: Job, events: list[dict[str, object]], attempts: list[ledger.Attempt], job_id: str, queue: dict[str, tuple[str, str, str]] | None) -> tuple[str, str]:
+    lost = sum(attempt.lost_steps for attempt in attempts)
+    stops = [attempt.cause.value.replace("_", " ") for attempt in attempts[:-1] if attempt.cause]
+    history = f"{len(stops)} interruption{'s' if len(stops) > 1 else ''} ({', '.join(dict.fromkeys(stops))}), {lost} steps lost" if stops else ""
+    last = attempts[-1] if attempts else None
+    if last and last.cause is Cause.FINISHED:
+        return "finished", history
+    queued = (queue or {}).get(job_id)
+    if queued:
+        state = base(queued[0])
+        if state == "PENDING":
+            return "waiting", "; ".join(filter(None, [f"{last.cause.value.replace('_', ' ')}, queued again" if last and last.cause else "", f"Slurm: {queued[1]}"]))
+        return "running", history
+    if last and last.cause is None:
+        if last.job_id.startswith(LOCAL):
+            return ("running", history) if _alive(last.job_id) else ("stopped", f"its process is gone; holdfast resume {run.id}")
+        return ("running", history) if queue is None else ("stopped", f"job {job_id} is gone from the queue; holdfast resume {run.id}")
+    if last is None:
+        if queue is None and not job_id.startswith(LOCAL):
+            return "waiting", ""
+        return ("waiting", "") if job_id.startswith(LOCAL) else ("stopped", f"job {job_id} is gone from the queue; holdfast resume {run.id}" if job_id else "never submitted")
+    if last.cause is Cause.CANCELLED:
+        return "cancelled", f"holdfast resume {run.id} goes on"
+    verdict = judge(events, budgets_of(job))
+    if verdict.again:
+        return "stopped", f"{last.cause.value.replace('_', ' ') if last.cause else ''}; holdfast resume {run.id}"
+    return "failed", f"{last.evidence} (holdfast logs {run.id})"
+
+
+def _progress(run: RunDir, attempts: list[ledger.Attempt], logged: int) -> int:
+    if not attempts:
+        return logged
+    try:
+        return int(run.attempt(attempts[-1].number).progress.read_text())
+    except (OSError, ValueError):
+        return attempts[-1].step or logged
+
+
+def _alive(job_id: str) -> bool:
+    """Whether the process behind a local run still works (a zombie does not)."""
+    try:
+        stat = Path(f"/proc/{int(job_id.removeprefix(LOCAL))}/stat").read_text()
+    except (OSError, ValueError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def _touched(row: RunStatus) -> float:
+    run = RunDir(Path(row.path))
+    return max((path.stat().st_mtime for path in (run.ledger, run.job_yaml) if path.exists()), default=0.0)
+
+
+def ago(then: float) -> str:
+    """40 s ago, 31 min ago, 5 h ago; a date after two days."""
+    seconds = max(time.time() - then, 0)
+    if seconds < 120:
+        return f"{seconds:.0f} s ago"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min ago"
+    if seconds < 2 * _DAY_S:
+        return f"{seconds / 3600:.0f} h ago"
+    return datetime.fromtimestamp(then).strftime("%Y-%m-%d")
+
+
+def _masked(name: str, job: Job) -> str:
+    """A setting as text, with secrets among the environment variables hidden."""
+    if name == "node_env":
+        return ",".join(f"{key}={'***' if _SECRET.search(key) else value}" for key, value in job.node_env.items())
+    return job.text(name)
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, no_wrap=index == 0, overflow="fold")
+    return table
+
+
+def _print(table: Table) -> None:
+    console = Console(highlight=False)
+    # In a pipe there is no width to fit: a row stays a line, so that grep and awk work.
+    console.print(table) if console.is_terminal else Console(width=400, highlight=False).print(table)

@@ -1,0 +1,126 @@
+"""Submitting through submitit: the one module that imports it.
+
+submitit queues, names and watches the job; the text it submits is ours. What Slurm runs is therefore the script in the run
+directory and nothing else, so that `sbatch` of the same file by hand leads to the same training.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
+
+from jobs import ledger
+from jobs.contract import Event
+from jobs.errors import SubmitError
+from jobs.rundir import RunDir
+from jobs.settings import Job
+from slurm.client import Slurm, clean_environment, explain
+
+
+class ScriptExecutor(submitit.SlurmExecutor):
+    """A Slurm executor whose submission text is the run's own script, for single jobs and for arrays."""
+
+    def __init__(self, run: RunDir, job: Job):
+        super().__init__(folder=run.submitit)
+        self._script = run.script.read_text()
+        # submitit counts the tasks of a job from these; the script says the same to Slurm.
+        self.update_parameters(nodes=job.nodes, ntasks_per_node=job.gpus_per_node, time=job.time_limit)
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self._script
+
+    def _internal_process_submissions(self, delayed_submissions: list[DelayedSubmission]) -> list[submitit.Job[Any]]:
+        # The base class builds arrays with its own class and would lose our text; the script already says --array.
+        first: submitit.Job[Any] = self._submit_command(self._submitit_command_str)
+        if len(delayed_submissions) == 1:
+            return [first]
+        tasks = list(range(self._num_tasks()))
+        return [submitit.SlurmJob(folder=self.folder, job_id=f"{first.job_id}_{index}", tasks=tasks) for index in range(len(delayed_submissions))]
+
+
+def train_run(run_dir: str) -> int:
+    """What submitit is told that it runs; on Slurm the script does it, locally submitit calls this."""
+    from launcher.local import run_attempts
+
+    return int(run_attempts(RunDir(Path(run_dir)), os.environ))
+
+
+def to_slurm(run: RunDir, job: Job, environ: Mapping[str, str], members: int = 0) -> str:
+    """Submits a run (or the array in its directory). Returns Slurm's job id. Raises SubmitError with sbatch's own words."""
+    if shutil.which("srun") is None or shutil.which("sbatch") is None:
+        raise SubmitError("sbatch and srun are not on this machine; is this a login node of the cluster? `holdfast submit --local` needs no Slurm")
+    run.submitit.mkdir(exist_ok=True)
+    # submitit prints what sbatch said before it raises; it is said once, in our message.
+    with _environment(clean_environment(environ)), contextlib.redirect_stderr(io.StringIO()):
+        executor = ScriptExecutor(run, job)
+        try:
+            jobs = executor.submit_array([_Call(str(run.member(i).path)) for i in range(members)]) if members > 1 else [executor.submit(train_run, str(run.path))]
+        except (FailedJobError, FailedSubmissionError) as err:
+            raise SubmitError(explain("sbatch", _words_of(err))) from err
+    job_id = jobs[0].job_id.partition("_")[0]
+    if members:
+        for index in range(members):
+            ledger.append(run.member(index).ledger, Event.SUBMITTED, attempt=0, job_id=f"{job_id}_{index}", by="submitit")
+    else:
+        ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id, by="submitit")
+    return job_id
+
+
+def to_local(run: RunDir, job: Job) -> "submitit.Job[int]":
+    """Starts a run on this machine by submitit's local executor, in the background."""
+    executor = submitit.LocalExecutor(folder=run.submitit, python=sys.executable)
+    # The time limit is that of the job; a local run has no queue behind it, so the warning is one minute at most.
+    executor.update_parameters(timeout_min=job.time_limit, tasks_per_node=1, signal_delay_s=min(job.stop_lead_s, 60), gpus_per_node=0 if job.device == "cpu" else job.gpus_per_node)
+    local: submitit.Job[int] = executor.submit(train_run, str(run.path))
+    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=f"local-{local.job_id}", by="submitit, local")
+    return local
+
+
+def resubmit(run: RunDir, job: Job, environ: Mapping[str, str]) -> str:
+    """Submits the script of a run that exists once more; of an array only this task. Returns Slurm's job id."""
+    if run.is_member:
+        out = Slurm(environ).run("sbatch", "--parsable", f"--array={run.path.name}", str(run.script))
+        job_id = f"{out.strip().partition(';')[0]}_{run.path.name}"
+        ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id, by="resume")
+        return job_id
+    return to_slurm(run, job, environ)
+
+
+class _Call:
+    """A picklable call of `train_run` for one member of an array."""
+
+    def __init__(self, run_dir: str):
+        self.run_dir = run_dir
+
+    def __call__(self) -> int:
+        return train_run(self.run_dir)
+
+
+class _environment:
+    """os.environ without what an outer job left in it, for as long as sbatch is called."""
+
+    def __init__(self, environ: Mapping[str, str]):
+        self._wanted = dict(environ)
+
+    def __enter__(self) -> None:
+        self._before = dict(os.environ)
+        os.environ.clear()
+        os.environ.update(self._wanted)
+
+    def __exit__(self, *error: object) -> None:
+        os.environ.clear()
+        os.environ.update(self._before)
+
+
+def _words_of(err: Exception) -> str:
+    """What sbatch itself said, without submitit's frame around it."""
+    text = str(err)
+    said = [line.strip() for line in text.splitlines() if "sbatch:" in line or "error:" in line.lower()]
+    return " ".join(line.removeprefix("sbatch: ") for line in said) or " ".join(text.split())
