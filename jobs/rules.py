@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jobs.errors import SettingError
 from jobs.precision import MODES, arch_number, nearest_that_runs, runs_on
+from jobs.schedule import Schedule, warmup_steps_from_pct
 from jobs.settings import Job
 
 
@@ -23,7 +25,20 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
         problems.append(f"{said('stop_lead_s')} seconds of warning do not fit into {said('time_limit')}.")
     if job.warmup_steps is not None and job.warmup_steps > job.max_steps:
         problems.append(f"{said('warmup_steps')} is more than {said('max_steps')}.")
+    else:
+        try:
+            schedule_of(job)
+        except SettingError as err:
+            problems.append(f"{err} ({origins.get('lr_scheduler_params', 'default')}).")
     return problems, derived
+
+
+def schedule_of(job: Job) -> Schedule:
+    """The learning-rate curve of a job. Raises SettingError for parameters that describe no curve."""
+    params = dict(job.lr_scheduler_params)
+    warmup = job.warmup_steps if job.warmup_steps is not None else warmup_steps_from_pct(job.max_steps, job.warmup_pct or 0.0)
+    params.setdefault("warmup_steps", warmup)
+    return Schedule.from_params(job.lr_scheduler, job.lr, job.max_steps, params)
 
 
 def _batch(job: Job, said: Any) -> tuple[list[str], dict[str, Any]]:
@@ -32,6 +47,11 @@ def _batch(job: Job, said: Any) -> tuple[list[str], dict[str, Any]]:
     gpus = f"{world} process{'es' if world > 1 else ''} (NODES={job.nodes} x GPUS_PER_NODE={job.gpus_per_node})"
     micro, accum = job.micro_batch_size, job.grad_accum_steps
     unit = world * (micro or 1) * (accum or 1)
+    if micro and accum and unit != job.batch_size:
+        return [
+            f"{said('micro_batch_size')} x {said('grad_accum_steps')} x {gpus} = {unit}, "
+            f"but {said('batch_size')}. Leave one of them out and it follows."
+        ], {}
     if job.batch_size % unit:
         parts = [gpus]
         parts += [f"{said('micro_batch_size')}"] if micro else []
@@ -40,11 +60,6 @@ def _batch(job: Job, said: Any) -> tuple[list[str], dict[str, Any]]:
         near = ", ".join(str(n) for n in (above, below) if n)
         return [f"{said('batch_size')} is not divisible by {' x '.join(parts)} = {unit}. Near values: {near}."], {}
     per_rank = job.batch_size // world
-    if micro and accum and micro * accum != per_rank:
-        return [
-            f"{said('micro_batch_size')} x {said('grad_accum_steps')} x {gpus} = {micro * accum * world}, "
-            f"but {said('batch_size')}. Leave one of them out and it follows."
-        ], {}
     micro = micro or per_rank // (accum or 1)
     return [], {"micro_batch_size": micro, "grad_accum_steps": per_rank // micro}
 

@@ -4,10 +4,12 @@ The YAML key is the field's name, the environment variable and the `KEY=value` w
 the flag is the name behind two dashes. docs/settings.md, the JSON schema and `holdfast explain` are made from here.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from jobs.contract import RankEnv
 from jobs.precision import ALIASES, Precision
 
 
@@ -16,10 +18,15 @@ def setting(default: Any, help: str, *, group: str, unit: str | None = None, **b
     return Field(default, description=help, json_schema_extra={"group": group, "unit": unit or ""}, validate_default=False, **bounds)
 
 
-def _one_line(text: str) -> str:
+def _printable(text: str) -> str:
     bad = sorted({f"U+{ord(c):04X}" for c in text if ord(c) < 32 or ord(c) == 127 or c in "\x85\u2028\u2029"})
     if bad:
         raise ValueError(f"has the control character {', '.join(bad)}; a batch script can carry one line of text only")
+    return text
+
+
+def _one_line(text: str) -> str:
+    _printable(text)
     if len(text) > 1000:
         raise ValueError(f"is {len(text)} characters long; Slurm options of up to 1000 are passed on")
     return text
@@ -45,6 +52,16 @@ def _environment(values: dict[str, str]) -> dict[str, str]:
     for name in values:
         if not (name.isascii() and name.isidentifier()):
             raise ValueError(f"{name!r} cannot be the name of an environment variable")
+        if name in RankEnv.__members__.values():
+            raise ValueError(f"{name} is set by holdfast itself for every process")
+    return values
+
+
+def _portable(values: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError("holds something else than numbers, text, lists and mappings of these, so no job file can carry it") from None
     return values
 
 
@@ -111,23 +128,27 @@ def _scalar_text(value: Any) -> str:
 Text = Annotated[str, AfterValidator(_storable)]
 Line = Annotated[str, AfterValidator(_storable), AfterValidator(_one_line)]
 Slug = Annotated[str, AfterValidator(_slug)]
-Words = Annotated[tuple[Line, ...], BeforeValidator(_items)]
-Pairs = Annotated[dict[str, Line], BeforeValidator(_pairs)]
-Minutes = Annotated[int, BeforeValidator(parse_minutes), Field(ge=1)]
+# The types behind the second argument are what a job file may say; the JSON schema is made from them.
+_Scalar = str | int | float | bool | None
+Command = Annotated[str, AfterValidator(_storable), AfterValidator(_printable)]
+Words = Annotated[tuple[Line, ...], BeforeValidator(_items, list[str] | str | None)]
+Arguments = Annotated[tuple[Command, ...], BeforeValidator(_items, list[str] | str | None)]
+Pairs = Annotated[dict[str, Line], BeforeValidator(_pairs, dict[str, _Scalar] | str | None)]
+Minutes = Annotated[int, BeforeValidator(parse_minutes, int | str), Field(ge=1)]
 
 
 class Job(BaseModel):
     """One training job, fully resolved. Made by `jobs.sources.resolve`, frozen into the run directory as job.yaml."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # --- the run
     job_name: Slug = setting("", "name of the run and of the Slurm job; left out, the job file's name", group="run")
     run_id: Slug | None = setting(None, "id of the run; left out, a new one at each submit. Given, submitting twice finds the first run", group="run")
     runs_dir: Line = setting("runs", "folder that holds all run directories; must be visible on every node", group="run")
     site: Line = setting("generic", "site file: a name in slurm/sites, or a path to a YAML file", group="run")
-    entry: Text | None = setting(None, "your own training script (path/to/train.py or -m module) instead of the built-in one", group="run")
-    entry_args: Annotated[tuple[Text, ...], BeforeValidator(_items)] = setting((), "arguments of your own script", group="run")
+    entry: Command | None = setting(None, "your own training script (path/to/train.py or -m module) instead of the built-in one", group="run")
+    entry_args: Arguments = setting((), "arguments of your own script", group="run")
     code_include: Words = setting((), "further files or folders to freeze with the code, beside what git tracks", group="run")
     note: Text = setting("", "a remark that is kept with the run", group="run")
 
@@ -173,7 +194,7 @@ class Job(BaseModel):
 
     # --- what to train
     model: Text = setting("nano", "model: a preset (nano, 124m, 350m, 1b, 3b, 8b), convnet, hf:PATH, or package.module:build", group="model")
-    model_options: dict[str, Any] = setting({}, "options of the model that differ from its preset", group="model")
+    model_options: Annotated[dict[str, Any], AfterValidator(_portable)] = setting({}, "options of the model that differ from its preset", group="model")
     grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third more work", group="model")
     compile: bool = setting(False, "torch.compile of each block", group="model")
     init_from: Text | None = setting(None, "checkpoint or run to take the weights from at step 0", group="model")
@@ -199,7 +220,7 @@ class Job(BaseModel):
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 turns clipping off", group="optimizer", ge=0)
 
     # --- precision
-    precision: Annotated[Precision, BeforeValidator(_precision_word)] = setting(Precision.BF16, "number format of the matrix products", group="precision")
+    precision: Annotated[Precision, BeforeValidator(_precision_word, Precision | Literal[*ALIASES, False])] = setting(Precision.BF16, "number format of the matrix products", group="precision")
     fp8_backend: Literal["te", "torchao"] = setting("te", "fp8 by Transformer Engine or by torchao", group="precision")
     fp8_recipe: Literal["current", "delayed", "block", "mxfp8", "tensorwise", "rowwise"] | None = setting(None, "how fp8 scales are found; left out, current (te) or tensorwise (torchao)", group="precision")
     amp_opt_level: Literal["O0", "O1", "O2"] | None = setting(None, "O0: no mixed precision; O1: autocast; O2: 16-bit parameters with fp32 master weights", group="precision")

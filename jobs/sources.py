@@ -84,11 +84,23 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a name is one word, not a list or a mapping", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_decimal(self, node: yaml.ScalarNode) -> int | str:
+        """010 is ten. YAML 1.1 reads it as octal, and cannot read 08 at all."""
+        text = str(self.construct_scalar(node))
+        try:
+            return int(text)
+        except ValueError:  # longer than Python converts, or tagged !!int by hand: no setting takes it
+            return text
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
@@ -111,13 +123,16 @@ def read_yaml(path: Path, shown: str) -> dict[str, Any]:
         raise NotFoundError(f"{shown}: cannot be read: {err.strerror}") from err
     try:
         # _Loader derives from SafeLoader: it builds plain values only.
-        content = yaml.load(text, _Loader)  # noqa: S506
+        content = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as err:
         mark = err.problem_mark
         where = f"{shown}:{mark.line + 1}" if mark else shown
         raise SettingError(f"{where}: not valid YAML: {err.problem}") from err
     except yaml.YAMLError as err:
         raise SettingError(f"{shown}: not valid YAML: {' '.join(str(err).split())}") from err
+    except (ValueError, KeyError, RecursionError) as err:
+        # A scalar with an explicit tag that does not fit it, or brackets nested a thousand deep.
+        raise SettingError(f"{shown}: not readable: {type(err).__name__}: {err}") from err
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -127,8 +142,16 @@ def read_yaml(path: Path, shown: str) -> dict[str, Any]:
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
     """YAML text that `read_yaml` reads back to the same values, whatever characters they hold."""
-    # JSON strings are YAML strings; quoting every one leaves nothing to the resolvers of any YAML version.
-    return "".join(f"{key}: {json.dumps(value, ensure_ascii=True)}\n" for key, value in values.items())
+    # JSON strings are YAML strings; quoting every one leaves nothing to the resolvers of any YAML version. Only above
+    # U+FFFF they differ: JSON writes two surrogates, which YAML reads as two characters.
+    return "".join(f"{key}: {_NOT_ASCII.sub(_yaml_escape, json.dumps(value, ensure_ascii=False))}\n" for key, value in values.items())
+
+
+_NOT_ASCII = re.compile(r"[^\x20-\x7e]")
+
+
+def _yaml_escape(char: re.Match[str]) -> str:
+    return f"\\U{ord(char[0]):08x}"
 
 
 def setting_name(word: str) -> str | None:
@@ -140,18 +163,24 @@ def setting_name(word: str) -> str | None:
 
 def find_job_file(word: str, cwd: Path) -> tuple[Path, str]:
     """The job file that `word` names: a path, or the name of one that comes with holdfast. Raises NotFoundError."""
-    path = (cwd / word).resolve()
-    if path.is_file():
-        return path, word
-    shipped = resources.files("jobs")
+    path = cwd / word
+    if _is_file(path):
+        return path.resolve(), word
+    shipped = Path(str(resources.files("jobs")))
+    known = sorted(path.stem for path in shipped.glob("*.yaml"))
     stem = Path(word).name.removesuffix(".yaml")
-    candidate = Path(str(shipped)) / f"{stem}.yaml"
-    if candidate.is_file() and word in (stem, f"{stem}.yaml", f"jobs/{stem}.yaml"):
-        return candidate, f"jobs/{stem}.yaml"
-    known = sorted(p.name.removesuffix(".yaml") for p in Path(str(shipped)).glob("*.yaml"))
+    if stem in known and word in (stem, f"{stem}.yaml", f"jobs/{stem}.yaml"):
+        return shipped / f"{stem}.yaml", f"jobs/{stem}.yaml"
     near = difflib.get_close_matches(stem, known, 1)
     hint = f" Did you mean jobs/{near[0]}.yaml?" if near else f" These come with holdfast: {', '.join(known)}."
-    raise NotFoundError(f"job file {word!r} does not exist in {cwd}.{hint}")
+    raise NotFoundError(f"job file {_shorten(word)!r} does not exist in {cwd}.{hint}")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have: too long, NUL, not encodable
+        return False
 
 
 def split_words(words: Iterable[str]) -> tuple[list[tuple[str, str]], str | None, list[str]]:
@@ -168,7 +197,7 @@ def split_words(words: Iterable[str]) -> tuple[list[tuple[str, str]], str | None
         if word.startswith("--") and len(word) > 2:
             key = key[2:]
             if not equals:
-                is_flag = not rest or rest[0].startswith("--") or ("=" in rest[0] and setting_name(rest[0].partition("=")[0]) is not None)
+                is_flag = not rest or rest[0].startswith("--") or (_is_switch(key) and rest[0].lower() not in _SWITCH_WORDS)
                 value = "true" if is_flag else rest.pop(0)
         elif equals and key and all(c.isalnum() or c in "_-" for c in key):
             pass
@@ -246,6 +275,8 @@ def resolve(
         site_layer = _file_layer(read_yaml(site_path, site_shown), site_shown)
     except (NotFoundError, SettingError) as err:
         site_layer.faults.append(f"{err} (SITE from {site_origin})" if isinstance(err, NotFoundError) else str(err))
+    except (OSError, ValueError) as err:
+        site_layer.faults.append(f"SITE: {_shorten(site_word)!r} cannot be the name of a file: {getattr(err, 'strerror', None) or err} ({site_origin}).")
 
     layers = [site_layer, *upper]
     if allocation:
@@ -264,8 +295,9 @@ def load(path: Path) -> Job:
 
 def _environment_layer(environ: Mapping[str, str]) -> _Layer:
     layer = _Layer()
-    for name in [*names(), *NAME_ALIASES, *_AMP_WORDS]:
-        for variable in (name.upper(), PREFIX + name.upper()):  # the prefixed one last: it wins
+    for prefix in ("", PREFIX):  # the prefixed ones last: they win, also over another word for the same thing
+        for name in [*NAME_ALIASES, *_AMP_WORDS, *names()]:
+            variable = prefix + name.upper()
             if variable in environ:
                 layer.add(name, environ[variable], f"environment {variable}")
     for variable in environ:
@@ -284,6 +316,9 @@ def _file_layer(content: Mapping[str, Any], shown: str) -> _Layer:
                 layer.add(str(inner), inner_value, f"{shown}, {key}")
         else:
             layer.add(key, value, shown)
+    for name in sorted({given.name for given in layer.given}):
+        if sum(given.name == name for given in layer.given) > 1:
+            layer.faults.append(f"{name.upper()} is given twice, under two words for it ({shown}); give one.")
     return layer
 
 
@@ -348,9 +383,13 @@ def _plain(given: Given) -> Any:
     value = given.value
     if given.name not in Job.model_fields:
         return value
-    optional = _is_optional(given.name)
-    if isinstance(value, str) and optional and value.lower() in ("none", "null", ""):
-        return None
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
+        if _is_optional(given.name):
+            return None
+        if typing.get_origin(_bare_type(given.name)) in (dict, tuple):
+            return {} if typing.get_origin(_bare_type(given.name)) is dict else ()
+    if isinstance(value, bool) and _bare_type(given.name) in (int, float):
+        return str(value).lower()  # `nodes: true` is a slip, and Python would count it as 1
     if isinstance(value, str) and given.name in ("model_options", "lr_scheduler_params"):
         return _mapping_from_word(value)
     return value
@@ -360,10 +399,10 @@ def _mapping_from_word(text: str) -> Any:
     """`{a: 1, b: 2}` or `a=1,b=2`; anything else is handed on, for pydantic to refuse."""
     try:
         if text.lstrip().startswith("{"):
-            return yaml.load(text, _Loader)  # noqa: S506
+            return yaml.load(text, _Loader)
         pairs = [item.partition("=") for item in text.split(",") if item.strip()]
         if all(equals for _, equals, _ in pairs):
-            return {key.strip(): yaml.load(value, _Loader) for key, _, value in pairs}  # noqa: S506
+            return {key.strip(): yaml.load(value, _Loader) for key, _, value in pairs}
     except yaml.YAMLError:
         pass
     return text
@@ -374,13 +413,31 @@ def _is_optional(name: str) -> bool:
     return typing.get_origin(annotation) in (typing.Union, types.UnionType) and type(None) in typing.get_args(annotation)
 
 
+def _bare_type(name: str) -> Any:
+    """The type of a setting without its None and its annotations: int, float, str, tuple[...], dict[...]."""
+    annotation = Job.model_fields[name].annotation
+    if _is_optional(name):
+        annotation = next(kind for kind in typing.get_args(annotation) if kind is not type(None))
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
+
+
+_SWITCH_WORDS = ("true", "false", "1", "0", "yes", "no", "on", "off")
+
+
+def _is_switch(word: str) -> bool:
+    """Whether --word may stand without a value. Every other setting takes the next word, whatever it looks like."""
+    name = setting_name(word)
+    return name == "use_amp" or (name in Job.model_fields and _bare_type(str(name)) is bool)
+
+
 def _faults(err: ValidationError, origins: Mapping[str, str], values: Mapping[str, Any]) -> list[str]:
     """One line per fault: what, where from, what is allowed."""
     lines = []
     for fault in err.errors(include_url=False):
         name = str(fault["loc"][0])
         value, context, kind = fault["input"], fault.get("ctx", {}), fault["type"]
-        said = f"{name.upper()}: {_shorten(value)!r}"
+        # A whole mapping is not printed back: it may be long, and node_env may hold a token.
+        said = f"{name.upper()}:" if isinstance(value, (dict, list, tuple)) else f"{name.upper()}: {_shorten(value)!r}"
         inner = ".".join(str(part) for part in fault["loc"][1:] if not (isinstance(part, str) and "function" in part))
         if inner and isinstance(values.get(name), (dict, list, tuple)):
             said = f"{name.upper()}.{inner}: {_shorten(value)!r}"
@@ -401,6 +458,8 @@ def _faults(err: ValidationError, origins: Mapping[str, str], values: Mapping[st
             problem = str(context.get("error", fault["msg"]))
         elif kind == "extra_forbidden":
             said, problem = f"{name}", f"is not a setting{_hint(name).rstrip('.')}"
+        elif kind == "string_type":
+            problem = "is not text; write it in quotes"
         elif kind == "finite_number":
             problem = "must be a finite number"
         else:

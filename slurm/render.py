@@ -94,7 +94,15 @@ def _word(value: Any) -> str:
 
 def render_script(job: Job, script: Script) -> str:
     """The batch script of a run, or of an array of runs. Raises RenderError for a value that no script can carry."""
-    return _render("train.sbatch.j2", job=job, script=script, run=script.run, directives=list(_directives(job, script)), train=Quoted(" ".join(shell(word) for word in _train_command(job, script))))
+    return _render(
+        "train.sbatch.j2",
+        job=job,
+        script=script,
+        run=script.run,
+        directives=list(_directives(job, script)),
+        train=Quoted(" ".join(shell(word) for word in _train_command(job, script))),
+        mounts=_mounts(job, script) if job.container_image else [],
+    )
 
 
 def render_by_hand(job: Job) -> str:
@@ -114,8 +122,11 @@ def _render(template: str, **values: Any) -> str:
     )
 
 
-# Options that the script itself depends on: a site may add options, not change these.
-OURS = frozenset({"job-name", "nodes", "ntasks-per-node", "requeue", "no-requeue", "open-mode", "signal", "output", "error", "array", "time", "chdir", "export", "wrap", "comment"})
+# Options that the script or its submission depends on: a site may add options, not change these.
+OURS = frozenset(
+    {"job-name", "nodes", "ntasks", "ntasks-per-node", "requeue", "no-requeue", "open-mode", "signal", "output", "error", "array", "time", "chdir", "export", "wrap", "comment"}
+    | {"wait", "test-only", "parsable"}
+)
 
 
 def _directives(job: Job, script: Script) -> Iterator[tuple[str, Any]]:
@@ -151,8 +162,12 @@ def _directives(job: Job, script: Script) -> Iterator[tuple[str, Any]]:
         yield "output", Quoted(pattern(script.run.logs) + "/%j.batch.out")
     for name, value in job.sbatch_options.items():
         option = name.lstrip("-").replace("_", "-")
-        if option in OURS:
-            raise RenderError(f"SBATCH_OPTIONS: --{option} is set by holdfast itself and cannot be given; use the setting for it.")
+        if not re.fullmatch(r"[a-z][a-z0-9-]+", option):
+            raise RenderError(f"SBATCH_OPTIONS: {name!r} cannot be the long name of an sbatch option.")
+        # sbatch takes the beginning of a name for the name: --outp is --output.
+        ours = sorted(known for known in OURS if known.startswith(option))
+        if ours:
+            raise RenderError(f"SBATCH_OPTIONS: --{ours[0]} is set by holdfast itself and cannot be given; use the setting for it.")
         yield option, value if value != "" else True
 
 
@@ -167,9 +182,19 @@ def _train_command(job: Job, script: Script) -> list[Any]:
         command = [*inside, job.entry, *job.entry_args]
     if not job.container_image or job.container_runtime == "pyxis":
         return command
-    mounts = [str(script.run.path), *job.container_mounts]
-    binds = [part for mount in mounts for part in ("--bind", mount)]
+    binds = [part for mount in _mounts(job, script) for part in ("--bind", mount)]
     return ["apptainer", "exec", *([] if job.device == "cpu" else ["--nv"]), *binds, job.container_image, *command]
+
+
+def _mounts(job: Job, script: Script) -> list[str]:
+    """host:container pairs, the run directory first under its own name. Raises RenderError where a path would be cut in two."""
+    path = str(script.run.path)
+    if "," in path or ":" in path:
+        raise RenderError(f"{path!r} has a comma or colon, at which {job.container_runtime} cuts a mount in two; choose another RUNS_DIR.")
+    for mount in job.container_mounts:
+        if "," in mount:
+            raise RenderError(f"CONTAINER_MOUNTS: {mount!r} has a comma, at which {job.container_runtime} cuts a mount in two; give one mount per item.")
+    return [mount if ":" in mount else f"{mount}:{mount}" for mount in (path, *job.container_mounts)]
 
 
 def default_python(job: Job, executable: str) -> str:

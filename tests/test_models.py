@@ -213,9 +213,9 @@ def test_shorter_samples_than_built_for_work_and_longer_ones_are_refused() -> No
 def test_start_is_scaled_by_depth_and_drawn_from_the_seed() -> None:
     torch.manual_seed(3)
     model = GPT(PRESETS["nano"])
-    assert float(model.blocks[0].mlp.gate_up.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
+    assert float(model.blocks[0].mlp.gate_up.weight.detach().std()) == pytest.approx(0.06, rel=0.02)
     for weight in (model.blocks[1].mlp.down.weight, model.blocks[1].attention.out.weight):
-        assert float(weight.detach().std()) == pytest.approx(0.01, rel=0.03)  # 0.02 / sqrt(2 * 2)
+        assert float(weight.detach().std()) == pytest.approx(0.03, rel=0.03)  # 0.06 / sqrt(2 * 2)
     torch.manual_seed(3)
     with torch.device("meta"):
         empty = GPT(PRESETS["nano"])
@@ -245,7 +245,7 @@ def test_nano_learns_the_synthetic_stream() -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    assert losses[0] == pytest.approx(math.log(256), rel=0.03) and losses[-1] < 1.5
+    assert losses[0] == pytest.approx(math.log(256), rel=0.06) and losses[-1] < 1.0
 
 
 @pytest.mark.parametrize("changes", [{}, {"checkpoint_blocks": True, "tie_embeddings": True, "loss_chunk_tokens": 40}])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler as torch_lr
 
 from jobs.errors import SettingError
-from train.schedule import KINDS, Schedule, curve, describe, lr_at, warmup_steps_from_pct
+from jobs.schedule import KINDS, Schedule, curve, describe, lr_at, warmup_steps_from_pct
 
 BASE = 3e-3
 

@@ -32,7 +32,9 @@ def evaluate(model: nn.Module, data: Dataset, runtime: Runtime, *, samples: int 
 
     `model` is the module inside DDP: ranks have shards of different lengths and must not wait for each other in it."""
     count = min(len(data), samples or len(data))
-    mine = shard(count, runtime.world, runtime.rank)
+    # Spread over the whole set: files stand one behind the other in it, and its first samples are a few of them only.
+    chosen = np.linspace(0, len(data) - 1, count).round().astype(np.int64)
+    mine = chosen[shard(count, runtime.world, runtime.rank)]
     # The largest shard decides how often the ranks ask each other whether to stop: all ask equally often.
     rounds = -(-(-(-count // runtime.world)) // micro_batch)
     sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
@@ -45,7 +47,7 @@ def evaluate(model: nn.Module, data: Dataset, runtime: Runtime, *, samples: int 
             ids = mine[index * micro_batch : (index + 1) * micro_batch]
             if not len(ids):
                 continue
-            batch = {name: tensor.to(runtime.device) for name, tensor in data.batch(np.asarray(ids)).items()}
+            batch = {name: tensor.to(runtime.device) for name, tensor in data.batch(ids).items()}
             with torch.no_grad():
                 loss_sum, targets = read_loss(model(**batch), batch)
             sums += torch.stack([loss_sum.double(), targets.to(runtime.device).double()])

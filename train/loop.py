@@ -18,7 +18,10 @@ from torch import nn
 
 from jobs import ledger
 from jobs.contract import Event
+from jobs.errors import SettingError
+from jobs.rules import schedule_of
 from jobs.rundir import AttemptDir, RunDir
+from jobs.schedule import describe, lr_at
 from jobs.settings import Job
 from train import checkpoint, optim, runtime
 from train.data.order import rank_slice, sample_ids
@@ -26,9 +29,8 @@ from train.data.sources import Dataset, open_data
 from train.evaluate import evaluate
 from train.metrics import MetricsLog
 from train.models.contract import count_targets, read_loss
-from train.models.registry import build_model
+from train.models.registry import PRESETS, build_model
 from train.runtime import Runtime
-from train.schedule import describe, lr_at
 from train.stop import StopFlag, name_of
 
 Batch = dict[str, torch.Tensor]
@@ -60,17 +62,15 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
     say(f"attempt {rt.attempt} of run {run.id}")
     say("  " + runtime.describe(job, rt))
 
-    schedule = optim.schedule_of(job)
+    schedule = schedule_of(job)
     for line in describe(schedule):
         say("  " + line)
     seed_everything(job.seed, step=0)
     data, val_data = _open(job, run, "train"), _open(job, run, "val")
-    model = build_model(job.model, vocab_size=data.vocab_size, seq_len=job.seq_len, overrides=job.model_options)
-    model.to(rt.device)
-    inner: nn.Module = model
+    inner = _build(job, data, rt)
     optimizer = optim.build(job, inner)
     resumed, pending = _resume(job, run, rt, inner, optimizer, data, say)
-    prepared = rt.accelerator.prepare_model(model)
+    prepared = rt.accelerator.prepare_model(inner)
     if sum(p.requires_grad for p in inner.parameters()):
         say(f"  model {job.model}: {sum(p.numel() for p in inner.parameters()):,} parameters · data {data.name}: {len(data):,} samples · batch {job.batch_size} = {rt.world} x {job.micro_batch_size} x {job.grad_accum_steps}")
 
@@ -238,6 +238,24 @@ def _settle_buckets(model: nn.Module, batches: Iterator[Batch], rt: Runtime) -> 
         for name, tensor in model.named_buffers():
             tensor.copy_(buffers[name])
     count_targets(batch)
+
+
+def _build(job: Job, data: Dataset, rt: Runtime) -> nn.Module:
+    """The model on its device, with recomputation and compilation where they are asked for."""
+    options = dict(job.model_options)
+    if job.grad_checkpointing and job.model in PRESETS:
+        options.setdefault("checkpoint_blocks", True)
+    model = build_model(job.model, vocab_size=data.vocab_size, seq_len=job.seq_len, overrides=options)
+    if job.grad_checkpointing and job.model not in PRESETS:
+        enable = getattr(getattr(model, "model", model), "gradient_checkpointing_enable", None)
+        if enable is None:
+            raise SettingError(f"GRAD_CHECKPOINTING: {job.model} has no gradient_checkpointing_enable(); recompute inside your own model instead.")
+        enable()
+    model.to(rt.device)
+    if job.compile:
+        regions = getattr(model, "compile_regions", model.compile)
+        regions()
+    return model
 
 
 def _open(job: Job, run: RunDir, split: Any) -> Dataset:

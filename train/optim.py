@@ -6,19 +6,6 @@ import torch
 from torch import nn
 
 from jobs.settings import Job
-from train.schedule import Schedule
-
-
-def schedule_of(job: Job) -> Schedule:
-    """The learning-rate curve of a job. Raises SettingError for parameters that describe no curve."""
-    params = dict(job.lr_scheduler_params)
-    warmup = job.warmup_steps if job.warmup_steps is not None else int(job.max_steps * (job.warmup_pct or 0.0))
-    if "warmup_steps" in params:
-        warmup = int(params.pop("warmup_steps"))
-    if "eta_min" in params:
-        params["min_lr"] = params.pop("eta_min")
-    whole = {name: int(value) if float(value).is_integer() and name != "min_lr" and name != "decay_pct" else value for name, value in params.items()}
-    return Schedule(kind=job.lr_scheduler, base_lr=job.lr, total_steps=job.max_steps, warmup_steps=warmup, **whole)  # type: ignore[arg-type]
 
 
 def build(job: Job, model: nn.Module) -> torch.optim.AdamW:

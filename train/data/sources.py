@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from jobs.errors import SettingError
+from jobs.names import call_with_accepted, import_callable, unknown
 from train.data.corpus import BYTE_VOCAB, Corpus, byte_entropy, load_split, stdlib_corpus, text_corpus
 from train.data.synthetic import AffineTokens, Digits
 from train.data.tokens import missing_file, split_tokens, write_tokens
 from train.data.windows import TokenWindows
-from train.names import call_with_accepted, import_callable, unknown
 
 __all__ = ["Dataset", "Split", "byte_entropy", "open_data", "write_tokens"]
 

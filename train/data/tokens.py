@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.errors import SettingError
+from jobs.names import nearest
 from train.data.corpus import write_npy
-from train.names import nearest
 
 FORMAT = "holdfast-tokens-1"
 DEFAULT_VAL_SHARE = 0.05

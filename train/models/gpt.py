@@ -24,7 +24,7 @@ class GPTConfig:
     """Shape and options. Raises SettingError for a shape that cannot be built.
 
     head_dim: None: d_model / n_heads.       n_kv_heads: None: one per query head.
-    init_std: spread of new weights; 0.02 suits widths around 2,000, narrower models start faster with about 1 / sqrt(D).
+    init_std: spread of new weights; 0.02 suits widths near 2,000, narrower models start faster with about 1 / sqrt(D).
     tie_embeddings: the head is the embedding table.
     loss_chunk_tokens: tokens per chunk of head and loss; memory against a little speed, no effect on the result.
     checkpoint_blocks: recompute each block in the backward pass: about a third more work, only its input is kept."""

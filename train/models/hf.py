@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.errors import SettingError
+from jobs.names import nearest
 from train.models.contract import IGNORE
 from train.models.loss import chunked_loss_sum
-from train.names import nearest
 
 
 class HFCausalLM(nn.Module):

@@ -13,16 +13,17 @@ from typing import Any
 from torch import nn
 
 from jobs.errors import SettingError
+from jobs.names import call_with_accepted, import_callable, unknown
 from train.models.contract import MeanLossModel
 from train.models.convnet import ConvNet
 from train.models.gpt import GPT, GPTConfig
-from train.names import call_with_accepted, import_callable, unknown
 
 # Widths and vocabularies are multiples of 128: tensor cores fill their tiles, and fp8 needs multiples of 16.
 # 124m and 350m have GPT-2's sizes and tie their embeddings as it does; heads of 128 channels, because 64 cost attention
 # speed. 3b and 8b have grouped key/value heads; 8b is the shape of Llama-3-8B.
 PRESETS: Mapping[str, GPTConfig] = {
-    "nano": GPTConfig(vocab_size=256, seq_len=128, d_model=128, n_layers=2, n_heads=4, d_ff=384),
+    # init_std: 0.02 is too little for this width; the larger one is worth a quarter of a bit per byte at step 200.
+    "nano": GPTConfig(vocab_size=256, seq_len=128, d_model=128, n_layers=2, n_heads=4, d_ff=384, init_std=0.06),
     "124m": GPTConfig(
         vocab_size=50304, seq_len=1024, d_model=768, n_layers=12, n_heads=6, d_ff=2048, tie_embeddings=True
     ),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from jobs.errors import SettingError
-from train.names import unknown
+from jobs.names import unknown
 
 KINDS = ("constant", "linear", "cosine", "cosine_with_restarts", "wsd")
 

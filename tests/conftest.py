@@ -1,0 +1,130 @@
+"""A real Slurm for the tests that need one, and the few verbs that they have in common."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import ledger
+from jobs.rundir import RunDir
+from slurm import lab
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# A run that takes a few seconds on two busy cores and still has steps, validations and checkpoints to interrupt.
+SMALL = {
+    "MODEL": "nano",
+    "MODEL_OPTIONS": "n_layers=1,d_model=64,n_heads=2,d_ff=128",
+    "SEQ_LEN": "64",
+    "BATCH_SIZE": "16",
+    "MAX_STEPS": "150",
+    "EVAL_EVERY": "50",
+    "EVAL_SAMPLES": "64",
+    "CHECKPOINT_EVERY": "40",
+    "LOG_EVERY": "10",
+    "PRECISION": "fp32",
+    "SEED": "7",
+}
+
+
+def pytest_report_header() -> str:
+    missing = lab.missing_programs()
+    return f"Slurm tests: left out, this machine lacks {', '.join(missing)}" if missing else "Slurm tests: on real private clusters"
+
+
+def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """The first true answer of `condition`; fails after so many seconds, and says what it waited for."""
+    limit = time.monotonic() + seconds
+    while True:
+        answer = condition()
+        if answer:
+            return answer
+        if time.monotonic() > limit:
+            pytest.fail(f"waited {seconds:.0f} s for {what}")
+        time.sleep(0.05)
+
+
+class Cluster:
+    """A lab, and holdfast as a person uses it there."""
+
+    def __init__(self, here: lab.Lab, runs: Path):
+        self.lab, self.runs = here, runs
+        self.env = {**os.environ, **here.env(), "HOLDFAST_SITE": "lab", "RUNS_DIR": str(runs)}
+
+    def slurm(self, *command: str) -> str:
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    def holdfast(self, *words: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([sys.executable, "-m", "launcher.cli", *words], cwd=REPOSITORY, env={**self.env, **env}, capture_output=True, text=True, timeout=170)
+        if check and done.returncode:
+            pytest.fail(f"holdfast {' '.join(words)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def submit(self, *words: str, **settings: str) -> RunDir:
+        pairs = [f"{key}={value}" for key, value in {**SMALL, **settings}.items()]
+        return RunDir(Path(json.loads(self.holdfast("submit", "--json", *words, *pairs).stdout)["path"]))
+
+    def job_id(self, run: RunDir) -> str:
+        return str(until(lambda: [e["job_id"] for e in ledger.read(run.ledger) if e["event"] == "submitted"], 10, "the submission")[-1])
+
+    def at_step(self, run: RunDir, step: int, attempt: int = 1, seconds: float = 60) -> None:
+        def reached() -> bool:
+            try:
+                return int(run.attempt(attempt).progress.read_text()) >= step
+            except (OSError, ValueError):
+                return False
+
+        until(reached, seconds, f"step {step} of attempt {attempt} of {run.id}; logs:\n{self.logs(run)}")
+
+    def finished(self, run: RunDir, seconds: float = 120) -> list[ledger.Attempt]:
+        """Waits for the end of a run and returns its attempts; shows the logs when it does not end well."""
+
+        def over() -> bool:
+            attempts = ledger.attempts(ledger.read(run.ledger))
+            return bool(attempts) and attempts[-1].cause is not None and attempts[-1].cause.value == "finished"
+
+        limit = time.monotonic() + seconds
+        while not over():
+            if time.monotonic() > limit:
+                pytest.fail(f"{run.id} did not finish within {seconds:.0f} s\n{self.logs(run)}")
+            time.sleep(0.1)
+        return ledger.attempts(ledger.read(run.ledger))
+
+    def logs(self, run: RunDir) -> str:
+        files = [run.ledger, *sorted(run.logs.glob("*.batch.out")), *sorted(run.logs.glob("*.0.out"))]
+        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in files if path.exists())
+
+
+def weights_sha(run: RunDir) -> str:
+    """sha256 of the weights in the newest checkpoint, from its manifest."""
+    newest = max(run.checkpoints.glob("step-*"))
+    return str(json.loads((newest / "manifest.json").read_text())["files"]["model.safetensors"]["sha256"])
+
+
+def losses(run: RunDir) -> list[tuple[int, float, float | None]]:
+    """(step, loss, validation loss) of every line of metrics, bit for bit."""
+    return [(line["step"], line["loss"], line.get("val_loss")) for line in map(json.loads, run.metrics.read_text().splitlines())]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Four virtual nodes with a preemptible partition, shared by the tests of one process."""
+    missing = lab.missing_programs()
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}. {lab.how_to_install()}")
+    root = Path(tempfile.mkdtemp(prefix="hf-", dir="/tmp"))
+    root.chmod(0o755)
+    here = lab.start(root / "lab", lab.LabConfig())
+    try:
+        (root / "runs").mkdir()
+        yield Cluster(here, root / "runs")
+    finally:
+        here.stop()
+        shutil.rmtree(root, ignore_errors=True)
