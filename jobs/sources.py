@@ -28,9 +28,9 @@ DEFAULT_JOB = "jobs/quickstart.yaml"
 PREFIX = "HOLDFAST_"
 
 # Variables of ours that are not settings of a job, so that a misspelt HOLDFAST_ name can be told from them.
-OTHER_VARIABLES = frozenset({"HOLDFAST_RUN_DIR", "HOLDFAST_ATTEMPT", "HOLDFAST_LAB", "HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM"})
+OTHER_VARIABLES = frozenset({"HOLDFAST_RUN_DIR", "HOLDFAST_ATTEMPT", "HOLDFAST_JOB_ID", "HOLDFAST_RANK_LOG", "HOLDFAST_LOG_OFFSET", "HOLDFAST_LAB", "HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM"})
 # Words that a person may hand to make for the Makefile itself.
-MAKE_WORDS = frozenset({"HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM", "HOLDFAST_LAB", "ARGS", "RUN"})
+MAKE_WORDS = frozenset({"HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM", "HOLDFAST_LAB", "ARGS", "TESTS"})
 
 # Two words of other tools that together mean one setting here.
 _AMP_WORDS = ("use_amp", "amp_dtype")
@@ -234,7 +234,8 @@ def words_from_make(environ: Mapping[str, str]) -> list[str]:
         else:
             current += char
     words.append(current)
-    return [word.replace("$$", "$") for word in words if "=" in word]
+    plain = [word.replace("$$", "$") for word in words if "=" in word]
+    return [word for word in plain if word.partition("=")[0] not in MAKE_WORDS]
 
 
 def resolve(

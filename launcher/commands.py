@@ -63,7 +63,7 @@ def submit_job(words: Sequence[str], cwd: Path, *, local: bool, test_only: bool,
         print(json.dumps({"run": run.id, "path": str(run.path), "job_id": job_id, "members": len(members)}))
     else:
         _say_job(resolved, estimate, members, as_json)
-        print(f"submitted job {job_id} as {'array' if members else 'run'} {run.id}  ->  {_near(run.path)}/")
+        print(f"submitted job {job_id} as {'array' if members else 'run'} {run.id}  ->  {show.near(run.path)}/")
         if members:
             print("follow it with: holdfast status")
         else:
@@ -82,7 +82,7 @@ def run_here(words: Sequence[str], cwd: Path) -> int:
         here["gpus_per_node"] = max(gpus, 1)
     resolved = resolve_here(words, os.environ, cwd, allocation=here, allocation_origin="this machine")
     run, made = prepare(resolved, cwd, sys.executable)
-    print(f"{show.headline(resolved.job)}\nrun {run.id}  ->  {_near(run.path)}/", flush=True)
+    print(f"{show.headline(resolved.job)}\nrun {run.id}  ->  {show.near(run.path)}/", flush=True)
     if not made:
         print("this run exists already; it goes on from its last checkpoint", flush=True)
     code = run_attempts(run, os.environ, foreground=True)
@@ -147,7 +147,7 @@ def print_logs(run: RunDir, follow: bool, rank: str) -> None:
             sys.stdout.flush()
         elif not follow:
             which = f"attempt {attempts[-1].number} has written no log of rank {rank} yet" if attempts else "no attempt has started yet"
-            raise NotFoundError(f"run {run.id}: {which}. Logs are in {_near(run.logs)}/")
+            raise NotFoundError(f"run {run.id}: {which}. Logs are in {show.near(run.logs)}/")
         if not follow:
             return
         if show.collect([run], show.ask_queue()[0])[0].state not in ("running", "waiting"):
@@ -242,13 +242,3 @@ def _start_estimate(said: str) -> str:
         return "at once, Slurm estimates"
     away = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
     return f"estimated {begins:%H:%M}" + (f" on {begins:%a %d %b}" if seconds > 43_200 else "") + f" (in {away})"
-
-
-def _near(path: Path) -> str:
-    """A path as seen from here, when that is shorter."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-

@@ -101,6 +101,19 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     return max((128 - code if code < 0 else code) for code in codes)
 
 
+def pid_of_rank(run: RunDir, rank: int) -> int | None:
+    """The training process with this rank of this run on this machine, found by its environment."""
+    wanted = {f"{RankEnv.RUN_DIR}={run.path}".encode(), f"{RankEnv.RANK}={rank}".encode()}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = set((process / "environ").read_bytes().split(b"\0"))
+            if wanted <= variables and b"train" in (process / "cmdline").read_bytes().split(b"\0"):
+                return int(process.name)
+        except OSError:
+            continue
+    return None
+
+
 def gpus_here() -> int:
     """GPUs that a process on this machine sees, without asking torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

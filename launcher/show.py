@@ -228,6 +228,14 @@ def ago(then: float) -> str:
     return datetime.fromtimestamp(then).strftime("%Y-%m-%d")
 
 
+def near(path: Path) -> str:
+    """A path as seen from here, when that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
 def _masked(name: str, job: Job) -> str:
     """A setting as text, with secrets among the environment variables hidden."""
     if name == "node_env":

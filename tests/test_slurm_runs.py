@@ -1,8 +1,10 @@
 """The main promise, on a real Slurm: whatever interrupts a run, it ends with the weights of a run that nobody interrupted."""
 
 import json
+import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from conftest import REPOSITORY, SMALL, Cluster, losses, until, weights_sha
 
 from jobs import ledger
 from jobs.rundir import RunDir
+from launcher.local import pid_of_rank
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
@@ -91,7 +94,7 @@ def test_scancel_stops_a_run_for_good_and_resume_goes_on(cluster: Cluster, undis
 
 
 def test_the_script_submitted_by_hand_leads_to_the_same_training(cluster: Cluster, undisturbed: RunDir) -> None:
-    settings = {**SMALL, "HOLDFAST_SITE": "lab", "HOLDFAST_PYTHON": str(python())}
+    settings = {**SMALL, "HOLDFAST_SITE": "lab", "HOLDFAST_PYTHON": sys.executable}
     done = subprocess.run(
         ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--mem=4G", "--time=10", "-o", "/dev/null", "slurm/train.sbatch"],
         cwd=REPOSITORY, env={**cluster.env, **settings}, capture_output=True, text=True, check=True, timeout=30,
@@ -119,26 +122,10 @@ def test_twenty_small_runs_go_as_one_array_through_one_sbatch(cluster: Cluster) 
 
 
 def kill_rank(run: RunDir, rank: int) -> None:
-    """SIGKILL to the training process with this rank of this run, found by its environment."""
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            variables = environ.read_bytes().split(b"\0")
-            command = (environ.parent / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if f"HOLDFAST_RUN_DIR={run.path}".encode() in variables and f"RANK={rank}".encode() in variables and b"train" in command:
-            import os
-
-            os.kill(int(environ.parent.name), signal.SIGKILL)
-            return
-    pytest.fail(f"no process of rank {rank} of {run.id}")
+    pid = pid_of_rank(run, rank)
+    assert pid is not None, f"no process of rank {rank} of {run.id}"
+    os.kill(pid, signal.SIGKILL)
 
 
 def shape(path: Path) -> set[str]:
     return {child.name for child in path.iterdir()}
-
-
-def python() -> Path:
-    import sys
-
-    return Path(sys.executable)

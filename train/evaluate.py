@@ -9,21 +9,25 @@ import torch
 from torch import nn
 
 from train.data.order import shard
-from train.data.sources import Dataset
+from train.data.sources import Dataset, byte_entropy
+from train.data.windows import TokenWindows
 from train.models.contract import read_loss
 from train.runtime import Runtime
 
 
 @dataclass(frozen=True)
 class Validation:
-    """`loss` is the mean in nats per target over all validation samples."""
+    """`loss` is the mean in nats per target over the validation samples."""
 
     loss: float
 
-    def metrics(self, unit: str) -> dict[str, float]:
+    def metrics(self, data: Dataset) -> dict[str, float]:
+        """For bytes also bits per byte, beside what a model that knows only the frequency of each byte would reach."""
         values = {"val_loss": self.loss}
-        if unit == "byte":
+        if data.unit == "byte":
             values["val_bits_per_byte"] = self.loss / math.log(2)
+            if isinstance(data, TokenWindows):
+                values["val_entropy_bits_per_byte"] = byte_entropy(data.stream)
         return values
 
 
@@ -36,7 +40,7 @@ def evaluate(model: nn.Module, data: Dataset, runtime: Runtime, *, samples: int 
     chosen = np.linspace(0, len(data) - 1, count).round().astype(np.int64)
     mine = chosen[shard(count, runtime.world, runtime.rank)]
     # The largest shard decides how often the ranks ask each other whether to stop: all ask equally often.
-    rounds = -(-(-(-count // runtime.world)) // micro_batch)
+    rounds = math.ceil(math.ceil(count / runtime.world) / micro_batch)
     sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     was_training = model.training
     model.eval()

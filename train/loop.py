@@ -121,7 +121,7 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
     def validate() -> dict[str, float] | None:
         assert job.micro_batch_size is not None
         result = evaluate(inner, val_data, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, should_stop=agreed_to_stop)
-        return result.metrics(val_data.unit) if result else None
+        return result.metrics(val_data) if result else None
 
     prepared.train()
     if pending is not None:

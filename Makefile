@@ -1,0 +1,64 @@
+# make submit PRECISION=bf16 BATCH_SIZE=512      what follows a target is handed to the command of the same name
+#
+# This file lists no setting and holds no default. holdfast reads the words of the command line from make itself, as they
+# were typed, and refuses the ones it does not know; so they are not exported, which would expand $(...) inside them.
+unexport $(foreach word,$(MAKEOVERRIDES),$(if $(findstring =,$(word)),$(firstword $(subst =, ,$(word)))))
+export HOLDFAST_PYTHON HOLDFAST_INSTALL_SLURM HOLDFAST_LAB
+
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+READY := .venv/.ready
+HOLDFAST := .venv/bin/holdfast
+JOB_TARGETS := run render explain submit status logs cancel resume
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-gpu lint golden bench-launch clean $(JOB_TARGETS) lab lab-stop te
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+( [a-z-]+)*:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "make $(firstword $(JOB_TARGETS)) ...       also: $(wordlist 2,99,$(JOB_TARGETS)); KEY=value behind it is a setting (make explain), ARGS=\"--wait\" an option"
+
+setup: $(READY)  ## make .venv with everything this machine needs
+
+$(READY): pyproject.toml launcher/setup.sh
+	@launcher/setup.sh venv
+
+demo: $(READY)  ## train, be preempted and resume on a private real Slurm, in about two minutes
+	@launcher/setup.sh slurm || true
+	@.venv/bin/python -m launcher.demo
+
+test: $(READY)  ## all tests; the ones on a real Slurm wherever it can be had
+	@launcher/setup.sh slurm || true
+	@.venv/bin/python -m pytest $(TESTS)
+
+test-gpu: $(READY)  ## the tests that need a CUDA device
+	@.venv/bin/python -m pytest -m gpu
+
+lint: $(READY)  ## ruff, mypy, shellcheck
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+	@shellcheck launcher/setup.sh .ci/run slurm/train.sbatch
+
+golden: $(READY)  ## write golden scripts, settings page and schema anew; review the diff
+	@.venv/bin/python -m launcher.docs
+
+bench-launch: $(READY)  ## time of render, submit and start, on the lab
+	@launcher/setup.sh slurm || true
+	@.venv/bin/python -m benchmarks.launch
+
+te: $(READY)  ## Transformer Engine for fp8: built against the installed torch, so never by an environment file
+	@.venv/bin/pip install --no-build-isolation '.[te]'
+
+$(JOB_TARGETS): $(READY)
+	@$(HOLDFAST) $@ $(ARGS)
+
+lab: $(READY)  ## boot the private Slurm cluster
+	@launcher/setup.sh slurm
+	@$(HOLDFAST) lab start
+
+lab-stop: $(READY)  ## stop it
+	@$(HOLDFAST) lab stop
+
+clean:  ## remove caches (never runs)
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
