@@ -5,6 +5,7 @@ the flag is the name behind two dashes. docs/settings.md, the JSON schema and `h
 """
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -51,9 +52,16 @@ def _slug(text: str) -> str:
 def _environment(values: dict[str, str]) -> dict[str, str]:
     for name in values:
         if not (name.isascii() and name.isidentifier()):
-            raise ValueError(f"{name!r} cannot be the name of an environment variable")
+            raise ValueError(f"{name[:60]!r} cannot be the name of an environment variable")
         if name in RankEnv.__members__.values():
             raise ValueError(f"{name} is set by holdfast itself for every process")
+    return values
+
+
+def _options(values: dict[str, str]) -> dict[str, str]:
+    for name in values:
+        if not re.fullmatch(r"-{0,2}[a-z][a-z0-9_-]+", name):
+            raise ValueError(f"{name[:60]!r} cannot be the long name of an sbatch option")
     return values
 
 
@@ -166,7 +174,7 @@ class Job(BaseModel):
     reservation: Line | None = setting(None, "Slurm reservation", group="slurm")
     exclude: Words = setting((), "nodes to stay away from", group="slurm")
     array_parallel: int = setting(256, "array tasks that may run at the same time", group="slurm", ge=1)
-    sbatch_options: Pairs = setting({}, "further sbatch options as name: value (without the dashes); an empty value is a bare option", group="slurm")
+    sbatch_options: Annotated[Pairs, AfterValidator(_options)] = setting({}, "further sbatch options as name: value (without the dashes); an empty value is a bare option", group="slurm")
 
     # --- the site
     gpu_request: Literal["gpus-per-node", "gres", "none"] = setting("gpus-per-node", "how this site wants GPUs asked for", group="site")

@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,12 @@ class Given:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A checked job, where each of its values came from, and remarks about what was understood how."""
+    """A checked job, where each of its values came from, remarks about what was understood how, and the files that were read."""
 
     job: Job
     origins: dict[str, str]
     notes: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     def not_default(self) -> dict[str, str]:
         """Name -> origin of all values that a person or a site chose."""
@@ -73,7 +74,7 @@ class _Layer:
     def add(self, word: str, value: Any, origin: str) -> None:
         name = setting_name(word)
         if name is None:
-            self.faults.append(f"{word} is not a setting ({origin}).{_hint(word)}")
+            self.faults.append(f"{_word(word)} is not a setting ({origin}).{_hint(word)}")
         else:
             self.given.append(Given(name, value, origin))
 
@@ -142,11 +143,24 @@ def read_yaml(path: Path, shown: str) -> dict[str, Any]:
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
     """YAML text that `read_yaml` reads back to the same values, whatever characters they hold."""
-    # JSON strings are YAML strings; quoting every one leaves nothing to the resolvers of any YAML version. Only above
-    # U+FFFF they differ: JSON writes two surrogates, which YAML reads as two characters.
-    return "".join(f"{key}: {_NOT_ASCII.sub(_yaml_escape, json.dumps(value, ensure_ascii=False))}\n" for key, value in values.items())
+    return "".join(f"{key}: {_flow(value)}\n" for key, value in values.items())
 
 
+def _flow(value: Any) -> str:
+    """A value in YAML's flow style, which is JSON with two exceptions.
+
+    JSON strings are YAML strings, and quoting every one leaves nothing to the resolvers of any YAML version; but above
+    U+FFFF JSON writes two surrogates, which YAML reads as two characters, and a long key needs a mark in YAML."""
+    if isinstance(value, dict):
+        pairs = [(_flow(key if isinstance(key, str) else json.dumps(key)), _flow(item)) for key, item in value.items()]
+        return "{" + ", ".join(f"{'? ' if len(key) > _SIMPLE_KEY else ''}{key}: {item}" for key, item in pairs) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    return _NOT_ASCII.sub(_yaml_escape, json.dumps(value, ensure_ascii=False))
+
+
+# YAML 1.2, 7.4.2: a key without a mark has 1024 characters at most.
+_SIMPLE_KEY = 1000
 _NOT_ASCII = re.compile(r"[^\x20-\x7e]")
 
 
@@ -254,8 +268,8 @@ def resolve(
     submitted by hand, by the machine to a run in the foreground), and wins over everything. Raises SettingError with one line per fault, NotFoundError, or ImpossibleJobError
     when each value is fine and their combination is not."""
     pairs, named, faults = split_words(words)
-    shown = named or job_file or environ.get("HOLDFAST_JOB") or environ.get("JOB") or DEFAULT_JOB
-    path, shown = find_job_file(shown, cwd)
+    asked = named or job_file or environ.get("HOLDFAST_JOB") or environ.get("JOB") or DEFAULT_JOB
+    path, shown = find_job_file(asked, cwd)
 
     command_line = _Layer(faults=faults)
     for key, value in pairs:
@@ -270,19 +284,28 @@ def resolve(
         for given in layer.given:
             if given.name == "site":
                 site_word, site_origin = str(given.value), given.origin
-    site_layer = _Layer()
+    site_layer, site_path = _Layer(), Path()
     try:
         site_path, site_shown = load_site(site_word)
         site_layer = _file_layer(read_yaml(site_path, site_shown), site_shown)
     except (NotFoundError, SettingError) as err:
         site_layer.faults.append(f"{err} (SITE from {site_origin})" if isinstance(err, NotFoundError) else str(err))
-    except (OSError, ValueError) as err:
-        site_layer.faults.append(f"SITE: {_shorten(site_word)!r} cannot be the name of a file: {getattr(err, 'strerror', None) or err} ({site_origin}).")
+    except OSError as err:
+        site_layer.faults.append(f"SITE: {_shorten(site_word)!r} cannot be read: {err.strerror} ({site_origin}).")
+    except ValueError:
+        pass  # NUL, or not encodable: the setting's own check says so below
 
     layers = [site_layer, *upper]
     if allocation:
         layers.append(_Layer([Given(name, value, allocation_origin) for name, value in allocation.items()]))
-    return _combine(layers, default_name=path.stem, notes=_alias_notes(pairs))
+    resolved = _combine(layers, default_name=path.stem, notes=_alias_notes(pairs))
+    return replace(resolved, files=(str(cwd / asked), str(path), str(site_path)))
+
+
+def variables() -> list[str]:
+    """Every environment variable that a job can depend on."""
+    bare = [name.upper() for name in (*names(), *NAME_ALIASES, *_AMP_WORDS, JOB_WORD)]
+    return [*bare, *(PREFIX + name for name in bare)]
 
 
 def load(path: Path) -> Job:
@@ -304,7 +327,7 @@ def _environment_layer(environ: Mapping[str, str]) -> _Layer:
     for variable in environ:
         word = variable.removeprefix(PREFIX)
         if variable.startswith(PREFIX) and variable not in OTHER_VARIABLES and word != "JOB" and setting_name(word) is None:
-            layer.faults.append(f"{variable} is not a setting (environment).{_hint(word, PREFIX)}")
+            layer.faults.append(f"{_word(variable)} is not a setting (environment).{_hint(word, PREFIX)}")
     return layer
 
 
@@ -439,7 +462,7 @@ def _faults(err: ValidationError, origins: Mapping[str, str], values: Mapping[st
         value, context, kind = fault["input"], fault.get("ctx", {}), fault["type"]
         # A whole mapping is not printed back: it may be long, and node_env may hold a token.
         said = f"{name.upper()}:" if isinstance(value, (dict, list, tuple)) else f"{name.upper()}: {_shorten(value)!r}"
-        inner = ".".join(str(part) for part in fault["loc"][1:] if not (isinstance(part, str) and "function" in part))
+        inner = ".".join(_word(str(part)) for part in fault["loc"][1:] if not (isinstance(part, str) and "function" in part))
         if inner and isinstance(values.get(name), (dict, list, tuple)):
             said = f"{name.upper()}.{inner}: {_shorten(value)!r}"
         allowed: list[str] = []
@@ -458,7 +481,7 @@ def _faults(err: ValidationError, origins: Mapping[str, str], values: Mapping[st
         elif kind == "value_error":
             problem = str(context.get("error", fault["msg"]))
         elif kind == "extra_forbidden":
-            said, problem = f"{name}", f"is not a setting{_hint(name).rstrip('.')}"
+            said, problem = _word(name), f"is not a setting{_hint(name).rstrip('.')}"
         elif kind == "string_type":
             problem = "is not text; write it in quotes"
         elif kind == "finite_number":
@@ -486,6 +509,11 @@ def _alias_notes(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
         if name and name != key.lower().replace("-", "_"):
             notes.append(f"{key} is read as {name.upper()}")
     return tuple(notes)
+
+
+def _word(text: str) -> str:
+    """A name as it was given; between quotes where it would not stay one short word of one line."""
+    return text if text.isprintable() and text.strip() == text and 0 < len(text) <= 60 else repr(_shorten(text))
 
 
 def _shorten(value: Any) -> Any:

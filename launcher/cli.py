@@ -37,11 +37,15 @@ def _words(ctx: typer.Context) -> list[str]:
 @app.command(context_settings=_SETTINGS, options_metavar=_HINT)
 def render(ctx: typer.Context) -> None:
     """Print the script that submit would submit, byte for byte."""
+    from jobs.sources import variables
+    from launcher import entry
     from launcher.prepare import resolve_here
-    from slurm.render import run_dir_of, script_for
+    from slurm.render import own_files, run_dir_of, script_for
 
     resolved = resolve_here(_words(ctx), os.environ, Path.cwd())
-    sys.stdout.write(script_for(resolved.job, run_dir_of(resolved.job, Path.cwd()), sys.executable))
+    text = script_for(resolved.job, run_dir_of(resolved.job, Path.cwd()), sys.executable)
+    entry.keep(sys.argv[2:], variables(), [*resolved.files, *own_files()], text)
+    sys.stdout.write(text)
 
 
 @app.command(context_settings=_SETTINGS, options_metavar=_HINT)

@@ -162,8 +162,6 @@ def _directives(job: Job, script: Script) -> Iterator[tuple[str, Any]]:
         yield "output", Quoted(pattern(script.run.logs) + "/%j.batch.out")
     for name, value in job.sbatch_options.items():
         option = name.lstrip("-").replace("_", "-")
-        if not re.fullmatch(r"[a-z][a-z0-9-]+", option):
-            raise RenderError(f"SBATCH_OPTIONS: {name!r} cannot be the long name of an sbatch option.")
         # sbatch takes the beginning of a name for the name: --outp is --output.
         ours = sorted(known for known in OURS if known.startswith(option))
         if ours:
@@ -212,3 +210,9 @@ def run_dir_of(job: Job, cwd: Path) -> RunDir:
     from jobs.rundir import place
 
     return place(cwd / job.runs_dir, job.job_name, job.run_id or "0000")
+
+
+def own_files() -> list[str]:
+    """The files of ours that decide what a script looks like: the code of jobs and slurm, and the templates."""
+    folders = [Path(str(resources.files(name))) for name in ("jobs", "slurm", "launcher")]
+    return sorted(str(path) for folder in folders for path in (*folder.glob("*.py"), *folder.glob("templates/*.j2")))

@@ -1,0 +1,503 @@
+"""Where values come from: layers and their order, the ways to write one, and what is said about those that are wrong."""
+
+import json
+import os
+import shutil
+import string
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
+from jobs.settings import Job
+from jobs.sources import Resolved, dump_yaml, find_job_file, load, read_yaml, resolve, setting_name, split_words, words_from_make
+from slurm import site
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+class Desk:
+    """A folder with a job file and a site file, and a person's words and environment."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.job("")
+        self.site("")
+
+    def job(self, text: str | bytes, name: str = "job.yaml") -> "Desk":
+        (self.folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return self
+
+    def site(self, text: str) -> "Desk":
+        (self.folder / "site.yaml").write_text(text)
+        return self
+
+    def __call__(self, *words: str, **environ: str) -> Resolved:
+        return self.resolve(["job.yaml", "SITE=./site.yaml", *words], environ)
+
+    def resolve(self, words: Sequence[str], environ: Mapping[str, str]) -> Resolved:
+        return resolve(words, environ, self.folder, lambda word: site.find(word, self.folder))
+
+    def refused(self, *words: str, **environ: str) -> list[str]:
+        with pytest.raises(SettingError) as err:
+            self(*words, **environ)
+        return str(err.value).splitlines()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_layer_beats_the_one_below_and_is_named_as_the_origin(desk: Desk) -> None:
+    assert (desk().job.lr, desk().origins["lr"]) == (1e-3, "default")
+    desk.site("lr: 2.0")
+    assert (desk().job.lr, desk().origins["lr"]) == (2.0, "./site.yaml")
+    desk.job("lr: 3.0")
+    assert (desk().job.lr, desk().origins["lr"]) == (3.0, "job.yaml")
+    assert (desk(LR="4.0").job.lr, desk(LR="4.0").origins["lr"]) == (4.0, "environment LR")
+    last = desk("LR=5.0", LR="4.0")
+    assert (last.job.lr, last.origins["lr"]) == (5.0, "command line")
+
+
+def test_the_prefixed_variable_beats_the_bare_one(desk: Desk) -> None:
+    resolved = desk(PRECISION="fp16", HOLDFAST_PRECISION="fp32")
+    assert (resolved.job.precision, resolved.origins["precision"]) == ("fp32", "environment HOLDFAST_PRECISION")
+
+
+def test_the_prefixed_variable_beats_another_tools_bare_word_for_the_same_thing(desk: Desk) -> None:
+    assert desk(MIXED_PRECISION="fp16", HOLDFAST_PRECISION="fp32").job.precision == "fp32"
+    assert desk(PRECISION="fp16", HOLDFAST_MIXED_PRECISION="fp32").job.precision == "fp32"
+    assert desk(MIXED_PRECISION="fp16", PRECISION="fp32").job.precision == "fp32"
+
+
+def test_what_slurm_has_already_given_beats_everything(desk: Desk, tmp_path: Path) -> None:
+    resolved = resolve(["NODES=3"], {}, tmp_path, lambda word: site.find(word, tmp_path), allocation={"nodes": 4})
+    assert (resolved.job.nodes, resolved.origins["nodes"]) == (4, "Slurm allocation")
+
+
+def test_every_setting_has_an_origin_and_values_that_follow_say_so(desk: Desk) -> None:
+    resolved = desk("BATCH_SIZE=8", "GRAD_ACCUM_STEPS=2")
+    assert set(resolved.origins) == set(Job.model_fields)
+    assert (resolved.origins["micro_batch_size"], resolved.origins["grad_accum_steps"]) == ("derived", "command line")
+    assert resolved.job.micro_batch_size == 4
+    assert set(resolved.not_default()) == {"batch_size", "grad_accum_steps", "site"}
+
+
+def test_the_site_is_chosen_by_the_highest_layer_that_names_one(desk: Desk) -> None:
+    desk.job("site: h100")
+    assert desk.resolve(["job.yaml"], {}).job.gpu_arch == "sm_90"
+    assert desk.resolve(["job.yaml"], {"SITE": "lab"}).job.partition == "low"
+    assert desk.resolve(["job.yaml", "SITE=generic"], {"SITE": "lab"}).job.partition is None
+
+
+def test_a_list_of_a_higher_layer_replaces_that_of_a_lower_one(desk: Desk) -> None:
+    desk.site("modules: [a, b]\nnode_env: {A: '1', B: '2'}")
+    resolved = desk("MODULES=c", NODE_ENV="A=3")
+    assert resolved.job.modules == ("c",) and resolved.job.node_env == {"A": "3"}
+
+
+@pytest.mark.parametrize("word", ["none", "null", "None", "NULL", ""])
+@pytest.mark.parametrize(("name", "cleared"), [("partition", None), ("eval_samples", None), ("modules", ()), ("node_env", {}), ("fp8_recipe", None)])
+def test_none_clears_what_a_lower_layer_gave(desk: Desk, word: str, name: str, cleared: object) -> None:
+    desk.site("partition: low\neval_samples: 7\nmodules: [a]\nnode_env: {A: b}\nfp8_recipe: block\n")
+    assert getattr(desk(f"{name.upper()}={word}").job, name) == cleared
+    assert getattr(desk(**{name.upper(): word}).job, name) == cleared
+    desk.job(f"{name}: {word if word.lower() in ('null', '') else 'null'}")
+    assert getattr(desk().job, name) == cleared
+
+
+def test_none_is_an_ordinary_text_for_a_setting_that_must_have_one(desk: Desk) -> None:
+    assert desk("NOTE=none").job.note == "none"
+    assert desk.refused("LR=none")[0].startswith("LR: 'none' is not a number (command line)")
+
+
+# -- ways to write a word ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["BATCH_SIZE=64"], ["batch_size=64"], ["batch-size=64"], ["Batch_Size=64"], ["--batch_size=64"], ["--batch-size=64"], ["--BATCH_SIZE=64"],
+        ["--batch_size", "64"], ["--batch-size", "64"], ["--global-batch-size=64"], ["GLOBAL_BATCH_SIZE=64"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_setting_can_be_written_in_each_of_these_ways(desk: Desk, words: list[str]) -> None:
+    assert desk(*words).job.batch_size == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "pairs"),
+    [
+        (["--compile"], [("compile", "true")]),
+        (["--compile", "false"], [("compile", "false")]),
+        (["--compile", "--lr", "1"], [("compile", "true"), ("lr", "1")]),
+        (["--compile", "LR=1"], [("compile", "true"), ("LR", "1")]),
+        (["--use_amp", "--amp-dtype", "float16"], [("use_amp", "true"), ("amp-dtype", "float16")]),
+        (["--note", "seed=1 was best"], [("note", "seed=1 was best")]),
+        (["--note", "-1"], [("note", "-1")]),
+        (["NOTE=a=b"], [("NOTE", "a=b")]),
+        (["NOTE="], [("NOTE", "")]),
+        (["--note="], [("note", "")]),
+        (["LR=1", "LR=2"], [("LR", "1"), ("LR", "2")]),
+    ],
+)
+def test_words_become_pairs(words: list[str], pairs: list[tuple[str, str]]) -> None:
+    assert split_words(words) == (pairs, None, [])
+
+
+def test_a_switch_before_the_job_file_does_not_swallow_it() -> None:
+    assert split_words(["--compile", "job.yaml"]) == ([("compile", "true")], "job.yaml", [])
+
+
+@pytest.mark.parametrize("words", [["x.yaml"], ["JOB=x.yaml"], ["--job", "x.yaml"], ["--job=x.yaml"], ["LR=1", "x.yaml"], ["./a=b/x.yaml"]])
+def test_the_job_file_is_found_among_the_words(words: list[str]) -> None:
+    assert split_words(words)[1] == words[-1].removeprefix("--").removeprefix("JOB=").removeprefix("job=")
+
+
+def test_the_job_file_can_be_named_in_the_environment_and_the_words_win(desk: Desk) -> None:
+    desk.job("seed: 1", "one.yaml").job("seed: 2", "two.yaml").job("seed: 3", "three.yaml")
+    assert desk.resolve([], {"JOB": "one.yaml"}).job.seed == 1
+    assert desk.resolve([], {"JOB": "one.yaml", "HOLDFAST_JOB": "two.yaml"}).job.seed == 2
+    assert desk.resolve(["JOB=three.yaml"], {"JOB": "one.yaml"}).job.seed == 3
+    assert desk.resolve([], {}).job.job_name == "quickstart"
+
+
+def test_two_job_files_are_refused(desk: Desk) -> None:
+    desk.job("", "other.yaml")
+    assert desk.refused("other.yaml") == ["'other.yaml': a second job file beside 'job.yaml' (command line); settings are written KEY=value."]
+
+
+def test_lists_and_mappings_can_be_given_as_one_word(desk: Desk) -> None:
+    job = desk(
+        "MODULES=a, b,", "NODE_ENV=A=1,B=x=y", "EXCLUDE=node[1,3]", "MODEL_OPTIONS=n_layers=2,tied=true,theta=1e4", "LR_SCHEDULER_PARAMS={eta_min: 1e-5, T_0: 3}"
+    ).job  # fmt: skip
+    assert job.modules == ("a", "b") and job.node_env == {"A": "1", "B": "x=y"}
+    assert ",".join(job.exclude) == "node[1,3]"
+    assert job.model_options == {"n_layers": 2, "tied": True, "theta": 1e4} and job.lr_scheduler_params == {"eta_min": 1e-5, "T_0": 3}
+
+
+# -- words of other tools ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["mixed_precision", "fp_precision", "precision"])
+@pytest.mark.parametrize(("value", "meant"), [("no", "fp32"), ("none", "fp32"), ("NO", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16"), ("half", "fp16"), ("fp8", "fp8")])
+def test_words_of_other_tools_for_precision_are_understood_everywhere(desk: Desk, word: str, value: str, meant: str) -> None:
+    assert desk(f"{word}={value}").job.precision == meant
+    assert desk(**{word.upper(): value}).job.precision == meant
+    assert desk.job(f"{word}: {value}")().job.precision == meant
+
+
+def test_precision_no_is_fp32_also_when_yaml_already_made_it_false(desk: Desk) -> None:
+    assert desk.job("precision: false")().job.precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["use_amp=false"], "fp32"),
+        (["use_amp=false", "amp_dtype=float16"], "fp32"),
+        (["use_amp=true"], "bf16"),
+        (["use_amp=1", "amp_dtype=bfloat16"], "bf16"),
+        (["--use_amp", "--amp_dtype", "float16"], "fp16"),
+        (["amp_dtype=fp16"], "fp16"),
+    ],
+)
+def test_use_amp_and_amp_dtype_together_mean_a_precision(desk: Desk, words: list[str], meant: str) -> None:
+    assert desk(*words).job.precision == meant
+    assert desk.job("".join(f"{word.lstrip('-').replace('=', ': ')}\n" for word in words if "=" in word) or "use_amp: true\namp_dtype: float16")().job.precision == meant
+
+
+def test_amp_flags_win_over_the_file_and_a_precision_above_them_wins_over_them(desk: Desk) -> None:
+    desk.job("precision: fp32")
+    resolved = desk("--use-amp", "--amp-dtype=float16")
+    assert resolved.job.precision == "fp16" and resolved.origins["precision"] == "command line: use_amp and amp_dtype"
+    desk.job("use_amp: true\namp_dtype: float16")
+    assert desk().job.precision == "fp16"
+    assert desk("--use_amp=false").job.precision == "fp32"
+    assert desk("PRECISION=bf16").job.precision == "bf16"
+    assert desk(PRECISION="bf16").job.precision == "bf16"
+
+
+@pytest.mark.parametrize(("words", "said"), [(["use_amp=maybe"], "use_amp: 'maybe' is neither"), (["amp_dtype=fp8"], "amp_dtype: 'fp8' is not known")])
+def test_amp_words_that_mean_nothing_are_refused(desk: Desk, words: list[str], said: str) -> None:
+    (line,) = desk.refused(*words)
+    assert said in line and "(command line)" in line
+
+
+def test_an_alias_on_the_command_line_is_shown_as_what_it_means(desk: Desk) -> None:
+    resolved = desk("LEARNING_RATE=1", "--grad-ckpt", "batch-size=8")
+    assert resolved.job.lr == 1 and resolved.job.grad_checkpointing and resolved.notes == ("LEARNING_RATE is read as LR", "grad-ckpt is read as GRAD_CHECKPOINTING")
+
+
+def test_one_thing_under_two_words_in_one_file_is_refused(desk: Desk) -> None:
+    (line,) = desk.job("precision: bf16\nmixed_precision: fp16").refused()
+    assert line == "PRECISION is given twice, under two words for it (job.yaml); give one."
+    (line,) = desk.job("lr: 1\ntraining:\n  learning_rate: 2").refused()
+    assert line.startswith("LR is given twice")
+
+
+# -- warm-up -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_warm_up_word_of_the_higher_layer_counts(desk: Desk) -> None:
+    desk.job("warmup_steps: 7")
+    assert (desk().job.warmup_steps, desk("WARMUP_STEPS=9").job.warmup_steps) == (7, 9)
+    assert (desk("WARMUP_PCT=0.5").job.warmup_steps, desk("WARMUP_PCT=0.5").job.warmup_pct) == (None, 0.5)
+    desk.job("warmup_pct: 0.3")
+    assert desk(WARMUP_STEPS="3").job.warmup_steps == 3
+
+
+def test_both_warm_up_words_in_one_layer_are_refused(desk: Desk) -> None:
+    (line,) = desk.job("warmup_steps: 7\nwarmup_pct: 0.3").refused()
+    assert "WARMUP_STEPS (job.yaml) and WARMUP_PCT (job.yaml)" in line
+    assert "command line" in desk.job("").refused("WARMUP_STEPS=7", "WARMUP_PCT=0.3")[0]
+
+
+# -- YAML --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("precision: no", "precision", "fp32"),
+        ("lr: 1e-3", "lr", 1e-3),
+        ("lr: 1.0e-3", "lr", 1e-3),
+        ("lr: .5", "lr", 0.5),
+        ("lr: 3", "lr", 3.0),
+        ("time_limit: 24:00:00", "time_limit", 1440),
+        ("time_limit: 01:30:00", "time_limit", 90),
+        ("time_limit: 90", "time_limit", 90),
+        ("time_limit: 2-12", "time_limit", 3600),
+        ("seed: 010", "seed", 10),
+        ("seed: 08", "seed", 8),
+        ("note: yes", "note", "yes"),
+        ("note: off", "note", "off"),
+        ("note: 2024-01-01", "note", "2024-01-01"),
+        ("note: 0x1F", "note", "0x1F"),
+        ("note: 'null'", "note", "null"),
+        ("note: =", "note", "="),
+        ("compile: True", "compile", True),
+        ("nodes: 2 # two", "nodes", 2),
+        ("\ufeffnodes: 2", "nodes", 2),
+        ("nodes: 2\r\nseed: 3\r\n", "seed", 3),
+        ("node_env: {DEBUG: 1, ON: true, EMPTY: null, HALF: 0.5}", "node_env", {"DEBUG": "1", "ON": "true", "EMPTY": "", "HALF": "0.5"}),
+    ],
+)
+def test_yaml_values_mean_what_they_look_like(desk: Desk, text: str, name: str, value: object) -> None:
+    assert getattr(desk.job(text + "\nbatch_size: 64")().job, name) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lr: 1\nseed: 2\nlr: 3", "job.yaml:3: not valid YAML: 'lr' is given twice"),
+        ("node_env:\n  A: 1\n  A: 2", "job.yaml:3: not valid YAML: 'A' is given twice"),
+        ("training:\n\tlr: 1", "job.yaml:2: not valid YAML"),
+        ("- lr", "job.yaml: holds a list, not settings"),
+        ("quickstart", "job.yaml: holds a str, not settings"),
+        ("lr: [1", "job.yaml:1: not valid YAML"),
+        ("? [a]\n: 1", "job.yaml:1: not valid YAML: a name is one word"),
+        ("lr: !!python/object/apply:os.system ['touch x']", "job.yaml:1: not valid YAML"),
+        ("lr: !!float x", "job.yaml: not readable"),
+        ("note: " + "[" * 1500, "job.yaml: not readable: RecursionError"),
+        ("note: \0", "job.yaml: not valid YAML: unacceptable character"),
+        ("nodes: true", "NODES: 'true' is not a whole number (job.yaml)"),
+        ("lr: true", "LR: 'true' is not a number (job.yaml)"),
+        ("nodes: 1.5", "NODES: 1.5 is not a whole number (job.yaml)"),
+        ("nodes:", "NODES: None is not a whole number (job.yaml)"),
+        ("account: 0042", "ACCOUNT: 42 is not text; write it in quotes (job.yaml)"),
+        ("note: [a]", "NOTE: is not text; write it in quotes (job.yaml)"),
+        ("modules: {a: b}", "MODULES: "),
+        ("slurm: fast", "slurm is not a setting (job.yaml)"),
+        ('"a\\nb": 1', "'a\\nb' is not a setting (job.yaml)"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused_with_its_place(desk: Desk, text: str, said: str) -> None:
+    lines = desk.job(text).refused()
+    assert lines[0].startswith(said), lines
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00lr", b"\x80lr: 1", bytes(range(256)), b"\x7fELF\x02\x01\x01\x00\xff"])
+def test_a_binary_file_is_refused_as_such(desk: Desk, content: bytes) -> None:
+    (line,) = desk.job(content).refused()
+    assert line.startswith("job.yaml: not a text file in UTF-8")
+
+
+def test_an_empty_file_is_a_job_of_defaults(desk: Desk) -> None:
+    assert set(desk.job("# nothing\n")().not_default()) == {"site"}
+
+
+def test_headings_change_nothing_and_are_part_of_the_origin(desk: Desk) -> None:
+    desk.job("training:\n  lr: 2\nmodel: nano\nslurm:\n  nodes: 2\noptimizer:\n  beta1: 0.5\n")
+    resolved = desk()
+    assert (resolved.job.lr, resolved.job.nodes, resolved.job.beta1, resolved.origins["nodes"]) == (2, 2, 0.5, "job.yaml, slurm")
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def test_all_faults_of_all_layers_are_reported_at_once_with_their_origins(desk: Desk) -> None:
+    desk.site("gpu_request: maybe")
+    desk.job("max_stepz: 3\nprecision: bf-16")
+    lines = desk.refused("BATCHSIZE=4", "LR=fast", NODES="two", HOLDFAST_SEEED="1")
+    expected = [
+        ("max_stepz is not a setting (job.yaml)", "Did you mean MAX_STEPS?"),
+        ("HOLDFAST_SEEED is not a setting (environment)", "Did you mean HOLDFAST_SEED?"),
+        ("BATCHSIZE is not a setting (command line)", "Did you mean BATCH_SIZE?"),
+        ("GPU_REQUEST: 'maybe' is not known; choose one of gpus-per-node, gres, none (./site.yaml)", ""),
+        ("PRECISION: 'bf-16' is not known; choose one of fp32, tf32, bf16, fp16, fp8 (job.yaml)", "Did you mean 'bf16'?"),
+        ("NODES: 'two' is not a whole number (environment NODES)", ""),
+        ("LR: 'fast' is not a number (command line)", ""),
+    ]
+    for begin, end in expected:
+        assert [line for line in lines if line.startswith(begin) and line.endswith(end)], (begin, lines)
+    assert len(lines) == len(expected)
+
+
+@pytest.mark.parametrize(("word", "meant"), [("PRECISON", "PRECISION"), ("batchsize", "BATCH_SIZE"), ("gpus", "GPUS_PER_NODE"), ("learning_rat", "LEARNING_RATE"), ("mixed_precison", "MIXED_PRECISION")])
+def test_a_misspelt_name_is_answered_with_the_nearest(desk: Desk, word: str, meant: str) -> None:
+    (line,) = desk.refused(f"{word}=1")
+    if word == "gpus":  # too far from anything to guess
+        assert "`holdfast explain` lists the settings" in line or meant in line
+    else:
+        assert line == f"{word} is not a setting (command line). Did you mean {meant}?"
+
+
+def test_other_variables_of_the_environment_are_left_alone(desk: Desk) -> None:
+    assert desk(PATH="/bin", HOME="/x", BATCHSIZE="1", HOLDFAST_RUN_DIR="/x", HOLDFAST_LAB="/y", lr="3").job.lr == 1e-3
+
+
+def test_problems_of_the_combination_come_with_their_own_exit_code(desk: Desk) -> None:
+    with pytest.raises(ImpossibleJobError) as err:
+        desk("BATCH_SIZE=7", "NODES=2", "PRECISION=fp8", "DEVICE=cpu")
+    assert err.value.exit_code == 78
+    assert "not divisible by 2 processes" in str(err.value) and "PRECISION=bf16" in str(err.value)
+
+
+@pytest.mark.parametrize("word", ["nope.yaml", "jobs/nope.yaml", "x" * 300, "a\0b", "\ud800", "", "nowhere/quickstart.yaml"])
+def test_a_job_file_that_does_not_exist_is_not_found(word: str, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="does not exist"):
+        find_job_file(word or ".", tmp_path)
+
+
+def test_a_misspelt_job_file_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"Did you mean jobs/quickstart.yaml\?"):
+        find_job_file("quikstart", tmp_path)
+
+
+@pytest.mark.parametrize("word", ["quickstart", "quickstart.yaml", "jobs/quickstart.yaml"])
+def test_a_shipped_job_file_is_found_from_anywhere_unless_one_lies_here(word: str, tmp_path: Path) -> None:
+    assert find_job_file(word, tmp_path) == (REPO / "jobs/quickstart.yaml", "jobs/quickstart.yaml")
+    (tmp_path / "jobs").mkdir()
+    for name in ("quickstart", "quickstart.yaml", "jobs/quickstart.yaml"):
+        (tmp_path / name).write_text("")
+    assert find_job_file(word, tmp_path) == (tmp_path / word, word)
+
+
+@pytest.mark.parametrize("word", ["nope", "./nope.yaml", "h10", "a/" + "y" * 300, "a\0/b", "\ud800/b"])
+def test_a_site_that_does_not_exist_is_one_of_the_faults(desk: Desk, word: str) -> None:
+    lines = desk.refused(f"SITE={word}", "LR=x")
+    assert any("site" in line.lower() and "command line" in line for line in lines) and any(line.startswith("LR: 'x'") for line in lines)
+
+
+# -- make --------------------------------------------------------------------------------------------------------------
+
+# Values as typed on the command line of make. Spaces before a value are missing: make itself drops them.
+TYPED = (
+    "two words",
+    "spaces  within and  behind ",
+    "back\\slash",
+    "two\\\\ and \\ space",
+    "ends in a backslash\\",
+    "$HOME $$ $(shell touch x) ${x}",
+    "x -- y",
+    "-- x",
+    "a=b",
+    "it's \"quoted\"",
+    "`touch x`; touch x",
+    "# no remark \\#",
+    "tab\there",
+    "line\nbreak",
+    "naïve 日本 😀",
+    "",
+)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("options", [[], ["-s", "-j2", "--no-print-directory"]], ids=["plain", "with options"])
+@pytest.mark.parametrize("target", ["show", "nested"])
+def test_words_of_a_real_make_are_read_as_they_were_typed(tmp_path: Path, target: str, options: list[str]) -> None:
+    (tmp_path / "show.py").write_text(
+        "import json, os\nfrom jobs.sources import words_from_make\nopen('out.json', 'a').write(json.dumps(words_from_make(os.environ)) + '\\n')\n"
+    )
+    (tmp_path / "Makefile").write_text(f"show:\n\t@{sys.executable} -S show.py\nnested:\n\t@$(MAKE) show\n")
+    environ = {**{k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}, "PYTHONPATH": os.pathsep.join([str(REPO), *sys.path])}
+    words = [f"V{number}={value}" for number, value in enumerate(TYPED)]
+    subprocess.run(["make", *options, target, *words], cwd=tmp_path, env=environ, check=True, timeout=60, capture_output=True)
+    assert sorted(json.loads((tmp_path / "out.json").read_text())) == sorted(words)
+
+
+def test_no_words_come_from_a_make_without_any() -> None:
+    for flags in (None, "", "s", "-j2 --jobserver-auth=3,4", "s -- "):
+        assert words_from_make({} if flags is None else {"MAKEFLAGS": flags}) == []
+
+
+# -- the way into the run directory and back ---------------------------------------------------------------------------
+
+anything = st.text(st.characters(codec=None, exclude_categories=())) | st.text(string.printable)
+
+
+@given(st.dictionaries(st.sampled_from(["note", "data", "model"]), anything))
+@settings(max_examples=200, deadline=None)
+def test_any_text_comes_back_from_a_job_file_as_it_went_in(tmp_path_factory: pytest.TempPathFactory, values: dict[str, str]) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(dump_yaml(values), "ascii")
+    assert read_yaml(path, "any.yaml") == values
+
+
+trees = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | anything, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(anything, inner, max_size=3), max_leaves=8)
+
+
+@given(st.dictionaries(anything, trees, max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_any_tree_of_options_comes_back_from_a_job_file_as_it_went_in(tmp_path_factory: pytest.TempPathFactory, options: dict[str, object]) -> None:
+    path = tmp_path_factory.getbasetemp() / "tree.yaml"
+    path.write_text(dump_yaml({"model_options": options}), "ascii")
+    assert read_yaml(path, "tree.yaml")["model_options"] == options
+
+
+def test_a_key_longer_than_yaml_allows_without_a_mark_comes_back(tmp_path: Path) -> None:
+    values = {"model_options": {"k" * 2000: {"é" * 500: [1, {"": None}]}}}
+    (tmp_path / "long.yaml").write_text(dump_yaml(values), "ascii")
+    assert read_yaml(tmp_path / "long.yaml", "long.yaml") == values
+
+
+def test_a_resolved_job_comes_back_from_its_file_equal(desk: Desk, tmp_path: Path) -> None:
+    desk.site("node_env: {A: 'x y', B: '1'}\nmodules: [a, b]\ntime_limit: 2-12")
+    job = desk("NOTE=😀 \u2028 \\ ' \"", "MODEL_OPTIONS={a: {b: [1, 2.5, null, x]}}", "PRECISION=no", "WARMUP_STEPS=3", "RUN_ID=abcd").job
+    path = tmp_path / "again.yaml"
+    path.write_text(dump_yaml(job.model_dump(mode="json")))
+    assert load(path) == job
+
+
+def test_a_damaged_job_file_of_a_run_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text('nodes: "many"\nnew_setting: 1\n')
+    with pytest.raises(SettingError) as err:
+        load(path)
+    assert f"NODES: 'many' is not a whole number ({path})" in str(err.value) and "new_setting is not a setting" in str(err.value)
+
+
+def test_secrets_of_a_mapping_are_not_printed_back(desk: Desk) -> None:
+    lines = desk.job("node_env:\n  'A B': hunter2").refused()
+    assert "hunter2" not in "\n".join(lines) and lines[0].startswith("NODE_ENV: 'A B' cannot be the name")
