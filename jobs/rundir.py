@@ -11,6 +11,7 @@
       stop                            a file that a person makes to stop the run at the next step
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -167,14 +168,19 @@ def publish(staging: RunDir, final: RunDir) -> None:
         raise SettingError(f"run directory {final.path} cannot be made: {err.strerror}") from err
 
 
-def discard(run: RunDir) -> None:
-    """Takes a run directory away: renamed first, so that no half-deleted run is ever found under its name."""
+def discard(run: RunDir, with_parent: bool = False) -> None:
+    """Takes a run directory away: renamed first, so that no half-deleted run is ever found under its name.
+
+    `with_parent` also takes the runs directory, if nothing else is in it."""
     doomed = run.path.parent / f"{_STAGING}{run.path.name}-{secrets.token_hex(4)}"
     try:
         os.rename(run.path, doomed)
     except FileNotFoundError:
         return
     shutil.rmtree(doomed, ignore_errors=True)
+    if with_parent:
+        with contextlib.suppress(OSError):
+            run.path.parent.rmdir()
 
 
 def all_runs(runs_dir: Path) -> list[RunDir]:

@@ -79,7 +79,7 @@ class _Layer:
             self.given.append(Given(name, value, origin))
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """YAML 1.2 scalars: `no` is a word, 24:00:00 is text, 1e-3 is a number, and a key stands once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -90,7 +90,8 @@ class _Loader(yaml.SafeLoader):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
     def construct_decimal(self, node: yaml.ScalarNode) -> int | str:
         """010 is ten. YAML 1.1 reads it as octal, and cannot read 08 at all."""

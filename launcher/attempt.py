@@ -249,9 +249,8 @@ def adopt(environ: Mapping[str, str], cwd: Path) -> Path:
 
     job_id = job_id_of(environ).replace("_", ".")
     allocation: dict[str, object] = {"run_id": f"j{job_id}", "nodes": int(environ.get("SLURM_JOB_NUM_NODES", "1"))}
-    tasks = environ.get("SLURM_NTASKS_PER_NODE") or environ.get("SLURM_NTASKS")
-    per_node = int(tasks) if environ.get("SLURM_NTASKS_PER_NODE") else int(tasks or 1) // int(environ.get("SLURM_JOB_NUM_NODES", "1"))
-    allocation["gpus_per_node"] = max(per_node, 1)
+    nodes = int(environ.get("SLURM_JOB_NUM_NODES", "1"))
+    allocation["gpus_per_node"] = int(environ.get("SLURM_NTASKS_PER_NODE") or max(int(environ.get("SLURM_NTASKS", "1")) // nodes, 1))
     info = _ask(Slurm(environ), job_id_of(environ))
     if info is not None:
         try:

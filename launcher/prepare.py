@@ -13,7 +13,7 @@ from jobs.rundir import RunDir
 from jobs.settings import Job
 from jobs.sources import Resolved, dump_yaml, resolve, words_from_make
 from launcher import snapshot
-from slurm import site
+from slurm import sitefile
 from slurm.render import script_for
 
 # Settings whose value may be a path behind a word and a colon; nodes start in another folder than the person who submits.
@@ -22,7 +22,7 @@ _PATH_WORDS = {"data": ("text", "tokens"), "model": ("hf",)}
 
 def resolve_here(words: Sequence[str], environ: Mapping[str, str], cwd: Path, **more: Any) -> Resolved:
     """The job that a person describes from folder `cwd`, words of a make command line included."""
-    resolved = resolve([*words_from_make(environ), *words], environ, cwd, lambda word: site.find(word, cwd), **more)
+    resolved = resolve([*words_from_make(environ), *words], environ, cwd, lambda word: sitefile.find(word, cwd), **more)
     return replace(resolved, job=_anchor_paths(resolved.job, cwd))
 
 
@@ -66,20 +66,22 @@ def prepare(resolved: Resolved, cwd: Path, executable: str, members: Sequence[Re
         if not final.job_yaml.exists():
             raise SettingError(f"RUN_ID: {final.path} exists and is no run directory.")
         return final, False
+    # Rendered before anything is made: most refusals come from here.
+    text = script_for(job, final, executable, array_size=len(members) or None)
+    was_there = final.path.parent.exists()
     staging = rundir.stage(final)
     try:
         _write_run(staging, resolved)
         snapshot.freeze(staging, cwd, job.code_include, leave_out=Path(os.path.abspath(runs_dir)))
-        text = script_for(job, final, executable, array_size=len(members) or None)
         staging.script.write_text(text)
         staging.script.chmod(0o755)
         for index, member in enumerate(members):
             _write_run(staging.member(index), member)
     except HoldfastError:
-        rundir.discard(staging)
+        rundir.discard(staging, with_parent=not was_there)
         raise
     except OSError as err:
-        rundir.discard(staging)
+        rundir.discard(staging, with_parent=not was_there)
         raise SettingError(f"run directory {final.path} cannot be made: {err.strerror or err}") from err
     rundir.publish(staging, final)
     return final, True

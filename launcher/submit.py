@@ -8,8 +8,9 @@ import contextlib
 import io
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def to_local(run: RunDir, job: Job) -> "submitit.Job[int]":
     executor = submitit.LocalExecutor(folder=run.submitit, python=sys.executable)
     # The time limit is that of the job; a local run has no queue behind it, so the warning is one minute at most.
     executor.update_parameters(timeout_min=job.time_limit, tasks_per_node=1, signal_delay_s=min(job.stop_lead_s, 60), gpus_per_node=0 if job.device == "cpu" else job.gpus_per_node)
-    local: submitit.Job[int] = executor.submit(train_run, str(run.path))
+    run.submitit.mkdir(exist_ok=True)
+    with _detached(run.submitit / "controller.out"):
+        local: submitit.Job[int] = executor.submit(train_run, str(run.path))
     ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=f"local-{local.job_id}", by="submitit, local")
     return local
 
@@ -91,6 +94,29 @@ def resubmit(run: RunDir, job: Job, environ: Mapping[str, str]) -> str:
         ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id, by="resume")
         return job_id
     return to_slurm(run, job, environ)
+
+
+@contextlib.contextmanager
+def _detached(log: Path) -> Iterator[None]:
+    """What is started in here keeps no hold of this process's terminal or pipes, and outlives the terminal's end.
+
+    submitit's controller inherits both; whoever reads our output would otherwise wait until the run is over."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(number) for number in (0, 1, 2)]
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        null, out = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for source, number in ((null, 0), (out, 1), (out, 2)):
+            os.dup2(source, number)
+        os.close(null)
+        os.close(out)
+        yield
+    finally:
+        for source, number in zip(kept, (0, 1, 2), strict=True):
+            os.dup2(source, number)
+            os.close(source)
+        signal.signal(signal.SIGHUP, hangup)
 
 
 class _Call:

@@ -13,12 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from jobs.errors import HoldfastError, NotFoundError, RenderError, SettingError
+from jobs.errors import HoldfastError, NotFoundError, SettingError
 from jobs.rundir import RunDir
 from jobs.settings import Job, names
 from jobs.sources import _bare_type, dump_yaml, load, resolve
 from launcher.attempt import begin
-from slurm import site
+from slurm import sitefile
 from slurm.render import Script, render_script
 
 _MANY = typing.get_origin(_bare_type("modules")), typing.get_origin(_bare_type("node_env"))
@@ -55,7 +55,7 @@ def test_the_lists_of_text_settings_are_whole() -> None:
 def carried(folder: Path, name: str, value: object) -> object:
     """The value of a setting as a node reads it, from a job file that gave it. Raises HoldfastError."""
     (folder / "given.yaml").write_text(dump_yaml({name: value}), "ascii")
-    resolved = resolve(["given.yaml"], {}, folder, lambda word: site.find(word, folder))
+    resolved = resolve(["given.yaml"], {}, folder, lambda word: sitefile.find(word, folder))
     (folder / "job.yaml").write_text(dump_yaml(resolved.job.model_dump(mode="json")))
     return getattr(load(folder / "job.yaml"), name)
 
@@ -118,7 +118,7 @@ def test_a_mapping_is_refused_in_a_clear_line_or_arrives_unchanged(folder: Path,
 def test_text_that_an_environment_can_hold_arrives_from_there_unchanged(folder: Path, value: str) -> None:
     environ = {"NOTE": value, "HOLDFAST_DATA": value}
     try:
-        job = resolve([], environ, folder, lambda word: site.find(word, folder)).job
+        job = resolve([], environ, folder, lambda word: sitefile.find(word, folder)).job
     except SettingError as err:
         assert {said.partition(":")[0] for said in str(err).splitlines()} == {"NOTE", "DATA"}
         return
@@ -165,7 +165,8 @@ class Stage:
         return [Path(at) / name for at, _, files in os.walk(self.room) for name in files if name == "x"]
 
 
-folder_name = line.map(lambda text: text.replace("/", "-").encode()[:100].decode(errors="ignore")).filter(lambda text: text.strip(".") != "")
+# Refused as folders, and not here but in tests of their own: a backslash, and around a container a comma or colon.
+folder_name = line.map(lambda text: text.translate(str.maketrans("/\\,:", "----")).encode()[:100].decode(errors="ignore")).filter(lambda text: text.strip(".") != "")
 
 
 @given(
@@ -173,7 +174,7 @@ folder_name = line.map(lambda text: text.replace("/", "-").encode()[:100].decode
         {
             "entry": st.none() | line.filter(lambda text: not text.startswith("-m ")), "entry_args": st.lists(line, max_size=3),
             "container_image": st.none() | line, "container_runtime": st.sampled_from(["apptainer", "pyxis"]), "container_python": line,
-            "container_mounts": st.lists(line, max_size=2), "modules": st.lists(line, max_size=2),
+            "container_mounts": st.lists(line.map(lambda text: text.replace(",", "-")), max_size=2), "modules": st.lists(line, max_size=2),
             "node_env": st.dictionaries(st.from_regex(r"V_[A-Z]{1,4}", fullmatch=True), line, max_size=2),
             "sbatch_options": st.dictionaries(st.sampled_from(["mail-user", "licenses"]), line, max_size=2),
             "partition": line, "account": line, "qos": line, "constraint": line, "reservation": line, "gpu_type": line,
@@ -193,11 +194,7 @@ def test_nothing_in_a_script_is_executed_and_every_value_arrives(tmp_path_factor
     python.symlink_to(stage.bin / "python")
     setup.write_text('export SET_UP="from the file"\n')
     job = Job(**values, setup_script=str(setup), node_python=str(python))
-    try:
-        text = render_script(job, Script(run, str(python), 2 if array else None))
-    except RenderError as err:
-        assert "RUNS_DIR" in str(err) or "CONTAINER_MOUNTS" in str(err)
-        return
+    text = render_script(job, Script(run, str(python), 2 if array else None))
 
     done = stage.run(text, **({"SLURM_ARRAY_TASK_ID": "1"} if array else {}))
     assert done.returncode == 0, done.stderr
@@ -251,12 +248,8 @@ def test_a_directive_is_one_line_whatever_stands_in_it(text: str) -> None:
 def test_variables_of_an_attempt_are_sourced_as_they_are(tmp_path_factory: pytest.TempPathFactory, parent: str) -> None:
     run = RunDir(tmp_path_factory.mktemp("begin") / parent / "a-b")
     run.path.mkdir(parents=True)
-    run.job_yaml.write_text(dump_yaml(Job().model_dump(mode="json")))
-    try:
-        values = begin(run, {}, None)
-    except RenderError as err:
-        assert "RUNS_DIR" in str(err) and "\\" in parent
-        return
+    run.job_yaml.write_text(dump_yaml(Job(job_name="a").model_dump(mode="json")))
+    values = begin(run, {}, None)
     shown = subprocess.run(["bash", "-c", f". {shlex.quote(str(run.attempt(1).env))}; env -0"], capture_output=True, check=True, env={}).stdout.decode()
     environment = dict(pair.split("=", 1) for pair in shown.split("\0") if pair)
     assert environment["HOLDFAST_RANK_LOG"] == values["HOLDFAST_RANK_LOG"]

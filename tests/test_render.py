@@ -17,7 +17,7 @@ from jobs.rundir import RunDir
 from jobs.settings import Job
 from jobs.sources import resolve
 from launcher import docs
-from slurm import lab, render, site
+from slurm import lab, render, sitefile
 from slurm.client import clean_environment
 from slurm.lab import LabConfig
 from slurm.render import OURS, Script, render_script
@@ -273,7 +273,7 @@ def test_the_log_of_a_job_lies_where_it_was_asked_for_whatever_the_folder_is_cal
         expected[run.logs / "{}.batch.out"] = small.submit(f"{directives}echo log {number}\n")
     for number, (where, job_id) in enumerate(expected.items()):
         log = Path(str(where).replace("{}", job_id))
-        until(lambda log=log: log.exists() and log.read_text() == f"log {number}\n", 20, f"{log}; there is {sorted(small.room.glob('runs/*/*/logs/*'))}")
+        until(lambda log=log, number=number: log.exists() and log.read_text() == f"log {number}\n", 20, f"{log}; there is {sorted(small.room.glob('runs/*/*/logs/*'))}")
 
 
 @pytest.mark.slurm
@@ -286,11 +286,11 @@ def test_logs_of_an_array_lie_with_its_members_whatever_the_folder_is_called(sma
     job_id = small.submit(directives + "echo task $SLURM_ARRAY_TASK_ID\n")
     for index in range(2):
         log = run.member(index).log(f"{job_id}_{index}", "batch")
-        until(lambda log=log: log.exists() and log.read_text() == f"task {index}\n", 20, str(log))
+        until(lambda log=log, index=index: log.exists() and log.read_text() == f"task {index}\n", 20, str(log))
     assert not (small.room / "x").exists()
 
 
 def test_the_example_site_renders_what_its_file_says(tmp_path: Path) -> None:
-    resolved = resolve(["SITE=h100"], {}, tmp_path, lambda word: site.find(word, tmp_path))
+    resolved = resolve(["SITE=h100"], {}, tmp_path, lambda word: sitefile.find(word, tmp_path))
     text = script(resolved.job)
     assert "#SBATCH --gpus-per-node=h100:" in text and "module load cuda/13.0\n" in text and "export NCCL_IB_HCA=mlx5\n" in text

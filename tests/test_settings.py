@@ -18,7 +18,7 @@ from jobs.precision import MODES, Precision, nearest_that_runs, runs_on
 from jobs.settings import NAME_ALIASES, Job, format_minutes, group_of, help_of, names, parse_minutes, setting, unit_of
 from jobs.sources import read_yaml, resolve, setting_name
 from launcher import docs
-from slurm import site
+from slurm import sitefile
 
 FIXED = """JOB_NAME RUNS_DIR SITE PARTITION ACCOUNT QOS NODES GPUS_PER_NODE TIME_LIMIT PRECISION FP8_BACKEND FP8_RECIPE BATCH_SIZE
 MICRO_BATCH_SIZE GRAD_ACCUM_STEPS MAX_STEPS EVAL_EVERY CHECKPOINT_EVERY LR WARMUP_PCT SEED MODEL DATA SEQ_LEN COMPILE PARALLEL""".split()
@@ -234,9 +234,9 @@ def test_there_is_a_mode_to_offer_for_every_piece_of_hardware(mode: Precision, a
 
 
 @pytest.mark.parametrize("path", [path for path in SHIPPED if path.parent.name == "jobs"], ids=lambda path: path.stem)
-@pytest.mark.parametrize("where", site.shipped())
+@pytest.mark.parametrize("where", sitefile.shipped())
 def test_every_shipped_job_file_resolves_on_every_shipped_site(path: Path, where: str, tmp_path: Path) -> None:
-    resolved = resolve([f"JOB={path}", f"SITE={where}"], {}, tmp_path, lambda word: site.find(word, tmp_path))
+    resolved = resolve([f"JOB={path}", f"SITE={where}"], {}, tmp_path, lambda word: sitefile.find(word, tmp_path))
     assert resolved.job.job_name == path.stem and resolved.job.site == where
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
 from jobs.settings import Job
-from jobs.sources import Resolved, dump_yaml, find_job_file, load, read_yaml, resolve, setting_name, split_words, words_from_make
-from slurm import site
+from jobs.sources import Resolved, dump_yaml, find_job_file, load, read_yaml, resolve, split_words, words_from_make
+from slurm import sitefile
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -41,7 +41,7 @@ class Desk:
         return self.resolve(["job.yaml", "SITE=./site.yaml", *words], environ)
 
     def resolve(self, words: Sequence[str], environ: Mapping[str, str]) -> Resolved:
-        return resolve(words, environ, self.folder, lambda word: site.find(word, self.folder))
+        return resolve(words, environ, self.folder, lambda word: sitefile.find(word, self.folder))
 
     def refused(self, *words: str, **environ: str) -> list[str]:
         with pytest.raises(SettingError) as err:
@@ -80,7 +80,7 @@ def test_the_prefixed_variable_beats_another_tools_bare_word_for_the_same_thing(
 
 
 def test_what_slurm_has_already_given_beats_everything(desk: Desk, tmp_path: Path) -> None:
-    resolved = resolve(["NODES=3"], {}, tmp_path, lambda word: site.find(word, tmp_path), allocation={"nodes": 4})
+    resolved = resolve(["NODES=3"], {}, tmp_path, lambda word: sitefile.find(word, tmp_path), allocation={"nodes": 4})
     assert (resolved.job.nodes, resolved.origins["nodes"]) == (4, "Slurm allocation")
 
 

@@ -1,0 +1,218 @@
+"""Checkpoints on disk, for everyone who does not need the tensors: names, manifest, which one is whole, which are kept.
+
+    checkpoints/step-00001200/
+      model.safetensors       fp32 weights and buffers, by name
+      optimizer.safetensors   moments of the optimizer, as <parameter>/<moment>
+      manifest.json           the state beside the tensors; name, bytes and sha256 of every file; written last
+    checkpoints/.step-00001200.tmp-3      being written, by attempt 3
+    checkpoints/.trash-...                being deleted
+    checkpoints/.damaged-step-00001200-4  did not verify when attempt 4 wanted it; kept for a person to look at
+
+A sharded run has one file per process, model.00000-of-00002.safetensors, each with its own rows of every tensor.
+A directory under a step's name is complete by definition: train/commit.py is the protocol that makes that true.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import CheckpointError
+
+FORMAT = 2
+MODEL, OPTIMIZER, MANIFEST = "model", "optimizer", "manifest.json"
+STAGING, TRASH, DAMAGED = ".step-", ".trash-", ".damaged-"
+_STEP = re.compile(r"step-([0-9]{8,})")
+# Hashing is one core's work per file and releases the interpreter's lock.
+_HASH_THREADS = 4
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint as its manifest knows it."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says about itself. `state` is what a resume needs beside the tensors (train/checkpoint.py)."""
+
+    step: int
+    attempt: int
+    files: dict[str, FileEntry]
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """JSON with a sum over itself: a bit that flips in the manifest must not go unseen either."""
+        body = {"format": FORMAT, "step": self.step, "attempt": self.attempt, "state": self.state, "files": {name: vars(entry) for name, entry in self.files.items()}}
+        return json.dumps({**body, "sum": _sum_of(body)}, indent=1) + "\n"
+
+    def of_kind(self, kind: str) -> list[str]:
+        """Names of the files that hold `model` or `optimizer`, one per process that wrote."""
+        return sorted(name for name in self.files if name.startswith(f"{kind}."))
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.files.values())
+
+
+def _sum_of(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def file_name(kind: str, rank: int = 0, writers: int = 1) -> str:
+    return f"{kind}.safetensors" if writers == 1 else f"{kind}.{rank:05d}-of-{writers:05d}.safetensors"
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def staging_of(folder: Path, step: int, attempt: int) -> Path:
+    """The attempt stands in the name: what a process of an older attempt still writes can never get a final name."""
+    return folder / f".step-{step:08d}.tmp-{attempt}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step in a complete checkpoint's name; None for anything else in the folder."""
+    found = _STEP.fullmatch(path.name)
+    step = int(found.group(1)) if found else None
+    return step if step is not None and path_of(path.parent, step) == path else None
+
+
+def complete(folder: Path) -> list[Path]:
+    """Checkpoints under their final names, newest first."""
+    try:
+        found = [(step, path) for path in folder.iterdir() if (step := step_of(path)) is not None]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint, true to its own sum. Raises CheckpointError."""
+    try:
+        body = json.loads((path / MANIFEST).read_bytes())
+        stated = body.pop("sum")
+        if body["format"] != FORMAT:
+            raise CheckpointError(f"{path.name}: its manifest has format {body['format']!r}, this version reads {FORMAT}")
+        if stated != _sum_of(body):
+            raise CheckpointError(f"{path.name}: its manifest does not match its own sum")
+        files = {str(name): FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in body["files"].items()}
+        manifest = Manifest(int(body["step"]), int(body["attempt"]), files, dict(body["state"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise CheckpointError(f"{path.name}: its manifest cannot be read ({_said(err)})") from err
+    if manifest.step != step_of(path):
+        raise CheckpointError(f"{path.name}: its manifest belongs to step {manifest.step}")
+    if any(os.sep in name or name.startswith(".") for name in files) or not (manifest.of_kind(MODEL) and manifest.of_kind(OPTIMIZER)):
+        raise CheckpointError(f"{path.name}: its manifest does not list a model and an optimizer")
+    return manifest
+
+
+def verify(path: Path) -> Manifest:
+    """The manifest of a checkpoint whose every file is there with the right content. Raises CheckpointError otherwise."""
+    manifest = read_manifest(path)
+    # Sizes first: they cost nothing and find most of what goes wrong.
+    for name, entry in manifest.files.items():
+        try:
+            found = (path / name).stat().st_size
+        except OSError as err:
+            raise CheckpointError(f"{path.name}: {name} cannot be read ({_said(err)})") from err
+        if found != entry.bytes:
+            raise CheckpointError(f"{path.name}: {name} has {found} bytes, the manifest says {entry.bytes}")
+    with ThreadPoolExecutor(_HASH_THREADS) as threads:
+        for name, digest in zip(manifest.files, threads.map(lambda name: _hash(path, name), manifest.files), strict=True):
+            if digest != manifest.files[name].sha256:
+                raise CheckpointError(f"{path.name}: the content of {name} does not match its sum")
+    return manifest
+
+
+def newest_verified(folder: Path, attempt: int) -> tuple[Path | None, list[tuple[str, str]]]:
+    """The newest checkpoint that verifies, and (present name, reason) of each damaged one that was set aside on the way."""
+    damaged = []
+    for path in complete(folder):
+        try:
+            verify(path)
+        except CheckpointError as err:
+            damaged.append((set_aside(path, attempt), str(err)))
+            continue
+        return path, damaged
+    return None, damaged
+
+
+def set_aside(path: Path, attempt: int) -> str:
+    """Takes its final name from a damaged checkpoint. Returns the name that it has now: the old one where the disk refuses."""
+    name = f"{DAMAGED}{path.name}-{attempt}"
+    while (path.parent / name).exists():
+        name += "+"
+    try:
+        os.rename(path, path.parent / name)
+    except OSError:
+        return path.name
+    return name
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Deletes what an earlier attempt began and never finished. Only the owner of the run may call this."""
+    try:
+        leftovers = [path for path in folder.iterdir() if path.name.startswith((STAGING, TRASH))]
+    except OSError:
+        return
+    for path in leftovers:
+        doomed = path
+        if path.name.startswith(STAGING):
+            # Renamed before its files go: a writer of an older attempt that is still alive could otherwise give a
+            # half-deleted folder its final name.
+            doomed = path.parent / f"{TRASH}{path.name.lstrip('.')}-{os.urandom(3).hex()}"
+            try:
+                os.rename(path, doomed)
+            except OSError:
+                continue
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def to_prune(folder: Path, keep_last: int, keep_every: int = 0, keep_best: int = 0) -> list[Path]:
+    """Complete checkpoints that need not be kept: neither among the newest, nor at an N-th step, nor among the best by validation."""
+    older = complete(folder)[keep_last:]
+    best: list[Path] = []
+    if keep_best:
+        scored = [(loss, -(step_of(path) or 0), path) for path in complete(folder) if (loss := val_loss_of(path)) is not None]
+        best = [path for _, _, path in sorted(scored)[:keep_best]]
+    return [path for path in older if path not in best and not (keep_every and (step_of(path) or 0) % keep_every == 0)]
+
+
+def val_loss_of(path: Path) -> float | None:
+    """The validation loss that a checkpoint was saved with, if it was saved right after a validation."""
+    try:
+        value = read_manifest(path).state.get("val_loss")
+    except CheckpointError:
+        return None
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def few(names: Iterable[str]) -> str:
+    """The first names of a list, for a message."""
+    listed = list(names)
+    if not listed:
+        return "none"
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+
+
+def _hash(path: Path, name: str) -> str:
+    try:
+        with open(path / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as err:
+        raise CheckpointError(f"{path.name}: {name} cannot be read ({_said(err)})") from err
+
+
+def _said(err: BaseException) -> str:
+    return (err.strerror if isinstance(err, OSError) else None) or str(err) or type(err).__name__

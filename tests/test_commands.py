@@ -1,0 +1,188 @@
+"""The commands as a person meets them: one clear message for each thing that is wrong, the right exit code, nothing half-made."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, SMALL, Cluster, losses, until, weights_sha
+
+from jobs import ledger
+from jobs.rundir import RunDir
+from launcher.local import pid_of_rank
+
+HOLDFAST = Path(sys.executable).with_name("holdfast")
+ONE = {**SMALL, "NODES": "1", "GPUS_PER_NODE": "1", "DEVICE": "cpu", "MAX_STEPS": "60", "CHECKPOINT_EVERY": "20", "EVAL_EVERY": "30"}
+
+
+def holdfast(*words: str, cwd: Path = REPOSITORY, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HOLDFAST_"))}
+    return subprocess.run([HOLDFAST, *words], cwd=cwd, env={**clean, **env}, capture_output=True, text=True, timeout=120)
+
+
+def pairs(settings: dict[str, str]) -> list[str]:
+    return [f"{name}={value}" for name, value in settings.items()]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["PRECISON=bf16"], 2, ["PRECISON is not a setting", "Did you mean PRECISION?"]),
+        (["BATCH_SIZE=many"], 2, ["BATCH_SIZE", "'many'", "whole number", "command line"]),
+        (["BATCH_SIZE=33", "MICRO_BATCH_SIZE=8"], 78, ["BATCH_SIZE=33", "not divisible by", "32"]),
+        (["PRECISION=bf-16"], 2, ["'bf-16'", "fp32, tf32, bf16, fp16, fp8", "Did you mean 'bf16'?"]),
+        (["PRECISION=fp8", "DEVICE=cpu"], 78, ["needs a GPU", "PRECISION=bf16"]),
+        (["PRECISION=fp8", "GPU_ARCH=sm_80"], 78, ["needs sm_89", "sm_80", "PRECISION=bf16"]),
+        (["jobs/quikstart.yaml"], 2, ["'jobs/quikstart.yaml'", "Did you mean jobs/quickstart.yaml?"]),
+        (["SITE=moon"], 2, ["site 'moon' is not known", "generic, h100, lab"]),
+        (["LR_SCHEDULER_PARAMS=T_zero=5"], 78, ["T_zero", "T_0"]),
+        (["STOP_LEAD_S=7200"], 78, ["STOP_LEAD_S=7200", "TIME_LIMIT"]),
+        (["PARTITION=a\nb"], 2, ["PARTITION", "U+000A"]),
+        (["SBATCH_OPTIONS=requeue="], 2, ["--requeue", "holdfast itself"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["render", "submit", "run"])
+def test_bad_settings_get_one_message_and_make_nothing(tmp_path: Path, command: str, words: list[str], code: int, said: list[str]) -> None:
+    done = holdfast(command, *words, f"RUNS_DIR={tmp_path}/runs")
+    assert done.returncode == code, done.stderr
+    for part in said:
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_all_faults_are_told_at_once() -> None:
+    done = holdfast("render", "PRECISON=x", "LR=-1", "SEED=1.5", TIME_LIMIT="soon", HOLDFAST_NODS="2")
+    assert done.returncode == 2
+    assert all(word in done.stderr for word in ("PRECISON", "LR:", "SEED:", "TIME_LIMIT:", "HOLDFAST_NODES"))
+
+
+def test_a_runs_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = holdfast("run", "DEVICE=cpu", f"RUNS_DIR={tmp_path}/file/runs")
+    assert done.returncode == 2
+    assert "RUNS_DIR" in done.stderr and "Not a directory" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "cancel", "resume"])
+def test_a_run_that_does_not_exist_is_named_beside_those_that_do(tmp_path: Path, command: str) -> None:
+    done = holdfast(command, "nothing-here", f"RUNS_DIR={tmp_path}")
+    assert done.returncode == 2
+    assert "no run 'nothing-here'" in done.stderr
+
+
+def test_without_slurm_submit_says_what_to_do(tmp_path: Path) -> None:
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    done = holdfast("submit", f"RUNS_DIR={tmp_path}/runs", PATH=str(empty))
+    assert done.returncode == 1
+    assert "sbatch is not on this machine" in done.stderr and "--local" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slurm
+def test_sbatch_refusing_is_told_in_its_own_words_and_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    done = cluster.holdfast("submit", f"RUNS_DIR={tmp_path}/runs", "GPUS_PER_NODE=9", "BATCH_SIZE=18", check=False)
+    assert done.returncode == 1
+    assert "sbatch: " in done.stderr and "node configuration is not available" in done.stderr
+    assert done.stderr.count("node configuration") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slurm
+def test_an_unreachable_slurmctld_is_told_and_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    conf = tmp_path / "slurm.conf"
+    conf.write_text(cluster.lab.conf.read_text().replace(f"SlurmctldPort={cluster.lab.base_port}", "SlurmctldPort=9"))
+    done = cluster.holdfast("submit", f"RUNS_DIR={tmp_path}/runs", check=False, SLURM_CONF=str(conf))
+    assert done.returncode == 1
+    assert "slurmctld cannot be reached" in done.stderr or "did not answer" in done.stderr
+    assert not (tmp_path / "runs").exists()
+    assert "Slurm does not answer" in cluster.holdfast("status", "--all", check=False, SLURM_CONF=str(conf)).stdout or not any(cluster.runs.iterdir())
+
+
+@pytest.mark.slurm
+def test_test_only_submits_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    done = cluster.holdfast("submit", "--test-only", f"RUNS_DIR={tmp_path}/runs")
+    assert "nothing was submitted" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slurm
+def test_render_prints_what_submit_submits_byte_for_byte(cluster: Cluster, tmp_path: Path) -> None:
+    words = [f"RUNS_DIR={tmp_path}/runs", "RUN_ID=same", *pairs(ONE), "MAX_STEPS=1"]
+    shown = cluster.holdfast("render", *words).stdout
+    answer = json.loads(cluster.holdfast("submit", "--json", "--wait", *words).stdout.splitlines()[0])
+    run = RunDir(Path(answer["path"]))
+    assert run.script.read_text() == shown
+    told = cluster.slurm("scontrol", "write", "batch_script", answer["job_id"], "-")
+    assert told.rstrip("\n") == shown.rstrip("\n")
+
+
+@pytest.mark.slurm
+def test_a_given_run_id_is_submitted_once(cluster: Cluster, tmp_path: Path) -> None:
+    words = ["--json", f"RUNS_DIR={tmp_path}/runs", "RUN_ID=once", *pairs(ONE), "MAX_STEPS=1"]
+    first, second = (json.loads(cluster.holdfast("submit", *words).stdout) for _ in range(2))
+    assert first["job_id"] == second["job_id"]
+    cluster.finished(RunDir(Path(first["path"])))
+
+
+def test_run_trains_in_the_foreground_and_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    words = [*pairs({**ONE, "MAX_STEPS": "400", "EVAL_EVERY": "0"}), f"RUNS_DIR={runs}"]
+    straight = holdfast("run", *words, "RUN_ID=straight")
+    assert straight.returncode == 0, straight.stderr
+    assert "step 400/400" in straight.stdout
+    process = subprocess.Popen([HOLDFAST, "run", *words, "RUN_ID=halved"], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    run = RunDir(runs / "quickstart-halved")
+    until(lambda: run.attempt(1).progress.exists() and int(run.attempt(1).progress.read_text() or 0) > 20, 60, "step 20")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, out
+    assert "holdfast resume --local halved" in out or "holdfast resume --local quickstart-halved" in out
+    resumed = holdfast("resume", "--local", "halved", f"RUNS_DIR={runs}")
+    assert resumed.returncode == 0, resumed.stderr
+    attempts = ledger.attempts(ledger.read(run.ledger))
+    assert len(attempts) == 2 and attempts[0].lost_steps == 0 and attempts[1].start_step > 20
+    reference = RunDir(runs / "quickstart-straight")
+    assert weights_sha(run) == weights_sha(reference)
+    assert losses(run) == losses(reference)
+
+
+def test_the_local_executor_survives_a_killed_rank(tmp_path: Path) -> None:
+    settings = {**SMALL, "NODES": "1", "GPUS_PER_NODE": "2", "DEVICE": "cpu", "MAX_STEPS": "300", "EVAL_EVERY": "0", "CHECKPOINT_EVERY": "20"}
+    done = holdfast("submit", "--local", "--json", *pairs(settings), f"RUNS_DIR={tmp_path}/runs")
+    run = RunDir(Path(json.loads(done.stdout)["path"]))
+    until(lambda: list(run.checkpoints.glob("step-*")), 60, "a checkpoint")
+    victim = pid_of_rank(run, 1)
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+
+    def causes() -> list[str]:
+        return [attempt.cause.value for attempt in ledger.attempts(ledger.read(run.ledger)) if attempt.cause]
+
+    until(lambda: causes() == ["killed", "finished"], 90, "the second attempt to finish")
+    assert "finished" in holdfast("status", str(run.path), f"RUNS_DIR={tmp_path}/runs").stdout
+
+
+def test_status_of_a_hundred_runs_is_one_table_and_json(tmp_path: Path) -> None:
+    for index in range(100):
+        run = RunDir(tmp_path / f"job-{index:04d}")
+        run.path.mkdir()
+        run.job_yaml.write_text('job_name: "job"\nmax_steps: 10\n')
+    begun = time.monotonic()
+    done = holdfast("status", "--json", f"RUNS_DIR={tmp_path}")
+    assert time.monotonic() - begun < 10
+    assert len(json.loads(done.stdout)) == 100
+
+
+def test_a_code_error_ends_the_run_and_shows_its_traceback(tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text("raise RuntimeError('the planted fault')\n")
+    done = holdfast("run", *pairs(ONE), f"RUNS_DIR={tmp_path}/runs", f"ENTRY={script}")
+    assert done.returncode == 1
+    assert "the planted fault" in done.stdout
+    assert "failed" in holdfast("status", f"RUNS_DIR={tmp_path}/runs").stdout
