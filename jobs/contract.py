@@ -62,7 +62,11 @@ class Event(StrEnum):
     RESUMED = "resumed"
     STOP = "stop"
     CHECKPOINT = "checkpoint"
+    SAVE_FAILED = "save_failed"
     DAMAGED = "damaged"
+    OVERFLOW = "overflow"
+    # Settings of the run were changed on purpose, by `holdfast resume RUN KEY=value`.
+    CHANGED = "changed"
     END = "end"
     REQUEUE = "requeue"
     CANCEL = "cancel"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.errors import SettingError
-from jobs.precision import MODES, arch_number, nearest_that_runs, runs_on
+from jobs.precision import MODES, Precision, arch_number, nearest_that_runs, runs_on
 from jobs.schedule import Schedule, warmup_steps_from_pct
 from jobs.settings import Job
 
@@ -20,6 +20,17 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
     problem, batch = _batch(job, said)
     problems += problem
     derived |= batch
+    if job.amp_opt_level == "O0" and job.precision is not Precision.FP32:
+        if origins.get("precision", "default") != "default":
+            problems.append(f"{said('amp_opt_level')} means no mixed precision, but {said('precision')}. Give one of them.")
+        derived["precision"] = Precision.FP32
+        job = job.model_copy(update=derived)
+    elif job.amp_opt_level == "O2" and job.precision not in (Precision.BF16, Precision.FP16):
+        problems.append(f"{said('amp_opt_level')} keeps 16-bit parameters with fp32 masters, which needs PRECISION=bf16 or fp16, not {said('precision')}.")
+    elif job.amp_opt_level == "O1" and MODES[job.precision].autocast is None:
+        problems.append(f"{said('amp_opt_level')} is autocast, but {said('precision')} computes in fp32. Nearest that works: PRECISION=bf16.")
+    if job.amp_opt_level == "O2" and job.parallel == "fsdp":
+        problems.append(f"{said('amp_opt_level')} and {said('parallel')}: sharding keeps fp32 masters and 16-bit working copies by itself; leave AMP_OPT_LEVEL out.")
     problems += _hardware(job, said)
     if job.stop_lead_s >= job.time_limit * 60:
         problems.append(f"{said('stop_lead_s')} seconds of warning do not fit into {said('time_limit')}.")

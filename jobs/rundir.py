@@ -129,6 +129,10 @@ class AttemptDir:
         """The last optimizer step that rank 0 finished, as text."""
         return self.path / "progress"
 
+    def samples(self, rank: int) -> Path:
+        """Which samples a rank used at which step, where LOG_SAMPLES asks for it."""
+        return self.path / f"samples.{rank}.jsonl"
+
     def marker(self, rank: int) -> Path:
         """How a rank left: reason, step, signal."""
         return self.path / f"exit.{rank}.json"

@@ -129,6 +129,20 @@ def _pairs(value: Any) -> Any:
     return value
 
 
+def _interval(value: Any) -> Any:
+    """A number of steps, or the word auto."""
+    text = str(value).strip().lower()
+    if text == "auto":
+        return "auto"
+    try:
+        steps = int(text)
+    except ValueError:
+        steps = 0
+    if steps < 1 or isinstance(value, bool):
+        raise ValueError("is neither a number of steps of at least 1 nor auto")
+    return steps
+
+
 def _scalar_text(value: Any) -> str:
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -143,6 +157,7 @@ Words = Annotated[tuple[Line, ...], BeforeValidator(_items, list[str] | str | No
 Arguments = Annotated[tuple[Command, ...], BeforeValidator(_items, list[str] | str | None)]
 Pairs = Annotated[dict[str, Line], BeforeValidator(_pairs, dict[str, _Scalar] | str | None)]
 Minutes = Annotated[int, BeforeValidator(parse_minutes, int | str), Field(ge=1)]
+Interval = Annotated[int | Literal["auto"], BeforeValidator(_interval, Annotated[int, Field(ge=1)] | Literal["auto"])]
 
 
 class Job(BaseModel):
@@ -184,6 +199,7 @@ class Job(BaseModel):
     modules: Words = setting((), "environment modules to load", group="site")
     setup_script: Line | None = setting(None, "shell file on the cluster that each attempt sources first", group="site")
     node_env: Annotated[Pairs, AfterValidator(_environment)] = setting({}, "environment variables for the nodes, such as the NCCL ones", group="site")
+    node_mtbf_days: float = setting(250.0, "days that a node runs between failures that give no warning; where checkpoint_every=auto starts from", group="site", unit="days", gt=0)
     node_python: Line | None = setting(None, "Python on the nodes; left out, the one that submits", group="site")
     container_image: Line | None = setting(None, "container image to train in", group="site")
     container_runtime: Literal["apptainer", "pyxis"] = setting("apptainer", "what starts the container", group="site")
@@ -237,13 +253,21 @@ class Job(BaseModel):
     grad_scaler_growth: float = setting(2.0, "factor by which the loss scale grows", group="precision", gt=1)
     grad_scaler_backoff: float = setting(0.5, "factor by which the loss scale shrinks at an overflow", group="precision", gt=0, lt=1)
 
+    on_overflow: Literal["skip", "abort", "fallback"] = setting("skip", "when an fp16 gradient overflows: try the step again at a lower loss scale, give up, or go on in bf16", group="precision")
+    max_overflows: int = setting(16, "overflows in a row before on_overflow gives up (skip) or falls back", group="precision", ge=1)
+    debug: bool = setting(False, "find the operation that makes a NaN (anomaly detection), and log every step: slow", group="precision")
+
     # --- the loop
     seed: int = setting(0, "seed of the weights, the data order and dropout", group="loop", ge=0, le=2**63 - 1)
     log_every: int = setting(10, "steps between lines in metrics.jsonl", group="loop", unit="steps", ge=1)
     eval_every: int = setting(100, "steps between validations; 0 validates at the end only", group="loop", unit="steps", ge=0)
     eval_samples: int | None = setting(512, "validation samples; none takes all", group="loop", unit="samples", ge=1)
-    checkpoint_every: int = setting(100, "steps between checkpoints", group="loop", unit="steps", ge=1)
-    keep_last: int = setting(2, "checkpoints to keep", group="loop", ge=1)
+    checkpoint_every: Interval = setting(100, "steps between checkpoints, or auto: from the measured cost of a save and the failures of this run", group="loop", unit="steps")
+    async_save: bool = setting(True, "write checkpoints in the background; training waits only for the copy to host memory", group="loop")
+    keep_last: int = setting(2, "newest checkpoints to keep", group="loop", ge=1)
+    keep_every: int = setting(0, "also keep the checkpoints of each N-th step, for good; 0 keeps none for that reason", group="loop", unit="steps", ge=0)
+    keep_best: int = setting(0, "also keep this many checkpoints with the lowest validation loss, and save one at each new best", group="loop", ge=0)
+    log_samples: bool = setting(False, "write down which samples each step uses, for holdfast verify data", group="loop")
     parallel: Literal["ddp", "fsdp"] = setting("ddp", "how the model is spread over GPUs: ddp copies it, fsdp shards it", group="loop")
     cpu_threads: int = setting(1, "threads per process on a CPU; part of the arithmetic, so it is a setting", group="loop", ge=1)
 

@@ -318,6 +318,20 @@ def load(path: Path) -> Job:
         raise SettingError("\n".join(_faults(err, {name: str(path) for name in values}, values))) from err
 
 
+def amend(values: Mapping[str, Any], origins: Mapping[str, str], words: Iterable[str]) -> Resolved:
+    """The job that these frozen values describe with KEY=value words over them; what the words gave has `command line` for origin.
+
+    A value left out of `values` follows anew. Raises as `resolve` does."""
+    pairs, named, faults = split_words(words)
+    if named is not None:
+        faults.append(f"{_shorten(named)!r} is neither a setting nor expected here (command line).")
+    command_line = _Layer(faults=faults)
+    for key, value in pairs:
+        command_line.add(key, value, "command line")
+    frozen = _Layer([Given(name, value, origins.get(name, "default")) for name, value in values.items()])
+    return _combine([frozen, command_line], default_name=str(values["job_name"]), notes=_alias_notes(pairs))
+
+
 def _environment_layer(environ: Mapping[str, str]) -> _Layer:
     layer = _Layer()
     for prefix in ("", PREFIX):  # the prefixed ones last: they win, also over another word for the same thing

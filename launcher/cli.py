@@ -120,12 +120,17 @@ def cancel(ctx: typer.Context) -> None:
 
 
 @app.command(context_settings=_SETTINGS, options_metavar=_RUN_HINT)
-def resume(ctx: typer.Context, local: Annotated[bool, typer.Option("--local", help="Here and now, in the foreground.")] = False) -> None:
-    """Start a run again that was stopped, cancelled or given up."""
+def resume(
+    ctx: typer.Context,
+    local: Annotated[bool, typer.Option("--local", help="Here and now, in the foreground.")] = False,
+    allow_change: Annotated[bool, typer.Option("--allow-change", help="Also settings that make another training of it: MAX_STEPS, BATCH_SIZE, SEED, DATA, LR and the like.")] = False,
+) -> None:
+    """Start a run again that was stopped, cancelled or given up; also at another size or precision (NODES=1 PRECISION=fp32)."""
     from launcher.commands import resume_run
-    from launcher.prepare import find_run
+    from launcher.prepare import find_run, split_run_words
 
-    raise typer.Exit(resume_run(find_run(_words(ctx), os.environ, Path.cwd()), local))
+    naming, settings = split_run_words(_words(ctx), os.environ)
+    raise typer.Exit(resume_run(find_run(naming, {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}, Path.cwd()), local, settings, allow_change))
 
 
 LabDir = Annotated[Path | None, typer.Argument(metavar="[DIR]", envvar="HOLDFAST_LAB", help="Directory of the lab; one per user in the temporary folder when left out.", show_default=False)]

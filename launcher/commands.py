@@ -18,6 +18,7 @@ from launcher import show
 from launcher.attempt import LOCAL
 from launcher.local import gpus_here, run_attempts
 from launcher.prepare import prepare, resolve_here
+from launcher.refreeze import change
 from slurm.client import Slurm
 from slurm.render import run_dir_of, script_for
 
@@ -91,17 +92,20 @@ def run_here(words: Sequence[str], cwd: Path) -> int:
     return code
 
 
-def resume_run(run: RunDir, local: bool) -> int:
-    """Starts a run again. Its settings are those that were frozen; only its budgets and a wish to stop are forgotten."""
-    job = load(run.job_yaml)
+def resume_run(run: RunDir, local: bool, words: Sequence[str] = (), allow: bool = False) -> int:
+    """Starts a run again. Its settings are those that were frozen, with `words` over them; its budgets and a wish to stop are forgotten."""
     events = ledger.read(run.ledger)
     attempts = ledger.attempts(events)
-    if attempts and attempts[-1].cause is Cause.FINISHED:
+    if attempts and attempts[-1].cause is Cause.FINISHED and not allow:
         print(f"run {run.id} is finished; there is nothing to resume")
         return Exit.DONE
     state = show.collect([run], show.ask_queue()[0])[0]
     if state.state in ("running", "waiting"):
         raise SettingError(f"run {run.id} is {state.state} as job {state.job_id}; holdfast cancel {run.id} stops it first.")
+    if words or allow:
+        changed = change(run, words, allow=allow, executable=sys.executable)
+        print("changed: " + (", ".join(f"{name.upper()} {old} -> {new}" for name, (old, new) in changed.items()) or "nothing"), flush=True)
+    job = load(run.job_yaml)
     run.stop_file.unlink(missing_ok=True)
     was_local = bool(attempts) and attempts[-1].job_id.startswith(LOCAL)
     if local or was_local:

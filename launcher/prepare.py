@@ -48,6 +48,23 @@ def which_run(words: Sequence[str], environ: Mapping[str, str], cwd: Path) -> tu
     return cwd / folder, named
 
 
+def split_run_words(words: Sequence[str], environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """The words that say which run is meant, and those that change a setting of it."""
+    naming, settings = [], []
+    rest = [*words_from_make(environ), *words]
+    while rest:
+        word = rest.pop(0)
+        key, equals, _ = word.partition("=")
+        name = key.removeprefix("--").replace("-", "_").upper()
+        if (equals and name in ("RUN", "RUNS_DIR")) or not (equals or word.startswith("--")):
+            naming.append(word)
+            continue
+        settings.append(word)
+        if word.startswith("--") and not equals and rest and "=" not in rest[0] and not rest[0].startswith("--"):
+            settings.append(rest.pop(0))
+    return naming, settings
+
+
 def find_run(words: Sequence[str], environ: Mapping[str, str], cwd: Path) -> RunDir:
     """The run that a person means; the newest when none is named. Raises NotFoundError."""
     folder, named = which_run(words, environ, cwd)

@@ -277,7 +277,7 @@ def test_hostile_text_reaches_the_training_process_of_a_real_job_unchanged(clust
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{cluster.logs(run)}"
     job = load(run.job_yaml)
     assert (job.note, job.data, job.runs_dir) == (note, f"text:{corpus.parent}", str(runs))
-    state = json.loads((max(run.checkpoints.glob("step-*")) / "state.json").read_text())
+    state = json.loads((max(run.checkpoints.glob("step-*")) / "manifest.json").read_text())["state"]
     assert state["step"] == 2 and corpus.parent.name in state["data"], state["data"]
     assert list(run.logs.glob("*.0.out")) and list(run.logs.glob("*.batch.out"))
     assert not [path for at in (cluster.runs.parent, REPOSITORY, Path.cwd()) for path in at.rglob("x") if ".venv" not in path.parts]

@@ -4,10 +4,8 @@ Everything it needs to know stands in the run directory; rank and rendezvous com
 """
 
 import argparse
-import json
 import os
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from jobs.contract import Exit, RankEnv
 from jobs.errors import HoldfastError
 from jobs.rundir import AttemptDir, RunDir
 from jobs.sources import load
-from train.stop import StopFlag
+from train.stop import StopFlag, leave_marker, name_of
 
 
 def main() -> int:
@@ -30,6 +28,7 @@ def main() -> int:
     rank = int(os.environ.get(RankEnv.RANK, "0"))
     attempt = run.attempt(int(os.environ.get(RankEnv.ATTEMPT, "0")))
     attempt.path.mkdir(parents=True, exist_ok=True)
+    flag.leave_unless_busy(lambda number: _leave(attempt, rank, number))
     try:
         job = load(run.job_yaml)
         # OpenMP reads this once, when torch is loaded. On a CPU the number of threads is part of the arithmetic.
@@ -43,12 +42,10 @@ def main() -> int:
     return Exit.REQUEUE if outcome.stopped_by else Exit.DONE
 
 
-def leave_marker(attempt: AttemptDir, rank: int, **fields: object) -> None:
-    """Says how this rank left, for the end of the attempt to read. Written aside and renamed: it is whole or absent."""
-    path = attempt.marker(rank)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps({"rank": rank, "time": round(time.time(), 3), **fields}))
-    os.replace(aside, path)
+def _leave(attempt: AttemptDir, rank: int, number: int) -> None:
+    print(f"stopped by {name_of(number)} before the first step was done; nothing is lost", flush=True)
+    leave_marker(attempt, rank, reason="stopped", step=None, signal=name_of(number))
+    os._exit(Exit.REQUEUE)
 
 
 def _failed(attempt: AttemptDir, rank: int, err: BaseException) -> int:

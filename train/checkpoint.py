@@ -1,39 +1,37 @@
-"""Checkpoints: what one holds, how it comes to be complete, and which one is resumed from.
+"""Checkpoints: what one holds, how tensors become its files, and how they come back into a model.
 
-    checkpoints/step-00001200/
-      model.safetensors       fp32 weights and buffers, by name
-      optimizer.safetensors   moments of the optimizer, as <parameter>/<moment>
-      state.json              step, tokens, seed, horizon, data, and what else a resume needs
-      manifest.json           name, bytes and sha256 of every file; written last
-
-A directory under its final name is complete: it is written aside under a name that carries the attempt, flushed file by
-file, and renamed. Nothing that is read here can run code.
+Names, manifest and verification are in jobs/ckpt_format.py, the order of calls that makes a checkpoint complete in
+train/commit.py, and who writes when in train/saver.py. Weights are fp32 whatever the precision of training, moments go by
+the name of their parameter, and a sharded tensor is saved as rows: so a checkpoint resumes at any precision, at any number of
+processes and in any parallel mode. Files are safetensors: nothing that is read here can run code.
 """
 
-import hashlib
 import json
-import os
-import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 
+from jobs.ckpt_format import MODEL, OPTIMIZER, few, read_manifest
 from jobs.errors import CheckpointError
-from train.optim import load_state_by_name, state_by_name
+from train.optim import fp32_of, load_state_by_name, masters_to_parameters, state_by_name
 
-FORMAT = 1
-_PREFIX = "step-"
-_MODEL, _OPTIMIZER, _STATE, _MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+# What safetensors calls the types.
+_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class State:
-    """Everything beside weights and moments. `pending` is a log line whose validation is still to be done."""
+    """Everything beside weights and moments. `pending` is a log line whose validation is still to be done; `val_loss`
+    is there when the checkpoint was saved right after a validation."""
 
     step: int
     tokens: int
@@ -43,104 +41,66 @@ class State:
     data: str
     precision: str
     world: int
+    parallel: str = "ddp"
+    val_loss: float | None = None
     pending: dict[str, Any] | None = None
     scaler: dict[str, float] | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
-
-def path_of(folder: Path, step: int) -> Path:
-    return folder / f"{_PREFIX}{step:08d}"
-
-
-def step_of(path: Path) -> int | None:
-    """The step in a complete checkpoint's name; None for anything else in the folder."""
-    digits = path.name.removeprefix(_PREFIX)
-    return int(digits) if path.name.startswith(_PREFIX) and digits.isdigit() else None
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-def complete(folder: Path) -> list[Path]:
-    """Checkpoints under their final names, newest first."""
-    try:
-        found = [path for path in folder.iterdir() if step_of(path) is not None]
-    except FileNotFoundError:
-        return []
-    return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
+@dataclass(frozen=True)
+class Rows:
+    """What one process holds of a tensor: rows [start, start + len) of `total`, or all of it when `total` is None."""
+
+    tensor: torch.Tensor
+    start: int = 0
+    total: int | None = None
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights and saved buffers, each once: a tied weight goes by the first of its names."""
-    parameters = dict(model.named_parameters())
+    """fp32 weights and saved buffers, each once: a tied weight goes by the first of its names."""
+    parameters = {name: fp32_of(p) for name, p in model.named_parameters()}
     saved = model.state_dict(keep_vars=True)
     buffers = {name: tensor for name, tensor in model.named_buffers() if name in saved}
     return {**parameters, **buffers}
 
 
-def save(folder: Path, attempt: int, state: State, model: nn.Module, optimizer: torch.optim.Optimizer, keep_last: int) -> Path:
-    """Writes and commits a checkpoint; then prunes. Raises CheckpointError, and the older ones stand as they were."""
-    final = path_of(folder, state.step)
-    staging = folder / f".{final.name}.tmp-{attempt}"
-    try:
-        folder.mkdir(exist_ok=True)
-        if staging.exists():
-            _throw_away(staging)
-        staging.mkdir()
-        weights = {name: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None).contiguous() for name, tensor in named_tensors(model).items()}
-        moments = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state_by_name(optimizer, model).items()}
-        save_file(weights, staging / _MODEL)
-        save_file(moments, staging / _OPTIMIZER)
-        (staging / _STATE).write_text(json.dumps(asdict(state), indent=1))
-        files = {}
-        for name in (_MODEL, _OPTIMIZER, _STATE):
-            files[name] = {"bytes": (staging / name).stat().st_size, "sha256": _flush_and_hash(staging / name)}
-        (staging / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": state.step, "attempt": attempt, "files": files}, indent=1))
-        _flush_and_hash(staging / _MANIFEST)
-        _flush_folder(staging)
-        if final.exists():
-            # The same step saved twice (after a resume that trained no further): the newer one replaces it.
-            _throw_away(final)
-        # Rename last: a directory under its final name is complete by definition.
-        os.rename(staging, final)
-        _flush_folder(folder)
-    except OSError as err:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise CheckpointError(f"checkpoint of step {state.step} could not be written to {folder}: {err.strerror or err}. The ones before it are untouched.") from err
-    _prune(folder, keep_last)
-    return final
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) for p in model.parameters())
 
 
-def verify(path: Path) -> None:
-    """Raises CheckpointError when a file of the checkpoint is missing, has another size, or another content."""
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-        if manifest["format"] != FORMAT or int(manifest["step"]) != step_of(path) or not {_MODEL, _OPTIMIZER, _STATE} <= set(files):
-            raise CheckpointError(f"{path.name}: its manifest belongs to another step or format")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        raise CheckpointError(f"{path.name}: its manifest cannot be read ({err})") from err
-    for name, (size, digest) in files.items():
-        try:
-            found = (path / name).stat().st_size
-            if found != size:
-                raise CheckpointError(f"{path.name}: {name} has {found} bytes, the manifest says {size}")
-            if _hash(path / name) != digest:
-                raise CheckpointError(f"{path.name}: the content of {name} does not match its sum")
-        except OSError as err:
-            raise CheckpointError(f"{path.name}: {name} cannot be read ({err.strerror})") from err
+def content(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, dict[str, Rows]]:
+    """`model` and `optimizer` -> name -> what this process has to save of it. Views: nothing is copied."""
+    kinds = {MODEL: named_tensors(model), OPTIMIZER: state_by_name(optimizer, model)}
+    return {kind: {name: rows for name, tensor in tensors.items() if (rows := _mine(tensor.detach(), rank)) is not None} for kind, tensors in kinds.items()}
 
 
-def newest_verified(folder: Path, attempt: int) -> tuple[Path | None, list[tuple[str, str]]]:
-    """The newest checkpoint that verifies, and (new name, reason) of each damaged one that was set aside on the way."""
-    damaged = []
-    for path in complete(folder):
-        try:
-            verify(path)
-        except CheckpointError as err:
-            aside = folder / f".damaged-{path.name}-{attempt}"
-            os.rename(path, aside)
-            damaged.append((aside.name, str(err)))
-            continue
-        return path, damaged
-    return None, damaged
+def host_type(kind: str, tensor: torch.Tensor) -> torch.dtype:
+    """The type to save in: weights at least fp32, everything else as it is."""
+    return torch.float32 if kind == MODEL and tensor.is_floating_point() and tensor.element_size() < 4 else tensor.dtype
+
+
+def safetensors_parts(tensors: Mapping[str, Rows]) -> list[bytes | memoryview]:
+    """A safetensors file in pieces: its header, and the bytes of contiguous CPU tensors where they lie.
+
+    Written by hand, because the library's own writer makes a second copy of everything first."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].tensor.element_size(), name))
+    header: dict[str, Any] = {}
+    at = 0
+    for name in order:
+        tensor = tensors[name].tensor
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    rows = {name: [tensors[name].start, tensors[name].total] for name in order if tensors[name].total is not None}
+    if rows:
+        header["__metadata__"] = {"rows": json.dumps(rows)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    bodies = [memoryview(tensors[name].tensor.reshape(-1).view(torch.uint8).numpy()) for name in order]
+    return [len(text).to_bytes(8, "little") + text, *bodies]
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[State, list[str]]:
@@ -148,71 +108,124 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) 
 
     Raises CheckpointError that names missing and unknown weights."""
     try:
-        weights = load_file(path / _MODEL)
-        known = json.loads((path / _STATE).read_text())
-        state = State(**{name: value for name, value in known.items() if name in State.__dataclass_fields__})
+        manifest = read_manifest(path)
+        state = State(**{name: value for name, value in manifest.state.items() if name in State.__dataclass_fields__})
+        weights = Saved(path, manifest.of_kind(MODEL))
         tensors = named_tensors(model)
-        missing, unknown = sorted(set(tensors) - set(weights)), sorted(set(weights) - set(tensors))
+        missing, unknown = sorted(set(tensors) - set(weights.shapes)), sorted(set(weights.shapes) - set(tensors))
         if missing or unknown:
-            raise CheckpointError(f"{path.name} does not fit this model: missing {_few(missing)}, unknown {_few(unknown)}. Is it another MODEL or MODEL_OPTIONS?")
+            raise CheckpointError(f"{path.name} does not fit this model: missing {few(missing)}, unknown {few(unknown)}. Is it another MODEL or MODEL_OPTIONS?")
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != weights.shapes[name]:
+                raise CheckpointError(f"{path.name}: {name} is {weights.shapes[name]}, this model has {tuple(tensor.shape)}")
         with torch.no_grad():
             for name, tensor in tensors.items():
-                if tensor.shape != weights[name].shape:
-                    raise CheckpointError(f"{path.name}: {name} is {tuple(weights[name].shape)}, this model has {tuple(tensor.shape)}")
-                tensor.copy_(weights[name])
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                local.copy_(weights.rows_of(name, tensor))
+        masters_to_parameters(model)
         remarks = []
         if optimizer is not None:
-            fresh = load_state_by_name(optimizer, model, load_file(path / _OPTIMIZER))
+            fresh, dropped = _load_moments(Saved(path, manifest.of_kind(OPTIMIZER)), model, optimizer)
             if fresh:
-                remarks.append(f"no optimizer state for {_few(fresh)}: they start fresh")
-    except (OSError, SafetensorError, ValueError, TypeError) as err:
+                remarks.append(f"no optimizer state for {few(fresh)}: they start fresh")
+            if dropped:
+                remarks.append(f"optimizer state of {few(dropped)} was dropped: this model does not train them")
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as err:
         raise CheckpointError(f"{path.name} cannot be loaded: {err}") from err
     return state, remarks
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Deletes what an earlier attempt began and never finished. Only the owner of the run may call this."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name.startswith((f".{_PREFIX}", ".trash-")):
-                shutil.rmtree(path, ignore_errors=True)
+class Saved:
+    """The tensors of one kind in a checkpoint, whole or by rows, whatever number of processes wrote them."""
+
+    def __init__(self, path: Path, files: Iterable[str]):
+        self._files = [safe_open(path / name, framework="pt", device="cpu") for name in files]
+        # name -> [(first row, file)], in the order of rows; a tensor that was not sharded has one part.
+        self._parts: dict[str, list[tuple[int, Any]]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        held: dict[str, int] = {}
+        for file in self._files:
+            rows = json.loads((file.metadata() or {}).get("rows", "{}"))
+            for name in file.keys():
+                shape = tuple(file.get_slice(name).get_shape())
+                start, total = rows.get(name, (0, None))
+                self._parts.setdefault(name, []).append((start, file))
+                self.shapes[name] = shape if total is None else (total, *shape[1:])
+                held[name] = held.get(name, 0) + (shape[0] if total is not None else 0)
+                if total is None:
+                    held.pop(name)
+        lacking = sorted(name for name, count in held.items() if count != self.shapes[name][0])
+        if lacking:
+            raise CheckpointError(f"{path.name}: rows are missing of {few(lacking)}")
+        for parts in self._parts.values():
+            parts.sort(key=lambda part: part[0])
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self._rows(name, 0, self.shapes[name][0]) if self.shapes[name] else self._parts[name][0][1].get_tensor(name)
+
+    def rows_of(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """The part of a saved tensor that this process holds of `like`."""
+        if not isinstance(like, DTensor):
+            return self.whole(name)
+        start, count = _span(like)
+        return self._rows(name, start, start + count)
+
+    def _rows(self, name: str, begin: int, end: int) -> torch.Tensor:
+        pieces = []
+        for start, file in self._parts[name]:
+            piece = file.get_slice(name)
+            first, last = max(begin, start), min(end, start + piece.get_shape()[0])
+            if first < last:
+                if (first, last) == (start, start + piece.get_shape()[0]):
+                    pieces.append(file.get_tensor(name))
+                else:
+                    pieces.append(piece[first - start : last - start])
+        if not pieces:
+            return self._parts[name][0][1].get_slice(name)[0:0]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _prune(folder: Path, keep_last: int) -> None:
-    for path in complete(folder)[keep_last:]:
-        _throw_away(path)
+def _load_moments(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[str], list[str]]:
+    """Names of parameters without moments, and of saved moments without a parameter."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    moments: dict[str, torch.Tensor] = {}
+    dropped = []
+    for key, shape in saved.shapes.items():
+        parameter = trained.get(key.rpartition("/")[0])
+        if parameter is None:
+            dropped.append(key)
+        elif isinstance(parameter, DTensor) and shape == tuple(parameter.shape):
+            local = saved.rows_of(key, parameter).to(parameter.device)
+            moments[key] = DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+        else:
+            moments[key] = saved.whole(key)
+    return load_state_by_name(optimizer, model, moments), sorted({key.rpartition("/")[0] for key in dropped})
 
 
-def _throw_away(path: Path) -> None:
-    """Renamed first: a deletion that is cut short must leave nothing damaged under a final name."""
-    trash = path.parent / f".trash-{path.name.lstrip('.')}-{os.getpid()}-{os.urandom(3).hex()}"
-    os.rename(path, trash)
-    _flush_folder(path.parent)
-    shutil.rmtree(trash, ignore_errors=True)
+def _mine(tensor: torch.Tensor, rank: int) -> Rows | None:
+    """What this process saves of a tensor. What all of them hold alike is saved by rank 0."""
+    if not isinstance(tensor, DTensor):
+        return Rows(tensor) if rank == 0 else None
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    if any(at for at, placement in zip(coordinate, tensor.placements, strict=True) if not isinstance(placement, Shard)):
+        return None  # a replica: the process at 0 has the same rows
+    start, _ = _span(tensor)
+    return Rows(tensor.to_local(), start, tensor.shape[0])
 
 
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_and_hash(path: Path) -> str:
-    with open(path, "rb+") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    return digest
-
-
-def _flush_folder(path: Path) -> None:
-    """A rename or a new file is safe only when the folder that holds its name is on disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _few(names: list[str]) -> str:
-    if not names:
-        return "none"
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _span(tensor: DTensor) -> tuple[int, int]:
+    """First row and number of rows of what this process holds. FSDP2 cuts the first dimension as torch.chunk does."""
+    sharded = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Shard)]
+    if len(sharded) > 1 or any(tensor.placements[dim].dim != 0 for dim in sharded):
+        raise CheckpointError(f"a tensor laid out as {tensor.placements} cannot be saved or loaded: only shards of the first dimension are known")
+    rows = tensor.to_local().shape[0]
+    if not sharded:
+        return 0, rows
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    chunk = -(-tensor.shape[0] // tensor.device_mesh.size(sharded[0]))
+    start = min(coordinate[sharded[0]] * chunk, tensor.shape[0])
+    if rows != min(chunk, tensor.shape[0] - start):
+        raise CheckpointError(f"a tensor of {tensor.shape[0]} rows is laid out as {tensor.placements} with {rows} rows here: that layout is not known")
+    return start, rows

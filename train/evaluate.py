@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +32,7 @@ class Validation:
         return values
 
 
-def evaluate(model: nn.Module, data: Dataset, runtime: Runtime, *, samples: int | None, micro_batch: int, should_stop: Callable[[], bool]) -> Validation | None:
+def evaluate(model: nn.Module, context: Callable[[], AbstractContextManager[object]], data: Dataset, runtime: Runtime, *, samples: int | None, micro_batch: int, should_stop: Callable[[], bool]) -> Validation | None:
     """The validation loss under the precision of training; None when the ranks agreed to stop in the middle.
 
     `model` is the module inside DDP: ranks have shards of different lengths and must not wait for each other in it."""
@@ -52,7 +53,7 @@ def evaluate(model: nn.Module, data: Dataset, runtime: Runtime, *, samples: int 
             if not len(ids):
                 continue
             batch = {name: tensor.to(runtime.device) for name, tensor in data.batch(ids).items()}
-            with torch.no_grad():
+            with torch.no_grad(), context():
                 loss_sum, targets = read_loss(model(**batch), batch)
             sums += torch.stack([loss_sum.double(), targets.to(runtime.device).double()])
     finally:

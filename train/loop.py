@@ -1,13 +1,14 @@
 """The training loop, and what surrounds it: build, resume, step, validate, log, save, stop."""
 
+import math
 import os
 import platform
 import random
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,34 @@ import numpy as np
 import torch
 from torch import nn
 
-from jobs import ledger
+from jobs import ckpt_format, ledger
+from jobs.ckpt_format import complete, val_loss_of
 from jobs.contract import Event
-from jobs.errors import SettingError
+from jobs.errors import ImpossibleJobError, SettingError
+from jobs.precision import Precision
 from jobs.rules import schedule_of
 from jobs.rundir import AttemptDir, RunDir
 from jobs.schedule import describe, lr_at
 from jobs.settings import Job
 from train import checkpoint, optim, runtime
-from train.data.order import rank_slice, sample_ids
+from train.changes import changes, refusal
 from train.data.sources import Dataset, open_data
 from train.evaluate import evaluate
+from train.feed import Feed
+from train.fp8 import convert
+from train.interval import Rhythm
 from train.metrics import MetricsLog
-from train.models.contract import count_targets, read_loss
 from train.models.registry import PRESETS, build_model
+from train.numerics import GradientOverflow, LossScale, OverflowGuard, first_bad, forward_context
+from train.parallel import is_sharded
+from train.parallel import shard as shard_model
 from train.runtime import Runtime
+from train.saver import Saver
+from train.step import Stepper
 from train.stop import StopFlag, name_of
 
-Batch = dict[str, torch.Tensor]
+# Seconds that a rank waits for its samples before it listens for a stop again.
+_LISTEN_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -67,51 +78,75 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
         say("  " + line)
     seed_everything(job.seed, step=0)
     data, val_data = _open(job, run, "train"), _open(job, run, "val")
-    inner = _build(job, data, rt)
+    inner, context = _build(job, data, rt, say)
     optimizer = optim.build(job, inner)
-    resumed, pending = _resume(job, run, rt, inner, optimizer, data, say)
-    prepared = rt.accelerator.prepare_model(inner)
+    scale = LossScale.of(job)
+    guard = OverflowGuard(job, scale)
+    loaded = _resume(job, run, rt, inner, optimizer, data, say)
+    resumed, pending = (loaded.step, loaded.pending) if loaded else (None, None)
+    if scale is not None and loaded and loaded.scaler:
+        scale.load(loaded.scaler)
+    prepared = inner if is_sharded(inner) else rt.accelerator.prepare_model(inner)
     if sum(p.requires_grad for p in inner.parameters()):
         say(f"  model {job.model}: {sum(p.numel() for p in inner.parameters()):,} parameters · data {data.name}: {len(data):,} samples · batch {job.batch_size} = {rt.world} x {job.micro_batch_size} x {job.grad_accum_steps}")
 
-    metrics = MetricsLog(run.metrics, resumed) if rt.is_main else None
+    metrics = MetricsLog(run.metrics, resumed or 0, again=pending is not None) if rt.is_main else None
     progress = Progress(run.attempt(rt.attempt), rt.is_main)
-    progress.set(resumed)
+    progress.set(resumed or 0)
     stop_file: Path | None = run.stop_file if rt.is_main else None
-    micro_batches = _MicroBatches(job, rt, data)
-    _settle_buckets(prepared, micro_batches.of_step(resumed), rt)
-    saved = resumed
-    tokens_per_step = 0
+    feed = Feed(job, rt, data, run.attempt(rt.attempt).samples(rt.rank) if job.log_samples else None)
+    stepper = Stepper(job, rt, prepared, inner, optimizer, context, scale)
+    stepper.settle(feed.first(resumed or 0))
+    saver = Saver(run, job, rt, say, sharded=checkpoint.is_sharded(inner), saved=resumed)
+    rhythm = Rhythm(job, ledger.read(run.ledger), say)
+    tokens_per_step = loaded.tokens // loaded.step if loaded and loaded.step else 0
     window = _Window()
-    step = resumed
+    step = resumed or 0
     stopped_by = 0
+    log_every = 1 if job.debug else job.log_every
 
     def agreed_to_stop() -> bool:
         nonlocal stopped_by
         stopped_by = stopped_by or rt.agree(flag.code(stop_file))
         return stopped_by != 0
 
-    def save(pending_line: dict[str, Any] | None = None) -> None:
-        nonlocal saved
-        begun = time.monotonic()
-        if rt.is_main:
-            assert metrics is not None
-            metrics.sync()
-            state = checkpoint.State(
-                step=step,
-                tokens=step * tokens_per_step,
-                seed=job.seed,
-                max_steps=job.max_steps,
-                batch_size=job.batch_size,
-                data=data.name,
-                precision=str(job.precision),
-                world=rt.world,
-                pending=pending_line,
-                versions=_versions(),
-            )
-            checkpoint.save(run.checkpoints, rt.attempt, state, inner, optimizer, job.keep_last)
-            ledger.append(run.ledger, Event.CHECKPOINT, attempt=rt.attempt, job_id=rt.job_id, step=step, seconds=round(time.monotonic() - begun, 3))
-        saved = step
+    def go_on() -> bool:
+        """Waits until every rank has its samples of the next step; a stop is heard in the meantime, and a save may be due."""
+        nonlocal stopped_by
+        while True:
+            waiting = not feed.ready(step, wait_s=_LISTEN_S)
+            due = rt.is_main and not saver.busy and rhythm.due(step, saver)
+            stopped_by, waiting_any, due_any = rt.maxima(stopped_by or flag.code(stop_file), int(waiting), int(due))
+            if stopped_by:
+                return False
+            if due_any:
+                save()
+            if not waiting_any:
+                return True
+
+    def save(pending_line: dict[str, Any] | None = None, *, must: bool = False) -> None:
+        if metrics is not None:
+            try:
+                metrics.sync()
+            except OSError as err:
+                say(f"  WARNING: metrics could not be flushed to disk: {err.strerror}")
+        state = checkpoint.State(
+            step=step,
+            tokens=step * tokens_per_step,
+            seed=job.seed,
+            max_steps=job.max_steps,
+            batch_size=job.batch_size,
+            data=data.name,
+            precision=str(job.precision),
+            world=rt.world,
+            parallel=job.parallel,
+            val_loss=validated[1] if validated and validated[0] == step else None,
+            pending=pending_line,
+            scaler=stepper.scale.state() if stepper.scale else None,
+            versions=_versions(),
+        )
+        saver.save(state, inner, optimizer, must=must)
+        rhythm.saved()
 
     def log(line: dict[str, Any]) -> None:
         if metrics is not None:
@@ -120,49 +155,74 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
 
     def validate() -> dict[str, float] | None:
         assert job.micro_batch_size is not None
-        result = evaluate(inner, val_data, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, should_stop=agreed_to_stop)
+        result = evaluate(inner, stepper.context, val_data, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, should_stop=agreed_to_stop)
         return result.metrics(val_data) if result else None
 
+    validated: tuple[int, float] | None = None
+    best = min((loss for path in complete(run.checkpoints) if (loss := val_loss_of(path)) is not None), default=None)
+    best = rt.broadcast(best)
     prepared.train()
+    if resumed == job.max_steps:
+        flag.busy()
     if pending is not None:
         # The attempt before was stopped while it validated: that is done first, so that no line of metrics is missing.
         values = validate()
-        if values is None:
-            save(pending)
-        else:
+        if values is not None:
             log({**pending, **values})
 
-    while step < job.max_steps and not agreed_to_stop():
+    while step < job.max_steps and not stopped_by and go_on():
         lr = lr_at(schedule, step)
         optim.set_lr(optimizer, lr)
         seed_everything(job.seed, step, rt.rank)
-        loss_sum, targets, norm = _step(job, prepared, optimizer, micro_batches.of_step(step), rt)
+        done = stepper.run(feed.of_step(step))
+        if done.overflow:
+            # The same step again, with a smaller scale or in bf16: schedule and data order do not notice.
+            stepper = _after_overflow(stepper, guard, run, step, say)
+            continue
+        guard.good()
         step += 1
         progress.set(step)
-        tokens_per_step = tokens_per_step or int(rt.total(targets.double().clone()).item())
+        tokens_per_step = tokens_per_step or int(rt.total(done.targets.clone()).item())
         window.add(tokens_per_step)
+        saver.poll()
+        if step == (resumed or 0) + 1:
+            flag.busy()
+            saver.reserve(inner, optimizer)
 
         due_eval = step == job.max_steps or (job.eval_every > 0 and step % job.eval_every == 0)
-        if due_eval or step % job.log_every == 0 or step == 1:
-            total, count = rt.total(torch.stack([loss_sum.double(), targets.double()])).tolist()
-            line: dict[str, Any] = {"step": step, "loss": total / count, "lr": lr, "grad_norm": norm.item(), "tokens": step * tokens_per_step, "tokens_per_s": window.rate(), "attempt": rt.attempt, "time": round(time.time(), 3)}
+        if due_eval or step % log_every == 0 or step == 1:
+            total, count = rt.total(torch.stack([done.loss_sum.double(), done.targets])).tolist()
+            line: dict[str, Any] = {"step": step, "loss": total / count, "lr": lr, "grad_norm": done.norm.item(), "tokens": step * tokens_per_step, "tokens_per_s": window.rate(), "attempt": rt.attempt, "time": round(time.time(), 3)}
+            if stepper.scale is not None:
+                line |= {"loss_scale": stepper.scale.scale, "growth_tracker": stepper.scale.good_steps}
+            if not math.isfinite(total) or not math.isfinite(line["grad_norm"]):
+                raise GradientOverflow(
+                    f"at step {step} the loss is {total / count} and the gradient norm {line['grad_norm']}, first in {first_bad(inner)}. A lower LR or more warm-up may help; DEBUG=true finds the operation."
+                )
             if due_eval:
                 values = validate()
                 if values is None:
-                    save(line)
+                    save(line, must=True)
                     break
                 line |= values
+                validated = (step, values["val_loss"])
                 window.restart()
             log(line)
-        if step % job.checkpoint_every == 0 or step == job.max_steps:
-            save()
+        new_best = job.keep_best > 0 and validated is not None and validated[0] == step and (best is None or validated[1] < best)
+        if new_best and validated is not None:
+            best = validated[1]
+        if step == job.max_steps or new_best or (job.checkpoint_every != "auto" and step % job.checkpoint_every == 0):
+            save(must=step == job.max_steps)
 
     if stopped_by:
         if rt.is_main:
-            ledger.append(run.ledger, Event.STOP, attempt=rt.attempt, job_id=rt.job_id, step=step, signal=name_of(stopped_by))
-        if saved < step or not checkpoint.complete(run.checkpoints):
-            save()
+            with suppress(OSError):  # the save matters more
+                ledger.append(run.ledger, Event.STOP, attempt=rt.attempt, job_id=rt.job_id, step=step, signal=name_of(stopped_by))
+        saver.join()
+        if saver.saved is None or saver.saved < step:
+            save(must=True)
         say(f"stopped by {name_of(stopped_by)} at step {step:,}; saved, nothing is lost")
+    saver.join()
     # No rank leaves before rank 0 has saved: its exit could otherwise end the step while rank 0 still writes.
     rt.barrier()
     if metrics is not None:
@@ -178,70 +238,22 @@ def seed_everything(seed: int, step: int, rank: int = 0) -> None:
     np.random.seed(mixed % 2**32)
 
 
-def _step(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], rt: Runtime) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One optimizer step: this rank's loss sum and number of targets, and the gradient norm before clipping."""
-    assert job.grad_accum_steps is not None
-    loss_total = torch.zeros((), device=rt.device)
-    targets_total = torch.zeros((), dtype=torch.int64, device=rt.device)
-    optimizer.zero_grad(set_to_none=True)
-    for index, batch in enumerate(batches):
-        last = index == job.grad_accum_steps - 1
-        with nullcontext() if last else rt.accelerator.no_sync(model):
-            loss_sum, targets = read_loss(model(**batch), batch)
-            # DDP takes the mean over ranks; times their number it is the sum, divided by the targets below.
-            (loss_sum * rt.world).backward()
-        loss_total += loss_sum.detach()
-        targets_total += targets
-    # One division by the targets of the whole global batch: short windows and padding weigh what they weigh.
-    everyone = rt.total(targets_total.double().clone())
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_div_(gradients, everyone.to(torch.float32))
-    norm = optim.global_norm(parameters)
-    if job.grad_clip > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, job.grad_clip, norm)
-    optimizer.step()
-    return loss_total, targets_total, norm
+def _after_overflow(stepper: Stepper, guard: OverflowGuard, run: RunDir, step: int, say: "_Speaker") -> Stepper:
+    """Writes an overflow down and applies the policy; the stepper to try the step again with."""
+    rt, before = stepper.rt, stepper.scale.scale if stepper.scale else 1.0
+    culprit = first_bad(stepper.inner)
+    if rt.is_main:
+        ledger.append(run.ledger, Event.OVERFLOW, attempt=rt.attempt, job_id=rt.job_id, step=step, scale=before, first=culprit)
+    say(f"  overflow at step {step:,}, loss scale {before:g}, first in {culprit}")
+    if guard.overflow(step, culprit):
+        return stepper
+    say(f"  WARNING: {guard.in_a_row} overflows in a row: going on in bf16 (ON_OVERFLOW=fallback)")
+    guard.scale = None
+    return replace(stepper, scale=None, context=forward_context(Precision.BF16, rt.device))
 
 
-class _MicroBatches:
-    """This rank's forward passes of any step, assembled from the pure data order."""
-
-    def __init__(self, job: Job, rt: Runtime, data: Dataset):
-        assert job.micro_batch_size is not None
-        self.job, self.rt, self.data = job, rt, data
-        self.slices = rank_slice(job.batch_size, job.micro_batch_size, rt.world, rt.rank)
-
-    def of_step(self, step: int) -> Iterator[Batch]:
-        ids = sample_ids(step, self.job.batch_size, len(self.data), self.job.seed)
-        for piece in self.slices:
-            batch = self.data.batch(ids[piece])
-            if self.rt.device.type == "cuda":
-                batch = {name: tensor.pin_memory().to(self.rt.device, non_blocking=True) for name, tensor in batch.items()}
-            yield batch
-
-
-def _settle_buckets(model: nn.Module, batches: Iterator[Batch], rt: Runtime) -> None:
-    """One backward pass whose gradients are thrown away.
-
-    DDP lays its gradient buckets out anew after the first backward of a process. The layout decides in which order the
-    ranks' gradients are added up, so a resumed run would differ in the last bits from one that was never interrupted."""
-    if rt.world == 1:
-        return
-    buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}
-    batch = next(batches)
-    loss_sum, _ = read_loss(model(**batch), batch)
-    loss_sum.backward()
-    for p in model.parameters():
-        p.grad = None
-    with torch.no_grad():
-        for name, tensor in model.named_buffers():
-            tensor.copy_(buffers[name])
-    count_targets(batch)
-
-
-def _build(job: Job, data: Dataset, rt: Runtime) -> nn.Module:
-    """The model on its device, with recomputation and compilation where they are asked for."""
+def _build(job: Job, data: Dataset, rt: Runtime, say: "_Speaker") -> tuple[nn.Module, Callable[[], AbstractContextManager[object]]]:
+    """The model on its device, and the context of its forward passes: precision, recomputation, sharding, compilation."""
     options = dict(job.model_options)
     if job.grad_checkpointing and job.model in PRESETS:
         options.setdefault("checkpoint_blocks", True)
@@ -252,10 +264,20 @@ def _build(job: Job, data: Dataset, rt: Runtime) -> nn.Module:
             raise SettingError(f"GRAD_CHECKPOINTING: {job.model} has no gradient_checkpointing_enable(); recompute inside your own model instead.")
         enable()
     model.to(rt.device)
+    fp8 = None
+    if job.precision is Precision.FP8:
+        converted = convert(model, job)
+        fp8 = converted.context
+        for line in converted.lines():
+            say("  " + line)
+    if job.amp_opt_level == "O2":
+        optim.use_16_bit_parameters(job, model)
+    if job.parallel == "fsdp" and rt.world > 1:
+        shard_model(model, job, rt)
     if job.compile:
         regions = getattr(model, "compile_regions", model.compile)
         regions()
-    return model
+    return model, forward_context(job.precision, rt.device, fp8)
 
 
 def _open(job: Job, run: RunDir, split: Any) -> Dataset:
@@ -263,30 +285,31 @@ def _open(job: Job, run: RunDir, split: Any) -> Dataset:
     return open_data(job.data, seq_len=job.seq_len, split=split, cache_dir=cache)
 
 
-def _resume(job: Job, run: RunDir, rt: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, say: "_Speaker") -> tuple[int, dict[str, Any] | None]:
-    """Loads the newest checkpoint that verifies. Returns the step to go on from, and a log line left to finish."""
+def _resume(job: Job, run: RunDir, rt: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, say: "_Speaker") -> checkpoint.State | None:
+    """Loads the newest checkpoint that verifies. Returns its state, None when there is none."""
     chosen: str | None = None
     if rt.is_main:
-        checkpoint.clear_leftovers(run.checkpoints)
-        path, damaged = checkpoint.newest_verified(run.checkpoints, rt.attempt)
+        ckpt_format.clear_leftovers(run.checkpoints)
+        path, damaged = ckpt_format.newest_verified(run.checkpoints, rt.attempt)
         for name, reason in damaged:
             ledger.append(run.ledger, Event.DAMAGED, attempt=rt.attempt, job_id=rt.job_id, name=name, reason=reason)
             say(f"  WARNING: checkpoint {reason}; it is kept as checkpoints/{name} and the one before is used")
         chosen = path.name if path else None
     # Rank 0 chooses for all: on a shared file system each node may see another listing.
     chosen = rt.broadcast(chosen)
-    step, pending = 0, None
+    state: checkpoint.State | None = None
     if chosen is not None:
         begun = time.monotonic()
         state, remarks = checkpoint.load(run.checkpoints / chosen, model, optimizer)
-        step, pending = state.step, state.pending
-        for name, then, now in (("data", state.data, data.name), ("batch_size", state.batch_size, job.batch_size), ("max_steps", state.max_steps, job.max_steps), ("seed", state.seed, job.seed), ("precision", state.precision, str(job.precision)), ("world size", state.world, rt.world)):
-            if then != now:
-                remarks.append(f"{name} was {then}, now {now}")
-        say(f"  resumed at step {step:,} ({chosen} verified, {time.monotonic() - begun:.1f} s)" + "".join(f"; {remark}" for remark in remarks))
+        changed = changes(state, job, data.name, rt.world)
+        refused = rt.broadcast(refusal(changed, ledger.read(run.ledger)) if rt.is_main else None)
+        if refused:
+            raise ImpossibleJobError(refused)
+        remarks += [f"{name} was {then}, now {now}" for name, (then, now) in changed.items()]
+        say(f"  resumed at step {state.step:,} ({chosen} verified, {time.monotonic() - begun:.1f} s)" + "".join(f"; {remark}" for remark in remarks))
     if rt.is_main:
-        ledger.append(run.ledger, Event.RESUMED, attempt=rt.attempt, job_id=rt.job_id, step=step)
-    return step, pending
+        ledger.append(run.ledger, Event.RESUMED, attempt=rt.attempt, job_id=rt.job_id, step=state.step if state else 0)
+    return state
 
 
 class _Window:
@@ -315,7 +338,9 @@ class _Speaker:
 
     def __call__(self, text: str) -> None:
         if self.enabled:
-            print(text, flush=True)
+            # The log lies on the disk that may be full: no word is worth the training.
+            with suppress(OSError):
+                print(text, flush=True)
 
 
 def _progress_text(line: dict[str, Any], max_steps: int) -> str:

@@ -9,23 +9,35 @@ from jobs.metrics import read
 
 
 class MetricsLog:
-    """The metrics of a run, written by rank 0. Lines after the step that is resumed from are taken out first."""
+    """The metrics of a run, written by rank 0. Lines after the step that is resumed from are taken out first; with
+    `again`, that step's own line too, because it is about to be written once more."""
 
-    def __init__(self, path: Path, resumed_step: int):
+    def __init__(self, path: Path, resumed_step: int, again: bool = False):
         self.path = path
-        self._drop_after(resumed_step)
+        self._drop_after(resumed_step - again)
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._waiting = b""
 
     def write(self, **values: Any) -> None:
-        """Appends one line with one write."""
-        os.write(self._fd, (json.dumps(values) + "\n").encode())
+        """Appends one line with one write. What a full disk refuses is kept, and written before the next line."""
+        self._waiting += (json.dumps(values) + "\n").encode()
+        try:
+            self._flush()
+        except OSError:
+            pass  # sync() says so
 
     def sync(self) -> None:
-        """To disk: a checkpoint must not be newer than the metrics that lead up to it."""
+        """To disk: a checkpoint must not be newer than the metrics that lead up to it. Raises OSError."""
+        self._flush()
         os.fsync(self._fd)
 
     def close(self) -> None:
+        self._flush()
         os.close(self._fd)
+
+    def _flush(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._fd, self._waiting) :]
 
     def _drop_after(self, step: int) -> None:
         """Steps behind the checkpoint will be trained again; a torn last line goes too. Written aside, then renamed."""

@@ -1,21 +1,59 @@
-"""The optimizer: AdamW with weight decay on matrices only, its state by parameter name."""
+"""The optimizer: AdamW with weight decay on matrices only, fp32 masters of 16-bit weights, its state by parameter name."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from jobs.precision import MODES
 from jobs.settings import Job
+from train.parallel import local, whole
+
+# A 16-bit parameter carries its fp32 master under this name; the optimizer, and checkpoints, see the master.
+_MASTER = "_holdfast_master"
+
+
+def use_16_bit_parameters(job: Job, model: nn.Module) -> None:
+    """amp_opt_level O2: matrices become 16-bit, each with an fp32 master that the optimizer works on.
+
+    Vectors (norms, biases) stay fp32: they are few, and their updates are the first to be lost in 16 bits."""
+    dtype = getattr(torch, MODES[job.precision].autocast or "float32")
+    for p in model.parameters():
+        if p.ndim >= 2 and p.dtype == torch.float32:
+            master = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+            p.data = p.data.to(dtype)
+            setattr(p, _MASTER, master)
+
+
+def fp32_of(p: torch.Tensor) -> torch.Tensor:
+    """The fp32 weight behind a parameter: its master, or itself."""
+    master: torch.Tensor = getattr(p, _MASTER, p)
+    return master
+
+
+@torch.no_grad()
+def gradients_to_masters(model: nn.Module) -> None:
+    for p in model.parameters():
+        if p.grad is not None and hasattr(p, _MASTER):
+            fp32_of(p).grad = p.grad.float()
+
+
+@torch.no_grad()
+def masters_to_parameters(model: nn.Module) -> None:
+    """Rounds the masters into the 16-bit weights, after a step and after loading."""
+    for p in model.parameters():
+        if hasattr(p, _MASTER):
+            p.copy_(fp32_of(p))
 
 
 def build(job: Job, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in the order of `named_parameters`."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    """AdamW over the fp32 weights of the trainable parameters, in the order of `named_parameters`."""
+    weights = [fp32_of(p) for _, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": job.weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in weights if p.ndim >= 2], "weight_decay": job.weight_decay},
+        {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = all(p.device.type == "cuda" for _, p in named)
+    fused = all(p.device.type == "cuda" for p in weights)
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=job.lr, betas=(job.beta1, job.beta2), eps=job.eps, fused=fused)
 
 
@@ -26,7 +64,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
     """`<parameter>/<moment>` -> tensor, for every moment that the optimizer holds."""
-    return {f"{name}/{key}": value for name, p in model.named_parameters() for key, value in optimizer.state.get(p, {}).items() if isinstance(value, torch.Tensor)}
+    return {f"{name}/{key}": value for name, p in model.named_parameters() for key, value in optimizer.state.get(fp32_of(p), {}).items() if isinstance(value, torch.Tensor)}
 
 
 def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
@@ -43,7 +81,7 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state
         if moments is None:
             missing.append(name)
             continue
-        optimizer.state[p] = {
+        optimizer.state[fp32_of(p)] = {
             # The step counter stays where AdamW keeps it: on the CPU, unless the fused kernel wants it beside the weights.
             moment: tensor.to(p.device if tensor.ndim or optimizer.defaults.get("fused") else "cpu", copy=True)
             for moment, tensor in moments.items()
@@ -51,6 +89,26 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state
     return missing
 
 
-def global_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """The 2-norm of all gradients together, as a tensor on their device."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def gradients_of(model: nn.Module) -> list[torch.Tensor]:
+    """The gradients that the optimizer will use: of the masters where there are any."""
+    return [g for g in (fp32_of(p).grad for p in model.parameters()) if g is not None]
+
+
+def global_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of all gradients together, as a tensor on their device, the same on every rank."""
+    return whole(torch.nn.utils.get_total_norm(list(gradients)))
+
+
+def scale_and_step(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], factor: torch.Tensor, bad: torch.Tensor) -> None:
+    """One update with all gradients times `factor`; none at all where `bad` (a float scalar) is 1.
+
+    Both stay on the device: nothing here waits for the GPU. The fused kernel takes them as they are, and saves a pass
+    over the gradients."""
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = factor.reciprocal(), bad  # type: ignore[attr-defined]
+        optimizer.step()
+        return
+    if bool(bad):
+        return
+    torch._foreach_mul_([local(g) for g in gradients], factor)
+    optimizer.step()

@@ -19,7 +19,6 @@ from jobs.settings import Job
 
 # A collective that takes longer than this is taken for a hang.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-_ACCELERATE_WORD = {None: "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,14 @@ class Runtime:
         flag = torch.tensor([code], dtype=torch.int64)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.control)
         return int(flag.item())
+
+    def maxima(self, *codes: int) -> tuple[int, ...]:
+        """The same for several at once, each by itself."""
+        if self.world == 1:
+            return codes
+        flags = torch.tensor(codes, dtype=torch.int64)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
+        return tuple(flags.tolist())
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, for all ranks."""
@@ -92,7 +99,9 @@ def start(job: Job, environ: Mapping[str, str] = os.environ) -> Runtime:
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     accelerator = Accelerator(
         cpu=use_cpu,
-        mixed_precision=_ACCELERATE_WORD[mode.autocast],
+        # Autocast is ours (train/numerics.py): one home for training, validation and both ways of spreading a model, and no
+        # hidden cast of outputs to fp32.
+        mixed_precision="no",
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
             # Buffers are the same on all ranks or statistics of their own; gradients live in the buckets, not beside them.

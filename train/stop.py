@@ -1,17 +1,22 @@
 """The stop flag: a handler sets it and does nothing else, and all ranks agree on it at a step boundary."""
 
+import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
 from jobs.contract import STOP_SIGNALS
+from jobs.rundir import AttemptDir
 
 # Seconds between two looks for the stop file: a look is one metadata call on a shared file system.
 _FILE_EVERY_S = 1.0
 STOP_FILE = "stop file"
+# Seconds that a process which has trained nothing yet goes on after a stop, in case it reaches a step boundary by itself.
+_PATIENCE_S = 5.0
 
 
 class StopFlag:
@@ -20,6 +25,8 @@ class StopFlag:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._looked = 0.0
+        self._lock = threading.Lock()
+        self._has_work = False
 
     @classmethod
     def install(cls, signals: Sequence[int] = (*STOP_SIGNALS, signal.SIGINT)) -> "StopFlag":
@@ -44,6 +51,39 @@ class StopFlag:
                 self.signal = 1
                 return 1
         return 0
+
+    def leave_unless_busy(self, leave: Callable[[int], None]) -> None:
+        """Until `busy` is called, a stop ends this process by `leave`, wherever it is by then.
+
+        Start-up, compilation and the first samples may take minutes in which no step boundary comes. Nothing has been
+        trained by then that the newest checkpoint does not have, so nothing is saved either."""
+
+        def watch() -> None:
+            heard: float | None = None
+            while not self._has_work:
+                time.sleep(0.1)
+                if self.signal is None:
+                    continue
+                heard = heard or time.monotonic()
+                if time.monotonic() - heard >= _PATIENCE_S:
+                    with self._lock:
+                        if not self._has_work:
+                            leave(self.signal)
+
+        threading.Thread(target=watch, name="stop", daemon=True).start()
+
+    def busy(self) -> None:
+        """From here on there is something to lose, and only a step boundary is a place to stop."""
+        with self._lock:
+            self._has_work = True
+
+
+def leave_marker(attempt: AttemptDir, rank: int, **fields: object) -> None:
+    """Says how this rank left, for the end of the attempt to read. Written aside and renamed: it is whole or absent."""
+    path = attempt.marker(rank)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps({"rank": rank, "time": round(time.time(), 3), **fields}))
+    os.replace(aside, path)
 
 
 def name_of(code: int) -> str:

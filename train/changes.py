@@ -1,0 +1,38 @@
+"""What is different between a checkpoint and the job that resumes from it, and which of it a person must have asked for.
+
+Precision, number of processes and parallel mode may change at any time: global batch, schedule and data order do not depend
+on them. Horizon, batch, seed and data decide what is trained at which step, so these change only by an explicit word.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jobs.contract import Event
+from jobs.settings import Job
+from train.checkpoint import State
+
+NEEDS_A_WORD = ("max_steps", "batch_size", "seed", "data")
+
+
+def changes(state: State, job: Job, data_name: str, world: int) -> dict[str, tuple[Any, Any]]:
+    """Setting -> (as it was saved, as it is now), for those that differ."""
+    pairs = {
+        "max_steps": (state.max_steps, job.max_steps),
+        "batch_size": (state.batch_size, job.batch_size),
+        "seed": (state.seed, job.seed),
+        "data": (state.data, data_name),
+        "precision": (state.precision, str(job.precision)),
+        "parallel": (state.parallel, job.parallel),
+        "world size": (state.world, world),
+    }
+    return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
+
+
+def refusal(changed: Mapping[str, tuple[Any, Any]], events: Iterable[Mapping[str, Any]]) -> str | None:
+    """Why a resume must not happen, or None. `events` is the ledger, where `holdfast resume --allow-change` wrote what it allows."""
+    allowed = {name for event in events if event.get("event") == Event.CHANGED and event.get("allow") for name in (*event["changes"], "data")}
+    asked = {name: pair for name, pair in changed.items() if name in NEEDS_A_WORD and name not in allowed}
+    if not asked:
+        return None
+    said = ", ".join(f"{name.upper()} was {then}, is now {now}" for name, (then, now) in asked.items())
+    return f"{said}: that changes what is trained at which step. If you mean it: holdfast resume RUN KEY=value --allow-change"

@@ -1,0 +1,175 @@
+"""fp8 matrix products: our own conversion, layer by layer, with a reason for each layer that is left in bf16.
+
+A converted layer keeps its weight as it is, in fp32 and under the same name; only the product is made in fp8. So the
+weights of a checkpoint do not depend on whether they were trained in fp8.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from jobs.errors import ImpossibleJobError
+from jobs.settings import Job
+
+# The fp8 tensor cores want every dimension of a product to be a multiple of 16.
+ALIGNMENT = 16
+# Logits decide the loss directly; every recipe known to converge keeps this layer in bf16.
+_HEADS = ("lm_head", "head", "classifier", "score", "output", "out_proj_head", "decoder", "predictions")
+_TE_RECIPES = ("current", "delayed", "block", "mxfp8")
+_AO_RECIPES = ("tensorwise", "rowwise")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What became of one Linear: `reason` says why it stays in bf16, or is empty."""
+
+    name: str
+    shape: tuple[int, int]
+    reason: str = ""
+
+    @property
+    def converted(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The context that forward passes run in, and what became of each Linear."""
+
+    context: Callable[[], AbstractContextManager[object]] | None
+    layers: tuple[Layer, ...]
+    recipe: str
+
+    def lines(self) -> list[str]:
+        """For the start-up report: how many, and the reasons of the others."""
+        done = [layer for layer in self.layers if layer.converted]
+        left: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.reason:
+                left.setdefault(layer.reason, []).append(layer.name)
+        text = [f"fp8 {self.recipe}: {len(done)} of {len(self.layers)} linear layers"]
+        for reason, names in left.items():
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            text.append(f"  bf16: {shown} ({reason})")
+        return text
+
+
+def recipe_of(job: Job) -> str:
+    """The recipe of a job, its backend's default when none is given. Raises ImpossibleJobError for another backend's."""
+    allowed = _TE_RECIPES if job.fp8_backend == "te" else _AO_RECIPES
+    recipe = job.fp8_recipe or allowed[0]
+    if recipe not in allowed:
+        raise ImpossibleJobError(f"FP8_RECIPE={recipe} is not one of FP8_BACKEND={job.fp8_backend}; choose one of {', '.join(allowed)}.")
+    return recipe
+
+
+def convert(model: nn.Module, job: Job, *, emulate: bool = False, make_linear: Callable[[nn.Linear], nn.Module] | None = None) -> Converted:
+    """Puts fp8 layers into `model`, in place. `emulate` (torchao) computes fp8 rounding on any device, for tests;
+    `make_linear` stands in for Transformer Engine's layer where that is not installed.
+
+    Raises ImpossibleJobError when the library is missing, or no layer of this model can be converted."""
+    recipe = recipe_of(job)
+    if job.micro_batch_size and (job.micro_batch_size * job.seq_len) % ALIGNMENT:
+        raise ImpossibleJobError(f"PRECISION=fp8: MICRO_BATCH_SIZE={job.micro_batch_size} x SEQ_LEN={job.seq_len} tokens is no multiple of {ALIGNMENT}, which fp8 products need.")
+    layers = plan(model)
+    chosen = {layer.name for layer in layers if layer.converted}
+    if not chosen:
+        reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers)) or "it has no linear layer"
+        raise ImpossibleJobError(f"PRECISION=fp8: no layer of this model can be converted ({reasons}). Nearest that works: PRECISION=bf16.")
+    if job.fp8_backend == "torchao":
+        _convert_torchao(model, chosen, recipe, emulate)
+        context = None
+    else:
+        make, context = (make_linear, None) if make_linear else _transformer_engine(recipe)
+        for name in chosen:
+            parent, _, child = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            old = getattr(owner, child)
+            assert isinstance(old, nn.Linear)
+            setattr(owner, child, _same_weights(old, make(old)))
+    return Converted(context, tuple(layers), f"{job.fp8_backend} {recipe}")
+
+
+def plan(model: nn.Module) -> list[Layer]:
+    """Every Linear of a model with what is to become of it. All of them are looked at: an odd one stops nothing."""
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            uses[id(p)] = uses.get(id(p), 0) + 1
+    layers = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        shape = (module.in_features, module.out_features)
+        reason = ""
+        if any(part in _HEADS for part in name.split(".")):
+            reason = "output head"
+        elif uses[id(module.weight)] > 1:
+            reason = "tied weight"
+        elif shape[0] % ALIGNMENT or shape[1] % ALIGNMENT:
+            reason = f"{shape[0]} x {shape[1]} is no multiple of {ALIGNMENT}"
+        elif not module.weight.requires_grad:
+            reason = "frozen"
+        elif type(module) is not nn.Linear:
+            reason = f"is a {type(module).__name__} of its own"
+        layers.append(Layer(name, shape, reason))
+    return layers
+
+
+def _same_weights(old: nn.Linear, new: nn.Module) -> nn.Module:
+    """`new` with the parameters of `old`: the same objects, so that ties and names stay."""
+    new.weight = old.weight
+    if old.bias is not None:
+        new.bias = old.bias
+    return new
+
+
+def _transformer_engine(recipe: str) -> tuple[Callable[[nn.Linear], nn.Module], Callable[[], AbstractContextManager[object]]]:
+    try:
+        import transformer_engine.pytorch as te
+        from transformer_engine.common import recipe as te_recipes
+    except ImportError as err:
+        raise ImpossibleJobError(f"PRECISION=fp8 with FP8_BACKEND=te needs Transformer Engine ({err}); `make te` builds it, or FP8_BACKEND=torchao.") from err
+    if recipe == "mxfp8" and torch.cuda.get_device_capability() < (10, 0):
+        raise ImpossibleJobError("FP8_RECIPE=mxfp8 needs Blackwell (sm_100); here FP8_RECIPE=current works.")
+    kinds: dict[str, Callable[[], Any]] = {
+        "current": te_recipes.Float8CurrentScaling,
+        # Amax history of 16 steps: short enough to follow a young run, long enough to be calm.
+        "delayed": lambda: te_recipes.DelayedScaling(amax_history_len=16, amax_compute_algo="max"),
+        "block": te_recipes.Float8BlockScaling,
+        "mxfp8": te_recipes.MXFP8BlockScaling,
+    }
+    chosen = kinds[recipe]()
+    # te.autocast is its name since 2.9; the older one is announced for removal.
+    autocast = te.autocast if hasattr(te, "autocast") else te.fp8_autocast
+    names = ("enabled", "recipe") if hasattr(te, "autocast") else ("enabled", "fp8_recipe")
+
+    def context() -> AbstractContextManager[object]:
+        manager: AbstractContextManager[object] = autocast(**dict(zip(names, (True, chosen), strict=True)))
+        return manager
+
+    def make(old: nn.Linear) -> nn.Module:
+        with torch.device(old.weight.device):
+            layer: nn.Module = te.Linear(old.in_features, old.out_features, bias=old.bias is not None, params_dtype=old.weight.dtype)
+        return layer
+
+    return make, context
+
+
+def _convert_torchao(model: nn.Module, chosen: set[str], recipe: str, emulate: bool) -> None:
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as err:
+        raise ImpossibleJobError(f"PRECISION=fp8 with FP8_BACKEND=torchao needs torchao ({err}); `pip install 'holdfast[torchao]'`.") from err
+    import dataclasses
+
+    config = Float8LinearConfig.from_recipe_name(recipe)
+    if emulate:
+        config = dataclasses.replace(config, emulate=True)
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name in chosen)
+
+

@@ -1,0 +1,59 @@
+"""How a model is spread over the ranks: copied (DDP, by Accelerate) or sharded (FSDP2)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from jobs.precision import MODES
+from jobs.settings import Job
+from train.runtime import Runtime
+
+
+def shard(model: nn.Module, job: Job, rt: Runtime) -> None:
+    """FSDP2 over all ranks, in place: each block is a unit of its own, the rest is the root. Before the optimizer is built.
+
+    Weights stay fp32 in the shards; the working copies have the dtype of the precision, gradients are reduced in fp32."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(rt.device.type, (rt.world,))
+    dtype_name = MODES[job.precision].autocast
+    dtype = getattr(torch, dtype_name) if dtype_name and rt.device.type == "cuda" else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a model: the members of its longest ModuleList."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []
+
+
+@contextmanager
+def accumulating(model: nn.Module, rt: Runtime, last: bool) -> Iterator[None]:
+    """Around one micro-step: gradients travel between ranks only in the last one of a step."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        yield
+        return
+    with nullcontext() if last else rt.accelerator.no_sync(model):
+        yield
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor on every rank. Collective for a sharded one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,102 @@
+"""One optimizer step: forward and backward of every micro-batch, one division, one clip, one update."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from jobs.settings import Job
+from train import optim
+from train.models.contract import read_loss
+from train.numerics import LossScale
+from train.parallel import accumulating
+from train.runtime import Runtime
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves for the log, on the device: nothing here has waited for it.
+
+    loss_sum, targets: of this rank. norm: of the whole gradient, before clipping, without loss scale.
+    overflow: whether the update was skipped; known only where there is a loss scale, else False."""
+
+    loss_sum: torch.Tensor
+    targets: torch.Tensor
+    norm: torch.Tensor
+    overflow: bool
+
+
+@dataclass
+class Stepper:
+    """The arithmetic of a step. `model` is what forward goes through (DDP or the module itself), `inner` the module."""
+
+    job: Job
+    rt: Runtime
+    model: nn.Module
+    inner: nn.Module
+    optimizer: torch.optim.Optimizer
+    context: Callable[[], AbstractContextManager[object]]
+    scale: LossScale | None
+
+    def run(self, batches: Iterable[Batch]) -> StepResult:
+        """Trains on the micro-batches of one step. The optimizer's lr is already set."""
+        job, rt = self.job, self.rt
+        assert job.grad_accum_steps is not None
+        scale = self.scale.scale if self.scale else 1.0
+        loss_total = torch.zeros((), device=rt.device)
+        targets_total = torch.zeros((), dtype=torch.float64, device=rt.device)
+        nominal = 0
+        self.optimizer.zero_grad(set_to_none=True)
+        self.inner.zero_grad(set_to_none=True)
+        for index, batch in enumerate(batches):
+            # A number of targets that every rank can tell beforehand, to keep 16-bit gradients in range: the shape of the
+            # whole batch. What really counted is divided by at the end.
+            nominal = nominal or job.batch_size * shape_targets(batch)
+            with accumulating(self.model, rt, last=index == job.grad_accum_steps - 1):
+                with self.context():
+                    loss_sum, targets = read_loss(self.model(**batch), batch)
+                # The mean over ranks that DDP and FSDP take, times their number, is the sum.
+                (loss_sum * (rt.world * scale / nominal)).backward()
+            loss_total += loss_sum.detach()
+            targets_total += targets
+        # One division by the targets of the whole global batch: short windows and padding weigh what they weigh.
+        everyone = rt.total(targets_total.clone())
+        optim.gradients_to_masters(self.inner)
+        gradients = optim.gradients_of(self.inner)
+        factor = (nominal / (everyone * scale)).float()
+        norm = optim.global_norm(gradients) * factor
+        bad = (~torch.isfinite(norm)).float()
+        overflow = self.scale is not None and bool(bad)
+        if not overflow:
+            clipped = factor * torch.clamp(job.grad_clip / (norm + 1e-6), max=1.0) if job.grad_clip > 0 else factor
+            optim.scale_and_step(self.optimizer, gradients, clipped, bad)
+            optim.masters_to_parameters(self.inner)
+        return StepResult(loss_total, targets_total, norm, overflow)
+
+    def settle(self, batch: Batch) -> None:
+        """One backward pass whose gradients are thrown away, before the first step of an attempt.
+
+        DDP lays its gradient buckets out anew after the first backward of a process. The layout decides in which order the
+        ranks' gradients are added up, so a resumed run would differ in the last bits from one that was never interrupted."""
+        if self.rt.world == 1 or self.model is self.inner:
+            return
+        buffers = {name: tensor.clone() for name, tensor in self.inner.named_buffers()}
+        with self.context():
+            loss_sum, _ = read_loss(self.model(**batch), batch)
+        (loss_sum * 0.0).backward()
+        self.model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, tensor in self.inner.named_buffers():
+                tensor.copy_(buffers[name])
+
+
+def shape_targets(batch: Batch) -> int:
+    """Targets per sample by shape alone: padded and masked ones included."""
+    if "targets" in batch:
+        targets = batch["targets"]
+        return max(targets.numel() // targets.shape[0], 1)
+    return 1
