@@ -36,7 +36,7 @@ PRECISIONS: dict[str, list[str]] = {
     "fp8 te delayed": ["PRECISION=fp8", "FP8_BACKEND=te", "FP8_RECIPE=delayed"],
     "fp8 te block": ["PRECISION=fp8", "FP8_BACKEND=te", "FP8_RECIPE=block"],
 }
-MODEL = ["MODEL=124m", "SEQ_LEN=1024", "BATCH_SIZE=16", "LR=6e-4", "WARMUP_PCT=0.1", "EVAL_SAMPLES=64", "NODES=1", "DEVICE=cuda", "LOG_EVERY=1", "SITE=generic"]
+MODEL = ["MODEL=124m", "SEQ_LEN=1024", "BATCH_SIZE=16", "LR=6e-4", "WARMUP_PCT=0.1", "EVAL_SAMPLES=64", "NODES=1", "GPUS_PER_NODE=1", "DEVICE=cuda", "LOG_EVERY=1", "SITE=generic"]
 
 _RUN = """
 import os, sys
@@ -71,6 +71,14 @@ def change(run: RunDir, **settings: object) -> None:
     run.job_yaml.write_text(dump_yaml(values))
 
 
+def _link(source: str, target: str) -> None:
+    """A link for what never changes, a copy for what the next attempt appends to."""
+    if source.endswith(".safetensors"):
+        os.link(source, target)
+    else:
+        shutil.copy2(source, target)
+
+
 def available(names: list[str]) -> list[str]:
     def found(module: str) -> bool:
         return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode == 0
@@ -82,12 +90,14 @@ def available(names: list[str]) -> list[str]:
 def precisions(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     reference: dict[int, dict[str, Any]] = {}
-    for name in available(list(PRECISIONS)):
+    wanted = [name for name in PRECISIONS if not args.only or any(word in name for word in args.only.split(","))]
+    for name in available(wanted):
         begun = time.monotonic()
         try:
             run = train(runs, name.replace(" ", "-"), [*MODEL, *PRECISIONS[name], f"MAX_STEPS={args.steps}", f"EVAL_EVERY={args.steps}", f"CHECKPOINT_EVERY={args.steps}", f"COMPILE={args.compile}"])
         except (RuntimeError, subprocess.TimeoutExpired) as err:
             rows.append({"precision": name, "error": str(err)[-1500:]})
+            print(json.dumps(rows[-1]), flush=True)
             continue
         lines = lines_of(run)
         reference = reference or lines
@@ -100,6 +110,7 @@ def precisions(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
             "overflows": overflows, "tokens_per_s": speeds[len(speeds) // 2], "seconds": round(time.monotonic() - begun, 1),
         })  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
+        shutil.rmtree(run.checkpoints)
     if args.overflow:
         run = train(runs, "overflow", [*MODEL, "PRECISION=fp16", "GRAD_SCALER_INIT=1e12", "MAX_OVERFLOWS=40", "MAX_STEPS=30", "EVAL_EVERY=0", "CHECKPOINT_EVERY=30"])
         events = [event for event in ledger.read(run.ledger) if event["event"] == "overflow"]
@@ -111,7 +122,8 @@ def precisions(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
 
 def matrix(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
     """Ten steps in one precision; then its checkpoint of step 5 is resumed in every precision."""
-    names = available(["fp32", "tf32", "bf16", "fp16", "fp8 torchao tensorwise", "fp8 te current", "fp8 te delayed"])
+    every = ["fp32", "tf32", "bf16", "fp16", "fp8 torchao tensorwise", "fp8 te current", "fp8 te delayed"]
+    names = available([name for name in every if not args.only or any(word in name for word in args.only.split(","))])
     short = [*MODEL, "BATCH_SIZE=8", "SEQ_LEN=512", "EVAL_EVERY=0", "CHECKPOINT_EVERY=5", "KEEP_LAST=5", "MAX_STEPS=10"]
 
     def straight(source: str) -> RunDir | str:
@@ -125,22 +137,26 @@ def matrix(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
             return {"from": source, "to": target, "error": first}
         run_id = f"{source}--{target}".replace(" ", "-")
         copy = RunDir(runs / f"quickstart-{run_id}")
-        shutil.copytree(first.path, copy.path, symlinks=True)
-        shutil.rmtree(copy.checkpoints / "step-00000010")
+        # Links and not copies: forty checkpoints of 1.5 GB would fill the disk. A checkpoint is never written to again.
+        shutil.copytree(first.path, copy.path, copy_function=_link, ignore=shutil.ignore_patterns("step-00000010", "attempts"))
         settings = dict(word.split("=") for word in PRECISIONS[target])
         change(copy, precision=settings["PRECISION"], fp8_backend=settings.get("FP8_BACKEND", "te"), fp8_recipe=settings.get("FP8_RECIPE"))
         try:
             lines = lines_of(train(runs, run_id, short))
         except (RuntimeError, subprocess.TimeoutExpired) as err:
             return {"from": source, "to": target, "error": str(err)[-600:]}
+        shutil.rmtree(copy.checkpoints)
         resumed = [event["step"] for event in ledger.read(copy.ledger) if event["event"] == "resumed"]
-        return {"from": source, "to": target, "resumed at": resumed[-1], "loss at 5": lines[5]["loss"], "loss at 10": lines[10]["loss"], "straight": lines_of(first)[10]["loss"]}
+        row = {"from": source, "to": target, "resumed at": resumed[-1], "loss at 5": lines[5]["loss"], "loss at 10": lines[10]["loss"], "straight": lines_of(first)[10]["loss"]}
+        print(json.dumps(row), flush=True)
+        return row
 
     with ThreadPoolExecutor(args.parallel) as pool:
         firsts = dict(zip(names, pool.map(straight, names), strict=True))
         rows = list(pool.map(lambda pair: cell(pair[0], firsts[pair[0]], pair[1]), [(a, b) for a in names for b in names]))
     for row in rows:
-        print(json.dumps(row), flush=True)
+        if "error" in row:
+            print(json.dumps(row), flush=True)
     return rows
 
 
@@ -169,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["precisions", "matrix", "spread"])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--only", help="precisions: those whose name has one of these words, such as fp32,te")
     parser.add_argument("--compile", default="false")
     parser.add_argument("--parallel", type=int, default=6, help="matrix: runs at a time on the one GPU")
     parser.add_argument("--overflow", action="store_true", help="precisions: also provoke fp16 overflows")

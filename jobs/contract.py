@@ -27,6 +27,9 @@ LEAD_SIGNAL = signal.SIGUSR2
 # TERM is what Slurm sends at preemption and at the end of the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
+# Asks a rank for its Python stacks. URG because a process without a handler ignores it; NCCL has one of its own for USR1.
+STACKS_SIGNAL = signal.SIGURG
+
 # Seconds that the other ranks of a step may live on after one has left: long enough for a rank that
 # still writes its exit marker, short enough that a dead rank does not hold GPUs.
 PEER_EXIT_WAIT_S = 20
@@ -69,6 +72,8 @@ class Event(StrEnum):
     CHANGED = "changed"
     END = "end"
     REQUEUE = "requeue"
+    # A node that failed, or did not pass the checks before an attempt: left out for a time.
+    BAD_NODE = "bad_node"
     CANCEL = "cancel"
 
 

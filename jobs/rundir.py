@@ -95,6 +95,11 @@ class RunDir:
         return self.path / "loss.png"
 
     @property
+    def pace(self) -> Path:
+        """How long steps, validations and saves of this run take, as seen from outside."""
+        return self.path / "pace.json"
+
+    @property
     def members(self) -> Path:
         return self.path / _MEMBERS
 
@@ -132,6 +137,33 @@ class AttemptDir:
     def samples(self, rank: int) -> Path:
         """Which samples a rank used at which step, where LOG_SAMPLES asks for it."""
         return self.path / f"samples.{rank}.jsonl"
+
+    @property
+    def owner(self) -> Path:
+        """Which job this attempt belongs to."""
+        return self.path / "owner.json"
+
+    @property
+    def section(self) -> Path:
+        """What rank 0 is doing: a word of `train.progress`, and the step of Slurm that it runs in."""
+        return self.path / "section"
+
+    @property
+    def watch(self) -> Path:
+        """What the watchdog needs to know about the attempt."""
+        return self.path / "watch.json"
+
+    @property
+    def hang(self) -> Path:
+        """What the watchdog saw before it ended the step."""
+        return self.path / "hang.json"
+
+    def stacks(self, rank: int) -> Path:
+        """Python stacks of a rank, written when the watchdog asks for them."""
+        return self.path / f"stacks.{rank}.txt"
+
+    def preflight(self, node: str) -> Path:
+        return self.path / f"preflight.{node}.json"
 
     def marker(self, rank: int) -> Path:
         """How a rank left: reason, step, signal."""

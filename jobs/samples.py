@@ -29,11 +29,13 @@ class Verdict:
 
 def of_run(run: RunDir) -> Verdict:
     """The verdict over a run whose ranks logged their samples."""
-    lines = []
-    for path in sorted((run.path / "attempts").glob("*/samples.*.jsonl")):
-        lines += _read(path)
     resumed = {int(event["attempt"]): int(event["step"]) for event in ledger.read(run.ledger) if event["event"] == Event.RESUMED}
-    return check(lines, resumed)
+    return check(lines_of(run), resumed)
+
+
+def lines_of(run: RunDir) -> list[dict[str, Any]]:
+    """What all ranks of all attempts wrote down."""
+    return [line for path in sorted((run.path / "attempts").glob("*/samples.*.jsonl")) for line in _read(path)]
 
 
 def check(lines: Iterable[Mapping[str, Any]], resumed: Mapping[int, int]) -> Verdict:

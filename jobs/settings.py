@@ -216,6 +216,11 @@ class Job(BaseModel):
     max_unknown: int = setting(3, "attempts that may end for no reason that can be found", group="retries", ge=0)
     max_no_progress: int = setting(3, "attempts in a row that may end without a new checkpoint", group="retries", ge=1)
 
+    hang_after_s: int = setting(600, "silence after which a step is taken for a hang, unless longer ones were seen; 0 turns the watchdog off", group="retries", unit="s", ge=0)
+    hang_quiet_s: int = setting(1800, "the same for the start, the first step, and whatever was not yet seen in this run", group="retries", unit="s", ge=1)
+    preflight_s: int = setting(30, "time for the checks of every node before an attempt; 0 leaves them out", group="retries", unit="s", ge=0)
+    avoid_node_h: float = setting(24.0, "how long a node that failed is left out", group="retries", unit="h", ge=0)
+
     # --- what to train
     model: Text = setting("nano", "model: a preset (nano, 124m, 350m, 1b, 3b, 8b), convnet, hf:PATH, or package.module:build", group="model")
     model_options: Annotated[dict[str, Any], AfterValidator(_portable)] = setting({}, "options of the model that differ from its preset", group="model")

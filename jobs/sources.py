@@ -28,7 +28,7 @@ DEFAULT_JOB = "jobs/quickstart.yaml"
 PREFIX = "HOLDFAST_"
 
 # Variables of ours that are not settings of a job, so that a misspelt HOLDFAST_ name can be told from them.
-OTHER_VARIABLES = frozenset({"HOLDFAST_RUN_DIR", "HOLDFAST_ATTEMPT", "HOLDFAST_JOB_ID", "HOLDFAST_RANK_LOG", "HOLDFAST_LOG_OFFSET", "HOLDFAST_LAB", "HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM"})
+OTHER_VARIABLES = frozenset({"HOLDFAST_RUN_DIR", "HOLDFAST_ATTEMPT", "HOLDFAST_JOB_ID", "HOLDFAST_RANK_LOG", "HOLDFAST_LOG_OFFSET", "HOLDFAST_STARTED", "HOLDFAST_LAB", "HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM"})
 # Words that a person may hand to make for the Makefile itself.
 MAKE_WORDS = frozenset({"HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM", "HOLDFAST_LAB", "ARGS", "TESTS"})
 

@@ -10,6 +10,10 @@ from jobs.contract import Cause, Event
 UNLIMITED = frozenset({Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.REQUEUED})
 # Causes that another attempt would only meet again, or that a person wished for.
 FINAL = frozenset({Cause.FINISHED, Cause.CANCELLED})
+# Ended from outside. Such an attempt that had not yet made a step says nothing about the run either: on a busy cluster a job
+# may be thrown out while it still imports. So many times the budget of attempts without progress are allowed to end so.
+_OUTSIDE = frozenset({Cause.PREEMPTED, Cause.REQUEUED, Cause.NODE_FAILURE})
+_OUTSIDE_FACTOR = 10
 
 
 @dataclass(frozen=True)
@@ -39,33 +43,71 @@ class Budgets:
 
 
 def judge(events: Iterable[Mapping[str, Any]], budgets: Budgets) -> Verdict:
-    """The verdict after the last `end` event in `events` (ledger lines, oldest first)."""
-    ends = [event for event in events if event.get("event") == Event.END]
+    """The verdict after the last `end` event in `events` (ledger lines, oldest first).
+
+    A person who submits or resumes a run starts its budgets anew: what came before the last `submitted` event counts no
+    more. An attempt that two wrote the end of (itself, late, and its successor) counts once, by the first end."""
+    cancelled = False
+    ends: dict[int, Mapping[str, Any]] = {}
+    known: set[int] = set()
+    for event in events:
+        if event.get("event") == Event.SUBMITTED:
+            # sbatch returns before this line is written: a quick job may have ended by then, and that end counts.
+            ends = {number: end for number, end in ends.items() if end.get("job_id") == event.get("job_id")}
+            cancelled = False
+        elif event.get("event") == Event.CANCEL:
+            cancelled = True
+        elif event.get("event") == Event.END and event.get("attempt") not in known:
+            known.add(event["attempt"])
+            ends[event["attempt"]] = event
     if not ends:
-        return Verdict(True, "no attempt has ended yet")
-    cause = Cause(ends[-1]["cause"])
+        return Verdict(not cancelled, "cancelled" if cancelled else "no attempt has ended yet")
+    last = list(ends.values())
+    cause = cause_of(last[-1])
     if cause in FINAL:
         return Verdict(False, cause.value.replace("_", " "))
-    stuck = _attempts_without_progress(ends)
+    if cancelled:
+        return Verdict(False, "cancelled")
+    stuck, early = _without_progress(last)
     if stuck >= budgets.no_progress:
-        return Verdict(False, f"{stuck} attempts in a row made no progress (budget {budgets.no_progress}); last cause: {cause.value}")
+        return Verdict(False, f"{stuck} attempts in a row made no progress (max_no_progress {budgets.no_progress}); last cause: {cause.value}")
+    if early >= budgets.no_progress * _OUTSIDE_FACTOR:
+        return Verdict(False, f"{early} attempts in a row ended before their first step; last cause: {cause.value}")
     if cause in UNLIMITED:
         return Verdict(True, f"{cause.value}, and the run makes progress")
-    used = sum(1 for end in ends if end["cause"] == cause)
+    used = sum(1 for end in last if cause_of(end) is cause)
     allowed = budgets.of(cause)
     if used > allowed:
         return Verdict(False, f"{cause.value} for the {_ordinal(used)} time, {allowed} allowed (max_{cause.value})")
     return Verdict(True, f"{cause.value}, {used} of {allowed} allowed")
 
 
-def _attempts_without_progress(ends: list[Mapping[str, Any]]) -> int:
-    """How many of the last attempts left the newest checkpoint where they found it."""
-    count = 0
+def cause_of(end: Mapping[str, Any]) -> Cause:
+    """The cause in an `end` event; `unknown` for a word that this version does not know."""
+    try:
+        return Cause(end.get("cause", ""))
+    except ValueError:
+        return Cause.UNKNOWN
+
+
+def _without_progress(ends: list[Mapping[str, Any]]) -> tuple[int, int]:
+    """Of the last attempts in a row that left the newest checkpoint where they found it: how many had made steps or ended
+    by themselves, and how many were ended from outside before their first step."""
+    stuck = early = 0
     for end in reversed(ends):
-        if int(end.get("saved_step", 0)) > int(end.get("start_step", 0)):
+        start = _step(end, "start_step")
+        if _step(end, "saved_step") > start:
             break
-        count += 1
-    return count
+        if cause_of(end) in _OUTSIDE and _step(end, "step") <= start:
+            early += 1
+        else:
+            stuck += 1
+    return stuck, early
+
+
+def _step(end: Mapping[str, Any], name: str) -> int:
+    value = end.get(name)
+    return int(value) if isinstance(value, int | float) else 0
 
 
 def _ordinal(n: int) -> str:

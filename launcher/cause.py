@@ -1,7 +1,8 @@
 """Why an attempt ended: a pure function of what was left behind.
 
-The order of trust: what the ranks themselves wrote, what Slurm's daemons wrote into the batch log, what slurmctld says
-now, the exit code of the step. A cause is only named when something points to it; otherwise it is `unknown`.
+The order of trust: what the ranks and the watchdog wrote themselves, what Slurm's daemons wrote into the batch log, what
+slurmctld and the accounting say, the exit code of the step. A cause is only named when something points to it; otherwise it
+is `unknown`. docs/preemption.md has the table of what Slurm sends, docs/survival.md what was recorded for every fault.
 """
 
 import errno
@@ -14,34 +15,57 @@ from jobs.contract import Cause, Exit
 from slurm.client import JobInfo
 from slurm.states import ENDED, base
 
-# slurmstepd's line in the batch log; the reason behind it is missing for scancel and at the start of a grace time.
-_DAEMON_LINE = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*")
+# slurmstepd's line in the batch log; the reason behind it is missing for scancel and at the start of a grace time, and may
+# have a hint behind a comma ("DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS").
+_DAEMON_LINE = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+?)(?:,[^*\n]*)?)? \*\*\*")
 _DAEMON_REASON = {
     "PREEMPTION": Cause.PREEMPTED,
     "JOB REQUEUE": Cause.REQUEUED,
     "TIME LIMIT": Cause.TIME_LIMIT,
     "NODE FAILURE": Cause.NODE_FAILURE,
 }
+_NODE_FAILURE = re.compile(r"srun: error: Node failure on (\S+)")
 # What a rank says when it is another rank that is gone.
-_PEER_LOST = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket Timeout|NCCL.*remote|connectFullMesh|Timed out waiting|recvValue failed|failed to recv|DistNetworkError|ncclRemoteError|ncclSystemError", re.I)
-_OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemoryError|cannot allocate memory|std::bad_alloc", re.I)
+_PEER_LOST = re.compile(
+    r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket Timeout|NCCL.*remote|connectFullMesh|Timed out waiting|recvValue failed"
+    r"|failed to recv|DistNetworkError|DistStoreError|ncclRemoteError|ncclSystemError|Connection refused",
+    re.I,
+)
+_OUT_OF_MEMORY = re.compile(r"out[ _]of[ _]memory|OutOfMemoryError|cannot allocate memory|std::bad_alloc", re.I)
+# slurmstepd and srun, of several versions: by cgroup, and by accounting (OverMemoryKill).
+_MEMORY_KILL = re.compile(r"oom[-_]kill|OOM Killed|out[ -]of[ -]memory|exceeded (?:job )?memory limit", re.I)
+_HARDWARE = re.compile(r"uncorrectable|fallen off the bus|cudaErrorECC|CUDA_ERROR_ECC|hardware (?:error|stack)|NvlinkUncorrectable", re.I)
 _STORAGE_ERRNO = {errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.ESTALE}
+# Slurm may send the warning up to 60 s earlier than asked; the rest is for the way to the end of the attempt.
+_EARLY_S = 75
+_TERM_AT_LIMIT_S = 15
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known when the step is over. `log` is the part of the batch log that this attempt wrote."""
+    """What is known when the step is over.
+
+    log: the part of the batch log that this attempt wrote. rank_logs: last lines of ranks that left no marker.
+    accounting: states of sacct's rows for this attempt, the job's first and then those of its steps.
+    hang: what the watchdog wrote before it ended the step. lost_nodes: nodes that slurmctld no longer reaches.
+    brought_back: Slurm started the job again, and nobody of this attempt had lived to write its end.
+    gone: the job is over by now, and this is another one."""
 
     code: int
     signals: Sequence[str] = ()
     markers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     world: int = 1
     log: str = ""
+    rank_logs: str = ""
     job: JobInfo | None = None
     seconds_to_limit: float | None = None
     lead_s: int = 0
     cancel_wished: bool = False
     accounting: Sequence[str] = ()
+    hang: Mapping[str, Any] | None = None
+    lost_nodes: Sequence[str] = ()
+    brought_back: bool = False
+    gone: bool = False
 
 
 def classify(seen: Evidence) -> tuple[Cause, str]:
@@ -49,22 +73,28 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
     reasons = {marker.get("reason") for marker in seen.markers.values()}
     if seen.code == 0 and reasons == {"finished"} and len(seen.markers) == seen.world:
         return Cause.FINISHED, "every rank finished"
+    if seen.hang:
+        return Cause.HANG, str(seen.hang.get("evidence", "no step was finished for too long"))
     if seen.cancel_wished:
         return Cause.CANCELLED, "holdfast cancel"
     stopped = [marker for marker in seen.markers.values() if marker.get("reason") == "stopped"]
     if stopped:
         return _stopped(seen, str(stopped[0].get("signal")))
-    errors = [marker for marker in seen.markers.values() if marker.get("reason") == "error"]
-    own = [marker for marker in errors if not _PEER_LOST.search(str(marker.get("message", "")))]
-    if own:
-        first = min(own, key=lambda marker: float(marker.get("time", 0)))
-        return _error(first)
-    daemon = _daemon_cause(seen)
+    # Before the ranks' errors: when a node is lost, the others fail in many ways, and all of them are its echo.
+    daemon = _daemon_cause(seen) or _accounting_cause(seen)
     if daemon:
         return daemon
-    if _OUT_OF_MEMORY.search(seen.log) or "oom-kill" in seen.log.lower() or "OUT_OF_MEMORY" in seen.accounting:
-        return Cause.OUT_OF_MEMORY, "Slurm's log speaks of an out-of-memory kill"
+    errors = [marker for marker in seen.markers.values() if marker.get("reason") == "error"]
+    own = [marker for marker in errors if not _PEER_LOST.search(f"{marker.get('kind')}: {marker.get('message', '')}")]
     missing = sorted(set(range(seen.world)) - set(seen.markers))
+    if _MEMORY_KILL.search(seen.log) or (missing and _MEMORY_KILL.search(seen.rank_logs)):
+        return Cause.OUT_OF_MEMORY, "Slurm's log speaks of an out-of-memory kill" + (f" of rank {_numbers(missing)}" if missing else "")
+    if own:
+        return _error(min(own, key=lambda marker: _number(marker.get("time"))))
+    if seen.lost_nodes and missing:
+        return Cause.NODE_FAILURE, f"slurmctld no longer reaches {', '.join(seen.lost_nodes)}, rank {_numbers(missing)} left no marker"
+    if seen.brought_back and missing:
+        return Cause.NODE_FAILURE, "Slurm started the job again, and its node had no time for a word"
     # Killed by something that was announced to the whole job, before the ranks could write how they left.
     if "TERM" in seen.signals or (seen.job and base(seen.job.state) in ("PREEMPTED", "CANCELLED", "TIMEOUT")):
         return _stopped(seen, "TERM")
@@ -74,6 +104,8 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
         return Cause.KILLED, f"the step ended by signal {seen.code - 128}" + (f", rank {_numbers(missing)} left no marker" if missing else "")
     if seen.code == Exit.IMPOSSIBLE:
         return Cause.CODE_ERROR, "a rank says that this job can never run here"
+    if seen.gone and _DAEMON_LINE.search(seen.log):
+        return Cause.CANCELLED, "slurmstepd: cancelled, and Slurm did not start it again"
     if missing:
         return Cause.UNKNOWN, f"exit code {seen.code}, rank {_numbers(missing)} left no marker"
     return Cause.UNKNOWN, f"exit code {seen.code}"
@@ -92,11 +124,15 @@ def _stopped(seen: Evidence, signal: str) -> tuple[Cause, str]:
         named = ENDED.get(base(seen.job.state))
         if named in (Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.NODE_FAILURE, Cause.CANCELLED):
             return named, f"slurmctld: {seen.job.state}"
-    # Slurm may send the warning up to 60 s earlier than asked; a few seconds for the way here.
-    if seen.seconds_to_limit is not None and seen.seconds_to_limit <= (seen.lead_s + 75 if signal == "USR2" else 15):
+    if seen.seconds_to_limit is not None and seen.seconds_to_limit <= (seen.lead_s + _EARLY_S if signal == "USR2" else _TERM_AT_LIMIT_S):
         return Cause.TIME_LIMIT, f"SIG{signal} {max(seen.seconds_to_limit, 0):.0f} s before the time limit"
+    accounted = _accounting_cause(seen)
+    if accounted:
+        return accounted
     if seen.job is not None and base(seen.job.state) == "COMPLETING" and _DAEMON_LINE.search(seen.log) and seen.job.end_time not in ("Unknown", ""):
         return Cause.CANCELLED, "slurmctld ended the job and does not mean to start it again"
+    if seen.gone and _DAEMON_LINE.search(seen.log):
+        return Cause.CANCELLED, "slurmstepd: cancelled, and Slurm did not start it again"
     if signal == "USR2":
         return Cause.PREEMPTED, "SIGUSR2 long before the time limit"
     if seen.job is not None and base(seen.job.state) in ("PENDING", "REQUEUED"):
@@ -105,21 +141,40 @@ def _stopped(seen: Evidence, signal: str) -> tuple[Cause, str]:
 
 
 def _daemon_cause(seen: Evidence) -> tuple[Cause, str] | None:
-    found = [reason.strip() for reason in _DAEMON_LINE.findall(seen.log) if reason]
-    for reason in found:
+    for reason in _DAEMON_LINE.findall(seen.log):
         if reason in _DAEMON_REASON:
             return _DAEMON_REASON[reason], f"slurmstepd: cancelled due to {reason.lower()}"
+    lost = _NODE_FAILURE.search(seen.log)
+    if lost:
+        return Cause.NODE_FAILURE, f"srun: node failure on {lost[1]}"
+    return None
+
+
+def _accounting_cause(seen: Evidence) -> tuple[Cause, str] | None:
+    """What sacct is sure about. FAILED and COMPLETED say nothing about why; CANCELLED of a step is how every kill looks."""
+    if any(base(state) == "OUT_OF_MEMORY" for state in seen.accounting):
+        return Cause.OUT_OF_MEMORY, "sacct: OUT_OF_MEMORY"
+    for state in seen.accounting[:1]:
+        cause = ENDED.get(base(state))
+        if cause in (Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.NODE_FAILURE, Cause.CANCELLED):
+            return cause, f"sacct: {state}"
     return None
 
 
 def _error(marker: Mapping[str, Any]) -> tuple[Cause, str]:
     message = str(marker.get("message", "")).strip()
     said = f"rank {marker.get('rank')}: {marker.get('kind')}: {message.splitlines()[0][:200] if message else 'no message'}"
+    if _HARDWARE.search(message):
+        return Cause.NODE_FAILURE, said
     if marker.get("kind") in ("OutOfMemoryError", "MemoryError") or _OUT_OF_MEMORY.search(message):
         return Cause.OUT_OF_MEMORY, said
     if marker.get("errno") in _STORAGE_ERRNO or marker.get("kind") == "CheckpointError":
         return Cause.STORAGE, said
     return Cause.CODE_ERROR, said
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _numbers(ranks: Sequence[int]) -> str:

@@ -25,6 +25,10 @@ app = typer.Typer(
 )
 lab_app = typer.Typer(help="A private, real Slurm cluster in one directory.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(lab_app, name="lab")
+ckpt_app = typer.Typer(help="Checkpoints of a run: list, verify, export.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(ckpt_app, name="ckpt")
+verify_app = typer.Typer(help="Proofs on this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(verify_app, name="verify")
 
 Json = Annotated[bool, typer.Option("--json", help="Answer for programs, on standard output.")]
 _RUN_HINT = "[RUN] [RUNS_DIR=folder]"
@@ -131,6 +135,62 @@ def resume(
 
     naming, settings = split_run_words(_words(ctx), os.environ)
     raise typer.Exit(resume_run(find_run(naming, {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}, Path.cwd()), local, settings, allow_change))
+
+
+@ckpt_app.command("ls", context_settings=_SETTINGS, options_metavar=_RUN_HINT)
+def ckpt_ls(ctx: typer.Context, as_json: Json = False) -> None:
+    """Show the checkpoints of a run by their names and manifests."""
+    from launcher.ckpt import list_checkpoints
+    from launcher.prepare import find_run
+
+    raise typer.Exit(list_checkpoints(find_run(_words(ctx), os.environ, Path.cwd()), as_json))
+
+
+@ckpt_app.command("verify", context_settings=_SETTINGS, options_metavar=_RUN_HINT)
+def ckpt_verify(ctx: typer.Context, as_json: Json = False) -> None:
+    """Read every byte of every checkpoint; 0 when all are whole, 1 when one is damaged. Changes nothing."""
+    from launcher.ckpt import verify_checkpoints
+    from launcher.prepare import find_run
+
+    raise typer.Exit(verify_checkpoints(find_run(_words(ctx), os.environ, Path.cwd()), as_json))
+
+
+@ckpt_app.command("export", context_settings=_SETTINGS, options_metavar=_RUN_HINT)
+def ckpt_export(
+    ctx: typer.Context,
+    step: Annotated[int | None, typer.Option("--step", help="Which one; the newest when left out.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="New folder for it.")] = None,
+    form: Annotated[str, typer.Option("--form", help="hf: what transformers loads. plain: weights by our names.")] = "hf",
+) -> None:
+    """Write a checkpoint as safetensors for other tools."""
+    from launcher.ckpt import export
+    from launcher.prepare import find_run
+
+    raise typer.Exit(export(find_run(_words(ctx), os.environ, Path.cwd()), step, out, form))
+
+
+@verify_app.command("resume", context_settings=_SETTINGS, options_metavar=_HINT)
+def verify_resume_command(
+    ctx: typer.Context,
+    kills: Annotated[int, typer.Option("--kills", min=1, help="How often each run is killed.")] = 3,
+    changes: Annotated[list[str] | None, typer.Option("--change", metavar="KEY=value", help="Also resume with this changed, such as GPUS_PER_NODE=1 or PRECISION=fp32; may be given again.")] = None,
+    seed: Annotated[int, typer.Option("--kill-seed", help="Chooses the moments of the kills.")] = 0,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train straight, then killed and resumed, and compare bits of weights and losses."""
+    from launcher.verify import verify_resume
+
+    raise typer.Exit(verify_resume(_words(ctx), Path.cwd(), kills=kills, changes=changes or [], seed=seed, keep=keep, as_json=as_json))
+
+
+@verify_app.command("data", context_settings=_SETTINGS, options_metavar=_RUN_HINT)
+def verify_data_command(ctx: typer.Context, as_json: Json = False) -> None:
+    """Check that a run used each sample of an epoch exactly once (LOG_SAMPLES=true)."""
+    from launcher.prepare import find_run
+    from launcher.verify import verify_data
+
+    raise typer.Exit(verify_data(find_run(_words(ctx), os.environ, Path.cwd()), as_json))
 
 
 LabDir = Annotated[Path | None, typer.Argument(metavar="[DIR]", envvar="HOLDFAST_LAB", help="Directory of the lab; one per user in the temporary folder when left out.", show_default=False)]

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
-from jobs.contract import PEER_EXIT_WAIT_S, STOP_SIGNALS, Cause, Exit, RankEnv
+from jobs.contract import PEER_EXIT_WAIT_S, STACKS_SIGNAL, STOP_SIGNALS, Cause, Exit, RankEnv
 from jobs.rundir import RunDir
 from jobs.settings import Job
 from jobs.sources import load
 from launcher.attempt import begin, end
+from launcher.watchdog import Watchdog, of_attempt
 from slurm.client import clean_environment
 
 _POLL_S = 0.05
@@ -40,7 +41,10 @@ def run_attempts(run: RunDir, environ: Mapping[str, str], *, foreground: bool = 
         while True:
             values = begin(run, environ, None)
             ranks[:] = _spawn(job, run, {**environ, **values}, foreground)
-            code = _wait(ranks)
+            dog = of_attempt(run, int(values[RankEnv.ATTEMPT]), lambda _: _tell(ranks, STACKS_SIGNAL), lambda _: _tell(ranks, signal.SIGKILL))
+            code = _wait(ranks, dog)
+            if dog is not None:
+                dog.keep()
             names = [signal.Signals(number).name.removeprefix("SIG") for number in asked]
             verdict, cause = end(run, {**environ, **values}, None, code, names)
             if cause is Cause.FINISHED:
@@ -84,34 +88,50 @@ def _command(job: Job, run: RunDir) -> list[str]:
     return [sys.executable, "-u", str(Path(job.entry)), *job.entry_args]
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+def _wait(ranks: list[subprocess.Popen[bytes]], dog: Watchdog | None) -> int:
     """The exit code of the step, as srun would give it: the largest, 128 + n for a signal.
 
     Once a rank has left, the others have PEER_EXIT_WAIT_S seconds."""
     first_exit: float | None = None
+    looked = time.monotonic()
     while any(rank.poll() is None for rank in ranks):
+        now = time.monotonic()
         if first_exit is None and any(rank.poll() is not None for rank in ranks):
-            first_exit = time.monotonic()
-        if first_exit is not None and time.monotonic() - first_exit > PEER_EXIT_WAIT_S:
-            for rank in ranks:
-                if rank.poll() is None:
-                    rank.kill()
+            first_exit = now
+        if first_exit is not None and now - first_exit > PEER_EXIT_WAIT_S:
+            _tell(ranks, signal.SIGKILL)
+        if dog is not None and now - looked >= dog.poll_s:
+            # A machine that slept, or a terminal that was stopped, is nobody's silence.
+            dog.tick(min(now - looked, 3 * dog.poll_s + 1))
+            looked = now
         time.sleep(_POLL_S)
     codes = [rank.returncode for rank in ranks]
     return max((128 - code if code < 0 else code) for code in codes)
 
 
+def _tell(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(number)
+
+
 def pid_of_rank(run: RunDir, rank: int) -> int | None:
     """The training process with this rank of this run on this machine, found by its environment."""
-    wanted = {f"{RankEnv.RUN_DIR}={run.path}".encode(), f"{RankEnv.RANK}={rank}".encode()}
+    return next(iter(pids_of_ranks(run, rank)), None)
+
+
+def pids_of_ranks(run: RunDir, rank: int | None = None) -> list[int]:
+    """The training processes of this run on this machine; all of them, or those of one rank."""
+    wanted = {f"{RankEnv.RUN_DIR}={run.path}".encode()} | ({f"{RankEnv.RANK}={rank}".encode()} if rank is not None else set())
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             variables = set((process / "environ").read_bytes().split(b"\0"))
             if wanted <= variables and b"train" in (process / "cmdline").read_bytes().split(b"\0"):
-                return int(process.name)
+                found.append(int(process.name))
         except OSError:
             continue
-    return None
+    return found
 
 
 def gpus_here() -> int:
@@ -120,3 +140,12 @@ def gpus_here() -> int:
     if visible is not None:
         return len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"])
     return sum(1 for path in Path("/dev").glob("nvidia[0-9]*") if path.name.removeprefix("nvidia").isdigit())
+
+
+def main() -> int:
+    """`python -m launcher.local RUN_DIR`: attempts of a run that exists, until it is over or its budgets are used up."""
+    return run_attempts(RunDir(Path(sys.argv[1]).absolute()), os.environ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

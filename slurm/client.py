@@ -7,14 +7,24 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from jobs.errors import SubmitError
+from slurm.states import is_live
+
+# Words of clients that could not reach slurmctld: ask again later.
+_UNREACHABLE = re.compile(r"Unable to contact slurm|Connection refused|Unable to establish|did not answer within|Zero Bytes were transmitted|Socket timed out|Communication connection failure", re.I)
+_RETRY_S = 2.0
 
 # Seconds for one client call. slurmctld answers in milliseconds; a client that cannot reach it gives up after about 8 s by itself.
 CALL_TIMEOUT_S = 30.0
+
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class JobInfo:
 
 @dataclass(frozen=True)
 class AccountingRow:
-    """One row of sacct: one run of a job, or one of its steps."""
+    """One row of sacct: one run of a job, or one of its steps. Times as sacct prints them, local and without zone."""
 
     job_id: str
     state: str
@@ -114,7 +124,7 @@ def expand_nodelist(text: str) -> list[str]:
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without what an outer job left in it: a nested sbatch would inherit its node and GPU counts."""
-    outer = re.compile(r"^(SLURM_(?!CONF$)|SBATCH_|SRUN_|PMI|PMIX|MASTER_ADDR$|MASTER_PORT$|RANK$|WORLD_SIZE$|LOCAL_RANK$|LOCAL_WORLD_SIZE$|HOLDFAST_ATTEMPT$|HOLDFAST_RUN_DIR$)")
+    outer = re.compile(r"^(SLURM_(?!CONF$)|SBATCH_|SRUN_|PMI|PMIX|MASTER_ADDR$|MASTER_PORT$|RANK$|WORLD_SIZE$|LOCAL_RANK$|LOCAL_WORLD_SIZE$|HOLDFAST_(?:ATTEMPT|RUN_DIR|JOB_ID|RANK_LOG|LOG_OFFSET|STARTED)$)")
     return {name: value for name, value in environ.items() if not outer.match(name)}
 
 
@@ -183,20 +193,107 @@ class Slurm:
         except SubmitError:
             return []
 
-    def requeue(self, job_id: str) -> str:
-        """Puts a running job back into the queue. Returns what happened; raises SubmitError when it did not.
+    def patiently(self, ask: Callable[[], Answer], patience_s: float) -> Answer:
+        """`ask()`, again and again for so many seconds while slurmctld cannot be reached. Raises SubmitError after that, or
+        at once when it answered and refused."""
+        limit = time.monotonic() + patience_s
+        while True:
+            try:
+                return ask()
+            except SubmitError as err:
+                if not unreachable(err) or time.monotonic() + _RETRY_S > limit:
+                    raise
+            time.sleep(_RETRY_S)
 
-        "Job is pending execution" is success: Slurm had requeued it already."""
+    def is_live(self, job_id: str) -> bool:
+        """Whether a job waits, runs or ends just now, by scontrol, or by squeue where a node has no scontrol.
+
+        Raises SubmitError when neither can say: that is not the same as a job that is gone."""
         try:
-            self.run("scontrol", "requeue", job_id)
+            info = self.job(job_id)
+            return info is not None and is_live(info.state)
         except SubmitError as err:
-            if "pending" in str(err).lower():
-                return "Slurm had requeued it already"
-            raise
-        return "requeued by holdfast"
+            if unreachable(err):
+                raise
+            return any(is_live(state) for state, _, _ in self.queue([job_id]).values())
+
+    def requeue(self, job_id: str, restarts: int | None = None, patience_s: float = 600.0) -> str:
+        """Puts a running job back into the queue, and says what happened; raises SubmitError when it did not.
+
+        "Job is pending execution" is success: Slurm had requeued it already. So it has when the job was restarted more often
+        than this attempt knows of: it may run again by now, and must not be thrown out by a ghost. A slurmctld that is being
+        restarted is waited for, `patience_s` seconds at most."""
+
+        def once() -> str:
+            if restarts is not None:
+                info = self.job(job_id)
+                if info is not None and info.restarts > restarts:
+                    return "Slurm had requeued it already"
+            try:
+                self.run("scontrol", "requeue", job_id)
+            except SubmitError as err:
+                if "pending" in str(err).lower():
+                    return "Slurm had requeued it already"
+                raise
+            return "requeued by holdfast"
+
+        return self.patiently(once, patience_s)
+
+    def successor(self, script: Path, job_id: str, name: str, array_index: str | None = None, patience_s: float = 120.0) -> tuple[str, bool]:
+        """The id of a job with the same script that starts when `job_id` is over, and whether it was submitted now: where
+        the site lets nobody requeue. One that waits under this name already is taken. Raises SubmitError."""
+
+        def once() -> tuple[str, bool]:
+            for line in self.run("squeue", "-h", "-r", "--me", "-n", name, "-t", "PENDING", "-o", "%i|%A").splitlines():
+                shown, _, plain = line.strip().partition("|")
+                if job_id not in (shown, plain) and (array_index is None or shown.endswith(f"_{array_index}")):
+                    return shown, False
+            extra = [] if array_index is None else [f"--array={array_index}"]
+            said = self.run("sbatch", "--parsable", f"--dependency=afterany:{job_id}", *extra, str(script)).strip().partition(";")[0]
+            return (said if array_index is None else f"{said}_{array_index}"), True
+
+        return self.patiently(once, patience_s)
+
+    def node_states(self, nodes: Sequence[str]) -> dict[str, str]:
+        """Node -> state as slurmctld has it, such as `DOWN+NOT_RESPONDING`."""
+        if not nodes:
+            return {}
+        return {record.get("NodeName", ""): record.get("State", "") for record in parse_scontrol(self.run("scontrol", "-o", "show", "node", ",".join(nodes)))}
+
+    def exclude(self, job_id: str, nodes: Sequence[str]) -> None:
+        """Keeps a job that waits away from these nodes. Raises SubmitError."""
+        self.run("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
+
+    def partition_nodes(self, job_id: str) -> int:
+        """Nodes in the partition of a job; 0 when that cannot be found out."""
+        record = parse_scontrol(self.run("scontrol", "-o", "show", "job", job_id))[0]
+        partition = parse_scontrol(self.run("scontrol", "-o", "show", "partition", record.get("Partition", "").partition(",")[0]))[0]
+        return int(partition.get("TotalNodes", "0"))
+
+    def config(self) -> dict[str, str]:
+        """`scontrol show config` as key -> value."""
+        return parse_config(self.run("scontrol", "show", "config"))
+
+    def partitions(self) -> list[dict[str, str]]:
+        return parse_scontrol(self.run("scontrol", "-o", "show", "partition"))
 
     def cancel(self, job_id: str) -> None:
         self.run("scancel", job_id)
+
+
+def parse_config(text: str) -> dict[str, str]:
+    """Key -> value of `scontrol show config`; "(null)" is an empty value."""
+    found = {}
+    for line in text.splitlines():
+        key, equals, value = line.partition("=")
+        if equals and key.strip() and " " not in key.strip():
+            found[key.strip()] = "" if value.strip() == "(null)" else value.strip()
+    return found
+
+
+def unreachable(err: SubmitError) -> bool:
+    """Whether a client failed because slurmctld did not answer, so that nothing is known."""
+    return bool(_UNREACHABLE.search(str(err)))
 
 
 def explain(program: str, said: str) -> str:

@@ -24,7 +24,7 @@ def undisturbed(cluster: Cluster) -> RunDir:
     """2 nodes x 2 ranks, fp32, from the first step to the last in one attempt."""
     run = cluster.submit(**TWO_BY_TWO)
     attempts = cluster.finished(run)
-    assert len(attempts) == 1
+    assert len(attempts) == 1, cluster.logs(run)
     return run
 
 

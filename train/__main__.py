@@ -4,12 +4,13 @@ Everything it needs to know stands in the run directory; rank and rendezvous com
 """
 
 import argparse
+import faulthandler
 import os
 import sys
 import traceback
 from pathlib import Path
 
-from jobs.contract import Exit, RankEnv
+from jobs.contract import STACKS_SIGNAL, Exit, RankEnv
 from jobs.errors import HoldfastError
 from jobs.rundir import AttemptDir, RunDir
 from jobs.sources import load
@@ -28,6 +29,8 @@ def main() -> int:
     rank = int(os.environ.get(RankEnv.RANK, "0"))
     attempt = run.attempt(int(os.environ.get(RankEnv.ATTEMPT, "0")))
     attempt.path.mkdir(parents=True, exist_ok=True)
+    # In C: it answers also while one call holds the interpreter's lock.
+    faulthandler.register(STACKS_SIGNAL, file=open(attempt.stacks(rank), "ab", buffering=0), all_threads=True)
     flag.leave_unless_busy(lambda number: _leave(attempt, rank, number))
     try:
         job = load(run.job_yaml)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from jobs.ckpt_format import MODEL, OPTIMIZER, few, read_manifest
@@ -74,6 +75,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 def content(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, dict[str, Rows]]:
     """`model` and `optimizer` -> name -> what this process has to save of it. Views: nothing is copied."""
+    for module in model.modules():
+        # After a validation FSDP still has the gathered weights in place of its shards.
+        if isinstance(module, FSDPModule):
+            module.reshard()
     kinds = {MODEL: named_tensors(model), OPTIMIZER: state_by_name(optimizer, model)}
     return {kind: {name: rows for name, tensor in tensors.items() if (rows := _mine(tensor.detach(), rank)) is not None} for kind, tensors in kinds.items()}
 
@@ -83,7 +88,7 @@ def host_type(kind: str, tensor: torch.Tensor) -> torch.dtype:
     return torch.float32 if kind == MODEL and tensor.is_floating_point() and tensor.element_size() < 4 else tensor.dtype
 
 
-def safetensors_parts(tensors: Mapping[str, Rows]) -> list[bytes | memoryview]:
+def safetensors_parts(tensors: Mapping[str, Rows], about: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
     """A safetensors file in pieces: its header, and the bytes of contiguous CPU tensors where they lie.
 
     Written by hand, because the library's own writer makes a second copy of everything first."""
@@ -95,8 +100,8 @@ def safetensors_parts(tensors: Mapping[str, Rows]) -> list[bytes | memoryview]:
         header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
         at += tensor.nbytes
     rows = {name: [tensors[name].start, tensors[name].total] for name in order if tensors[name].total is not None}
-    if rows:
-        header["__metadata__"] = {"rows": json.dumps(rows)}
+    if rows or about:
+        header["__metadata__"] = {**(about or {}), **({"rows": json.dumps(rows)} if rows else {})}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     bodies = [memoryview(tensors[name].tensor.reshape(-1).view(torch.uint8).numpy()) for name in order]

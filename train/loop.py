@@ -60,10 +60,19 @@ class Progress:
 
     def __init__(self, attempt: AttemptDir, enabled: bool):
         self._fd = os.open(attempt.progress, os.O_WRONLY | os.O_CREAT, 0o644) if enabled else None
+        self._section_fd = os.open(attempt.section, os.O_WRONLY | os.O_CREAT, 0o644) if enabled else None
+        self._section = ""
 
     def set(self, step: int) -> None:
         if self._fd is not None:
             os.pwrite(self._fd, f"{step:<12d}".encode(), 0)
+
+    def enter(self, section: str) -> str:
+        """Says what comes now, for the watchdog: first_step, step, evaluation or save. Returns what was before."""
+        before, self._section = self._section, section
+        if self._section_fd is not None and section != before:
+            os.pwrite(self._section_fd, f"{section} {os.environ.get('SLURM_STEP_ID', '-')}".ljust(32).encode(), 0)
+        return before
 
 
 def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
@@ -93,7 +102,9 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
     metrics = MetricsLog(run.metrics, resumed or 0, again=pending is not None) if rt.is_main else None
     progress = Progress(run.attempt(rt.attempt), rt.is_main)
     progress.set(resumed or 0)
+    progress.enter("first_step")
     stop_file: Path | None = run.stop_file if rt.is_main else None
+    flag.successor = run.attempt(rt.attempt + 1).path if rt.is_main and rt.attempt else None
     feed = Feed(job, rt, data, run.attempt(rt.attempt).samples(rt.rank) if job.log_samples else None)
     stepper = Stepper(job, rt, prepared, inner, optimizer, context, scale)
     stepper.settle(feed.first(resumed or 0))
@@ -145,7 +156,9 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
             scaler=stepper.scale.state() if stepper.scale else None,
             versions=_versions(),
         )
+        before = progress.enter("save")
         saver.save(state, inner, optimizer, must=must)
+        progress.enter(before)
         rhythm.saved()
 
     def log(line: dict[str, Any]) -> None:
@@ -155,7 +168,9 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
 
     def validate() -> dict[str, float] | None:
         assert job.micro_batch_size is not None
+        before = progress.enter("evaluation")
         result = evaluate(inner, stepper.context, val_data, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, should_stop=agreed_to_stop)
+        progress.enter(before)
         return result.metrics(val_data) if result else None
 
     validated: tuple[int, float] | None = None
@@ -182,6 +197,7 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
         guard.good()
         step += 1
         progress.set(step)
+        progress.enter("step")
         tokens_per_step = tokens_per_step or int(rt.total(done.targets.clone()).item())
         window.add(tokens_per_step)
         saver.poll()
@@ -214,6 +230,7 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
         if step == job.max_steps or new_best or (job.checkpoint_every != "auto" and step % job.checkpoint_every == 0):
             save(must=step == job.max_steps)
 
+    progress.enter("save")
     if stopped_by:
         if rt.is_main:
             with suppress(OSError):  # the save matters more

@@ -80,6 +80,9 @@ def start(job: Job, environ: Mapping[str, str] = os.environ) -> Runtime:
             f"this attempt has {world} processes, but the job has {job.world_size} (NODES={job.nodes} x GPUS_PER_NODE={job.gpus_per_node}). Submit it again with the size it shall have."
         )
     use_cpu = _use_cpu(job, environ)
+    local_world = int(environ.get(RankEnv.LOCAL_WORLD_SIZE, "1"))
+    if not use_cpu and local_world > torch.cuda.device_count():
+        raise ImpossibleJobError(f"{local_world} processes on this node, but it shows {torch.cuda.device_count()} GPU(s). GPUS_PER_NODE and what Slurm was asked for must agree.")
     arch = None if use_cpu else _arch()
     mode = MODES[job.precision]
     if not runs_on(mode, arch):

@@ -15,6 +15,8 @@ from jobs.rundir import AttemptDir
 # Seconds between two looks for the stop file: a look is one metadata call on a shared file system.
 _FILE_EVERY_S = 1.0
 STOP_FILE = "stop file"
+# No signal has this number.
+SUPERSEDED = 100
 # Seconds that a process which has trained nothing yet goes on after a stop, in case it reaches a step boundary by itself.
 _PATIENCE_S = 5.0
 
@@ -25,6 +27,8 @@ class StopFlag:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._looked = 0.0
+        # The folder of a later attempt: where it exists, this process is a ghost. Looked for together with the stop file.
+        self.successor: Path | None = None
         self._lock = threading.Lock()
         self._has_work = False
 
@@ -42,7 +46,7 @@ class StopFlag:
         return flag
 
     def code(self, stop_file: Path | None = None) -> int:
-        """0, or the number of the signal; 1 for the stop file (no stop signal has that number)."""
+        """0, or the number of the signal; 1 for the stop file (no stop signal has that number), SUPERSEDED for a later attempt."""
         if self.signal is not None:
             return self.signal
         if stop_file is not None and time.monotonic() - self._looked >= _FILE_EVERY_S:
@@ -50,6 +54,9 @@ class StopFlag:
             if os.path.exists(stop_file):
                 self.signal = 1
                 return 1
+            if self.successor is not None and os.path.exists(self.successor):
+                self.signal = SUPERSEDED
+                return SUPERSEDED
         return 0
 
     def leave_unless_busy(self, leave: Callable[[int], None]) -> None:
@@ -88,4 +95,6 @@ def leave_marker(attempt: AttemptDir, rank: int, **fields: object) -> None:
 
 def name_of(code: int) -> str:
     """TERM for 15; the stop file has a name of its own."""
+    if code == SUPERSEDED:
+        return "a later attempt"
     return STOP_FILE if code == 1 else signal.Signals(code).name.removeprefix("SIG")

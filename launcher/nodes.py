@@ -1,0 +1,72 @@
+"""Nodes that are to be left alone: checked before an attempt, remembered in the ledger, forgiven after a time."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from jobs.contract import Event
+from jobs.rundir import RunDir
+from jobs.settings import Job
+from launcher.preflight import Report, check, read_reports
+
+_HOUR_S = 3600.0
+# A hang may be the code's own fault, and the suspect any rank: a node is left out when it was suspected so often.
+_HANGS = 2
+
+
+def avoided(events: Iterable[Mapping[str, Any]], hours: float, now: float) -> list[str]:
+    """Names of nodes that failed within the last `hours`. A clock that was set back does not make a fault last for ever."""
+    hangs: Counter[str] = Counter()
+    bad = set()
+    for event in events:
+        if event.get("event") != Event.BAD_NODE or not 0 <= abs(now - float(event["time"])) < hours * _HOUR_S:
+            continue
+        node = str(event.get("node", ""))
+        if event.get("hang"):
+            hangs[node] += 1
+        else:
+            bad.add(node)
+    return sorted((bad | {node for node, count in hangs.items() if count >= _HANGS}) - {""})
+
+
+def checked(run: RunDir, job: Job, attempt: int, nodes: list[str], environ: Mapping[str, str], *, under_slurm: bool) -> dict[str, str]:
+    """What speaks against starting: node -> fault, and "" -> a fault of the disk. Empty when all is well.
+
+    One process per node, by srun where there are several; here and now where this is the only one. A check that could not
+    be made is no fault, unless other nodes could make it."""
+    if job.preflight_s == 0:
+        return {}
+    gpus = 0 if job.device == "cpu" or job.gpu_request == "none" or not under_slurm else job.gpus_per_node
+    if len(nodes) == 1:
+        reports = {nodes[0]: check(run, attempt, nodes[0], gpus)}
+        run.attempt(attempt).preflight(nodes[0]).write_text(json.dumps(asdict(reports[nodes[0]])))
+    else:
+        command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=5", "--quiet", sys.executable, "-m", "launcher.preflight", str(gpus)]
+        # One process a node is asked for, whatever the job's own shape says.
+        plain = {name: value for name, value in environ.items() if not name.startswith(("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_TASKS_PER_NODE", "SLURM_DISTRIBUTION"))}
+        try:
+            subprocess.run(command, env={**os.environ, **plain}, timeout=job.preflight_s, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=False)
+        except (OSError, subprocess.TimeoutExpired) as err:
+            print(f"holdfast: the checks of the nodes did not end well: {err}", file=sys.stderr)
+        reports = read_reports(run, attempt, nodes)
+    return _faults(reports, nodes)
+
+
+def _faults(reports: Mapping[str, Report], nodes: list[str]) -> dict[str, str]:
+    for report in reports.values():
+        for remark in report.remarks:
+            print(f"holdfast: {report.node}: {remark}", file=sys.stderr)
+    bad = {node: "; ".join(report.node_faults) for node, report in reports.items() if report.node_faults}
+    # Most of them must have answered: else it is the check that went wrong.
+    if 2 * len(reports) > len(nodes):
+        bad |= {node: "gave no answer to the checks before the start" for node in nodes if node not in reports}
+    disk = [fault for report in reports.values() for fault in report.storage_faults]
+    if disk and len([report for report in reports.values() if report.storage_faults]) == len(reports):
+        return {**bad, "": disk[0]}
+    # Where the others can write, it is this node's mount that is broken.
+    return {**bad, **{node: "; ".join(report.storage_faults) for node, report in reports.items() if report.storage_faults and node not in bad}}

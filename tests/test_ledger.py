@@ -1,0 +1,131 @@
+"""The ledger: whole lines or none, from many writers at once, flushed before it is believed."""
+
+import errno
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs import ledger
+from jobs.contract import Cause, Event
+
+
+def write(path: Path, count: int, event: Event = Event.CHECKPOINT) -> None:
+    for step in range(count):
+        ledger.append(path, event, attempt=1, job_id="7", step=step)
+
+
+@given(cut=st.integers(1, 200))
+@settings(max_examples=60, deadline=None)
+def test_a_torn_last_line_costs_itself_and_nothing_else(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    path = tmp_path_factory.mktemp("torn") / "ledger.jsonl"
+    write(path, 3)
+    whole = path.read_bytes()
+    lines = whole.split(b"\n")
+    torn = whole[: max(len(whole) - cut, 0)]
+    path.write_bytes(torn)
+    ledger.append(path, Event.STOP, attempt=1, job_id="7", step=9)
+    steps = [event["step"] for event in ledger.read(path)]
+    # Only what lies before the cut can be there, and of that every whole line is; the last newline may be what was cut.
+    kept = sum(1 for number in range(1, 4) if len(b"\n".join(lines[:number])) <= len(torn))
+    assert steps == [*range(kept), 9]
+
+
+@pytest.mark.parametrize("rubbish", [b'{"event": "sta', b"\0" * 512, b"[1, 2]\n", b'{"event": "end"}\n', b'{"event": "end", "attempt": "1", "job_id": "7", "time": 1}\n', b'"end"\n', b"\xff\xfe\n"])
+def test_what_is_no_event_is_left_out(tmp_path: Path, rubbish: bytes) -> None:
+    path = tmp_path / "ledger.jsonl"
+    write(path, 1)
+    with open(path, "ab") as file:
+        file.write(rubbish)
+    write(path, 1)
+    assert [event["step"] for event in ledger.read(path)] == [0, 0]
+    assert ledger.attempts(ledger.read(path)) == []
+
+
+def test_no_ledger_is_an_empty_one(tmp_path: Path) -> None:
+    assert ledger.read(tmp_path / "ledger.jsonl") == []
+
+
+def test_writers_at_the_same_time_lose_and_mix_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_many, args=(path, number)) for number in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(30)
+        assert writer.exitcode == 0
+    events = ledger.read(path)
+    assert len(events) == 4 * 40 == len(path.read_bytes().splitlines())
+    for number in range(4):
+        assert [event["step"] for event in events if event["attempt"] == number] == list(range(40))
+
+
+def _many(path: Path, number: int) -> None:
+    for step in range(40):
+        ledger.append(path, Event.CHECKPOINT, attempt=number, job_id="7", step=step, padding="x" * (step * 50))
+
+
+def test_a_line_is_flushed_before_append_returns_and_a_new_file_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))[1])
+    path = tmp_path / "ledger.jsonl"
+    write(path, 1)
+    assert flushed == [str(path), str(tmp_path)]
+    write(path, 1)
+    assert flushed[2:] == [str(path)]
+
+
+def test_a_disk_that_is_full_is_an_error_and_harms_no_other_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ledger.jsonl"
+    write(path, 1)
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:20]))
+    with pytest.raises(OSError) as err:
+        write(path, 1)
+    assert err.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    write(path, 2)
+    assert [event["step"] for event in ledger.read(path)] == [0, 0, 1]
+
+
+def test_a_lock_that_cannot_be_had_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("jobs.ledger.fcntl.lockf", refuse)
+    begun = time.monotonic()
+    write(tmp_path / "ledger.jsonl", 1)
+    assert time.monotonic() - begun < 1
+    assert len(ledger.read(tmp_path / "ledger.jsonl")) == 1
+
+
+def event(kind: str, attempt: int, **fields: object) -> dict[str, object]:
+    return {"event": kind, "attempt": attempt, "job_id": "7", "time": 100.0, **fields}
+
+
+def test_attempts_are_told_by_their_lines_in_any_order() -> None:
+    lines = [event("start", 1, nodes=["node1"]), event("start", 2), event("resumed", 2, step=40), event("end", 1, cause="preempted", step=40, lost_steps=0)]
+    first, second = ledger.attempts(lines)
+    assert (first.cause, first.step, first.nodes) == (Cause.PREEMPTED, 40, ("node1",))
+    assert (second.cause, second.start_step, second.ended) == (None, 40, None)
+
+
+def test_of_two_ends_of_one_attempt_the_first_counts() -> None:
+    lines = [event("start", 1), event("end", 1, cause="preempted", step=40, lost_steps=0), event("end", 1, cause="killed", step=40, lost_steps=9)]
+    assert ledger.attempts(lines)[0].cause is Cause.PREEMPTED
+
+
+def test_a_cause_of_a_newer_version_is_unknown_and_not_a_crash() -> None:
+    assert ledger.attempts([event("start", 1), event("end", 1, cause="flood", step=1, lost_steps=0)])[0].cause is Cause.UNKNOWN
+
+
+def test_lines_are_json_that_other_programs_read(tmp_path: Path) -> None:
+    write(tmp_path / "ledger.jsonl", 1, Event.START)
+    assert {"event", "attempt", "job_id", "time"} <= set(json.loads((tmp_path / "ledger.jsonl").read_text()))
