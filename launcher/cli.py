@@ -48,7 +48,8 @@ def render(ctx: typer.Context) -> None:
 
     resolved = resolve_here(_words(ctx), os.environ, Path.cwd())
     text = script_for(resolved.job, run_dir_of(resolved.job, Path.cwd()), sys.executable)
-    entry.keep(sys.argv[2:], variables(), [*resolved.files, *own_files()], text)
+    if sys.argv[2:] == list(ctx.args):  # not when another program calls this with words of its own
+        entry.keep(sys.argv[2:], variables(), [*resolved.files, *own_files()], text)
     sys.stdout.write(text)
 
 
@@ -182,6 +183,21 @@ def verify_resume_command(
     from launcher.verify import verify_resume
 
     raise typer.Exit(verify_resume(_words(ctx), Path.cwd(), kills=kills, changes=changes or [], seed=seed, keep=keep, as_json=as_json))
+
+
+@verify_app.command("autocast", context_settings=_SETTINGS, options_metavar="[MODEL] [KEY=value]...")
+def verify_autocast_command(
+    ctx: typer.Context,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Steps in each precision.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Check that a model trains in every precision of this machine; names the first module that overflows."""
+    from launcher.verify_autocast import verify_autocast
+
+    words = _words(ctx)
+    # A first word that is neither a setting nor a job file is the model itself.
+    model = words.pop(0) if words and "=" not in words[0] and not words[0].startswith("-") and not words[0].endswith(".yaml") else None
+    raise typer.Exit(verify_autocast(model, words, Path.cwd(), steps=steps, as_json=as_json))
 
 
 @verify_app.command("data", context_settings=_SETTINGS, options_metavar=_RUN_HINT)

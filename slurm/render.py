@@ -1,7 +1,6 @@
 """From a job to the text of its batch script: a pure function, and the one home of quoting.
 
-In a template every `{{ value }}` is quoted for the shell. Two filters say that a value stands elsewhere: `sbatch` in a
-directive line, `pattern` where Slurm expands % in a file name (quoted for the shell), `sbatch_pattern` for both.
+In a template every `{{ value }}` is quoted for the shell; the filter `sbatch` says that it stands in a directive line.
 """
 
 import re
@@ -77,8 +76,6 @@ def _environment() -> jinja2.Environment:
         autoescape=False,  # shell text; `finalize` quotes
     )
     environment.filters["sbatch"] = sbatch
-    environment.filters["pattern"] = lambda value: Quoted(shlex.quote(pattern(value)))
-    environment.filters["sbatch_pattern"] = lambda value, tail="": Quoted(sbatch(pattern(value) + tail))
     environment.filters["word"] = _word
     environment.filters["words"] = lambda value: Quoted(" ".join(_word(part) for part in value.split()))
     return environment
@@ -157,9 +154,9 @@ def _directives(job: Job, script: Script) -> Iterator[tuple[str, Any]]:
     yield "signal", f"{LEAD_SIGNAL.name.removeprefix('SIG')}@{job.stop_lead_s}"
     if script.array_size is not None:
         yield "array", f"0-{script.array_size - 1}%{min(job.array_parallel, script.array_size)}"
-        yield "output", Quoted(pattern(script.run.members) + "/%a/logs/%A_%a.batch.out")
+        yield "output", pattern(script.run.members) + "/%a/logs/%A_%a.batch.out"
     else:
-        yield "output", Quoted(pattern(script.run.logs) + "/%j.batch.out")
+        yield "output", pattern(script.run.logs) + "/%j.batch.out"
     for name, value in job.sbatch_options.items():
         option = name.lstrip("-").replace("_", "-")
         # sbatch takes the beginning of a name for the name: --outp is --output.

@@ -27,4 +27,5 @@ def find(word: str, cwd: Path) -> tuple[Path, str]:
         return sites_dir() / f"{word}.yaml", f"slurm/sites/{word}.yaml"
     near = difflib.get_close_matches(word, shipped(), 1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise NotFoundError(f"site {word!r} is not known; there are {', '.join(shipped())}, or give a path to a YAML file.{hint}")
+    shown = word if len(word) <= 60 else word[:57] + "..."
+    raise NotFoundError(f"site {shown!r} is not known; there are {', '.join(shipped())}, or give a path to a YAML file.{hint}")

@@ -1,97 +1,73 @@
-"""Faults that are prepared inside a training process before it starts (Farm.before)."""
+"""Faults inside training, without a word about them in the product: a dataset of one's own that misbehaves.
 
-import errno
+    DATA=faults:build NODE_ENV=PYTHONPATH=/path/to/tests,FAULT=hang:60:1
+
+FAULT is kind:step:rank[:always]. Once rank 0 has finished that step, that rank does it, in the first attempt only unless
+`always`: raise, hang (asleep in Python), gil (asleep in C with the interpreter's lock held), eat (memory without end).
+SLOW_SAVE_S makes every checkpoint take so many seconds more before it is complete; SLOW_VAL_S every validation batch."""
+
+import ctypes
 import os
 import time
+from pathlib import Path
+from typing import Any
+
+from train import commit
+from train.data.sources import Dataset, open_data
 
 
-def _disk(**calls):
-    from train import commit
+class Faulty:
+    """The standard library's text, from a process that breaks."""
 
-    for name, call in calls.items():
-        setattr(commit.Disk, name, call)
+    def __init__(self, inside: Dataset, split: str):
+        self.inside, self.split = inside, split
+        self.name, self.vocab_size, self.unit = inside.name, inside.vocab_size, inside.unit
+        kind, step, rank, *more = os.environ.get("FAULT", "none:0:-1").split(":")
+        mine = rank == os.environ.get("RANK", "0") and ("always" in more or os.environ.get("HOLDFAST_ATTEMPT") == "1")
+        self.kind, self.step = (kind, int(step)) if mine else ("none", 0)
+        self.slow_s = float(os.environ.get("SLOW_VAL_S", "0")) if split == "val" else 0.0
 
+    def __len__(self) -> int:
+        return len(self.inside)
 
-def disk_full_at_the_third_save():
-    """ENOSPC at the second file of the third save and never again."""
-    from train import commit
-
-    real, count = commit.Disk.fsync, [0]
-
-    def fsync(self, fd):
-        count[0] += 1
-        if count[0] == 13:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(self, fd)
-
-    _disk(fsync=fsync)
-
-
-def disk_always_full():
-    def create(self, path):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    _disk(create=create)
+    def batch(self, ids: Any) -> Any:
+        if self.kind != "none" and self.split == "train" and _reached() >= self.step:
+            misbehave(self.kind)
+        time.sleep(self.slow_s)
+        return self.inside.batch(ids)
 
 
-def read_only():
-    def mkdir(self, path):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    _disk(mkdir=mkdir)
-
-
-def slow_disk():
-    """Each flush takes a quarter of a second: a save takes one second and more."""
-    from train import commit
-
-    real = commit.Disk.fsync
-
-    def fsync(self, fd):
-        time.sleep(0.25)
-        real(self, fd)
-
-    _disk(fsync=fsync)
+def misbehave(kind: str) -> None:
+    if kind == "raise":
+        raise ValueError("this sample cannot be read")
+    if kind == "hang":
+        time.sleep(3600)
+    if kind == "gil":
+        ctypes.PyDLL(None).sleep(3600)
+    if kind == "eat":
+        kept = []
+        while True:
+            kept.append(bytearray(b"x" * 50_000_000))
+            time.sleep(0.05)
 
 
-def bug_in_the_writer():
-    def rename(self, old, new):
-        raise RuntimeError("a mistake of ours")
-
-    _disk(rename=rename)
-
-
-def clock_set_back_a_year():
-    real = time.time
-    time.time = lambda: real() - 365 * 86_400
+def _reached() -> int:
+    progress = Path(os.environ["HOLDFAST_RUN_DIR"], "attempts", os.environ["HOLDFAST_ATTEMPT"], "progress")
+    try:
+        return int(progress.read_text())
+    except (OSError, ValueError):
+        return -1
 
 
-def data_that_hangs():
-    """The samples of step 10 come when a file says so."""
-    from train.data import synthetic
+def build(split: str, seq_len: int, cache_dir: Path | None) -> Faulty:
+    slow = float(os.environ.get("SLOW_SAVE_S", "0"))
+    finish = commit.Commit.finish
+    if slow and not hasattr(finish, "slow"):
 
-    real = synthetic.AffineTokens.batch
-    calls = [0]
+        def slowly(self: commit.Commit, *args: Any, **kwargs: Any) -> Any:
+            time.sleep(slow)
+            return finish(self, *args, **kwargs)
 
-    def batch(self, ids):
-        if self.__dict__.get("split", "train") == "train":
-            calls[0] += 1
-            if calls[0] == 11 and os.environ["HOLDFAST_ATTEMPT"] == "1":
-                time.sleep(3600)
-        return real(self, ids)
-
-    synthetic.AffineTokens.batch = batch
-
-
-def compilation_that_hangs():
-    """The first forward pass takes an hour, as a compilation may."""
-    from train.models import gpt
-
-    real = gpt.GPT.forward
-
-    def forward(self, *args, **kwargs):
-        if os.environ["HOLDFAST_ATTEMPT"] == "1":
-            time.sleep(3600)
-        return real(self, *args, **kwargs)
-
-    gpt.GPT.forward = forward
+        slowly.slow = True  # type: ignore[attr-defined]
+        commit.Commit.finish = slowly  # type: ignore[method-assign]
+    return Faulty(open_data("stdlib", seq_len=seq_len, split=split, cache_dir=cache_dir), split)  # type: ignore[arg-type]
