@@ -16,7 +16,7 @@ from benchmarks.hardware import train
 from jobs import ledger, metrics
 
 # Far enough apart that one save is written before the next begins.
-_PACE = {"async": ["ASYNC_SAVE=true", "CHECKPOINT_EVERY=100", "MAX_STEPS=320"], "sync": ["ASYNC_SAVE=false", "CHECKPOINT_EVERY=20", "MAX_STEPS=70"]}
+_PACE = {"async": ["ASYNC_SAVE=true", "CHECKPOINT_EVERY=60", "MAX_STEPS=190"], "sync": ["ASYNC_SAVE=false", "CHECKPOINT_EVERY=10", "MAX_STEPS=25"]}
 _JOB = ["DATA=synthetic", "SEQ_LEN=2048", "BATCH_SIZE=8", "PRECISION=bf16", "NODES=1", "GPUS_PER_NODE=1", "DEVICE=cuda", "SITE=generic"]
 _JOB += ["LOG_EVERY=1", "EVAL_EVERY=0", "EVAL_SAMPLES=8", "KEEP_LAST=1"]
 

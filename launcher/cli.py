@@ -209,6 +209,22 @@ def verify_data_command(ctx: typer.Context, as_json: Json = False) -> None:
     raise typer.Exit(verify_data(find_run(_words(ctx), os.environ, Path.cwd()), as_json))
 
 
+@app.command(context_settings=_SETTINGS, options_metavar=_HINT)
+def doctor(ctx: typer.Context, as_json: Json = False) -> None:
+    """Say what this cluster will do to a run at preemption and time limit, and what is misconfigured; 1 if something must be fixed."""
+    from launcher.doctor import examine
+
+    raise typer.Exit(examine(_words(ctx), os.environ, Path.cwd(), as_json))
+
+
+@app.command(context_settings=_SETTINGS, options_metavar="[KEY=value | --key value]...")
+def drill(ctx: typer.Context) -> None:
+    """Submit a tiny job, interrupt it for real, and see that it comes back with nothing lost."""
+    from launcher.drill import drill as run_drill
+
+    raise typer.Exit(run_drill(_words(ctx), os.environ, Path.cwd()))
+
+
 LabDir = Annotated[Path | None, typer.Argument(metavar="[DIR]", envvar="HOLDFAST_LAB", help="Directory of the lab; one per user in the temporary folder when left out.", show_default=False)]
 
 

@@ -78,7 +78,7 @@ class Silence:
     def __init__(self, pace: Pace, least_s: float, quiet_s: float):
         self.pace, self._least_s, self._quiet_s = pace, least_s, quiet_s
         self.section, self.step, self.seconds = "start", -1, 0.0
-        self._moves = 0
+        self._first: int | None = None
 
     def look(self, section: str, step: int, passed_s: float) -> bool:
         """Takes a look; True when something moved since the last one. A change of section is a movement too."""
@@ -86,10 +86,11 @@ class Silence:
             self.seconds += passed_s
             return False
         if section == self.section == "step":
-            self._moves += 1
-        # A step's own time is only seen when it follows another one; a step that holds a validation is not one.
-        if section == self.section == "step" and self._moves > _IGNORED_STEPS and step == self.step + 1:
-            self.pace.learn("step", self.seconds + passed_s)
+            self._first = self.step if self._first is None else self._first
+            # Several steps between two looks: one of them took their share. A look in which a validation lay is left out,
+            # since then the section changed.
+            if self.step - self._first >= _IGNORED_STEPS and step > self.step:
+                self.pace.learn("step", (self.seconds + passed_s) / (step - self.step))
         elif section != self.section and self.section not in ("step", "start"):
             self.pace.learn(self.section, self.seconds + passed_s)
         self.section, self.step, self.seconds = section, step, 0.0
@@ -97,9 +98,6 @@ class Silence:
 
     @property
     def limit_s(self) -> float:
-        # Steps faster than we look were never measured one by one, and are shorter than a look.
-        if self.section == "step" and "step" not in self.pace.longest_s and self._moves > _IGNORED_STEPS:
-            return self._least_s
         return self.pace.limit_s(self.section, self._least_s, self._quiet_s)
 
 
@@ -190,7 +188,7 @@ class Watchdog:
     @property
     def poll_s(self) -> float:
         """Seconds to sleep until the next look."""
-        return min(max(self.silence.limit_s / 10, 0.1), 5.0)
+        return min(max(self.silence.limit_s / 20, 0.1), 2.0)
 
     def tick(self, passed_s: float) -> None:
         section, step, slurm_step = read_place(self._run, self._attempt)

@@ -25,13 +25,13 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
 
-from conftest import REPOSITORY, SMALL, Cluster, losses, until, weights_sha  # noqa: E402
+from conftest import REPOSITORY, SMALL, Cluster, losses, until, weights_sha
 
-from jobs import ledger  # noqa: E402
-from jobs.contract import Event  # noqa: E402
-from jobs.rundir import RunDir  # noqa: E402
-from launcher.local import pid_of_rank  # noqa: E402
-from slurm import lab, lab_proc  # noqa: E402
+from jobs import ledger
+from jobs.contract import Event
+from jobs.rundir import RunDir
+from launcher.local import pid_of_rank
+from slurm import lab, lab_proc
 
 # Two nodes with one rank each: the least that has a network between the ranks.
 PAIR = {"NODES": "2", "GPUS_PER_NODE": "1", "MAX_STEPS": "120", "EVAL_EVERY": "60"}

@@ -103,9 +103,10 @@ class Cluster:
 
 
 def weights_sha(run: RunDir) -> str:
-    """sha256 of the weights in the newest checkpoint, from its manifest."""
+    """sha256 of the weights in the newest checkpoint, from its manifest; of every part where they are sharded."""
     newest = max(run.checkpoints.glob("step-*"))
-    return str(json.loads((newest / "manifest.json").read_text())["files"]["model.safetensors"]["sha256"])
+    files = json.loads((newest / "manifest.json").read_text())["files"]
+    return " ".join(str(files[name]["sha256"]) for name in sorted(files) if name.startswith("model"))
 
 
 def losses(run: RunDir) -> list[tuple[int, float, float | None]]:

@@ -279,8 +279,7 @@ def test_free_space_is_asked_for_before_anything_is_written(farm: Farm, monkeypa
 
 
 def test_only_the_newest_attempt_of_a_run_may_write(farm: Farm) -> None:
-    from jobs import ledger
-    from jobs.contract import Event
+    from jobs import lease
     from jobs.errors import RunOwnedError
     from train import saver as module
 
@@ -290,8 +289,8 @@ def test_only_the_newest_attempt_of_a_run_may_write(farm: Farm) -> None:
         _run, _rt = run, type("Runtime", (), {"attempt": 1})()
 
     module.Saver._own(Stub())  # type: ignore[arg-type]
-    ledger.append(run.ledger, Event.START, attempt=2, job_id="x")
-    with pytest.raises(RunOwnedError, match="attempt 2 has taken over"):
+    assert lease.claim(run, 2, {"job_id": "x"})
+    with pytest.raises(RunOwnedError, match="attempt 1 writes no more checkpoints"):
         module.Saver._own(Stub())  # type: ignore[arg-type]
 
 

@@ -313,3 +313,27 @@ def test_a_sharded_run_killed_also_inside_saves_ends_with_identical_bits(farm: F
     ours, theirs = (ckpt_format.verify(ckpt_format.complete(which.checkpoints)[0]).files for which in (run, straight))
     assert ours.keys() == theirs.keys() and len(ours) == 4
     assert all(ours[name].sha256 == theirs[name].sha256 for name in ours)
+
+
+def test_the_resume_command_takes_settings_and_the_run_goes_on_with_them(farm: Farm, capfd: pytest.CaptureFixture[str]) -> None:
+    from launcher.cli import run_app
+    from launcher.prepare import split_run_words
+
+    run = farm.prepare(MAX_KILLED="0")
+
+    def kill(farm: Farm, run: RunDir) -> None:
+        at_step(run, 20)
+        farm.kill_all()
+
+    farm.train(run, kill)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("launcher.attempt.os.getpid", lambda: 300_000)
+        assert run_app(["resume", str(run.path), "SEED=3", "--local"]) == Exit.USAGE
+        assert "--allow-change" in capfd.readouterr().err
+        assert run_app(["resume", str(run.path), "GPUS_PER_NODE=1", "CHECKPOINT_EVERY=10", "--local"]) == Exit.DONE, logs(run)
+    out = capfd.readouterr().out
+    assert "changed: " in out and "GPUS_PER_NODE 2 -> 1" in out and "MICRO_BATCH_SIZE 6 -> 12" in out
+    assert "--ntasks-per-node=1" in run.script.read_text()
+    assert json.loads(run.origins.read_text())["gpus_per_node"] == "holdfast resume"
+    assert [event["step"] for event in events(run, "checkpoint")][-3:] == [20, 30, 40]
+    assert split_run_words(["abcd", "RUNS_DIR=x", "--precision", "fp32", "RUN=y", "NODES=1"], {}) == (["abcd", "RUNS_DIR=x", "RUN=y"], ["--precision", "fp32", "NODES=1"])

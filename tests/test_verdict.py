@@ -260,7 +260,9 @@ class Histories(RuleBasedStateMachine):
         try:
             values = attempt.begin(self.run, environ, self.slurm)
         except RunOwnedError:
-            assert self.live is not None and self.live.job is not job, "a job gave way to nobody"
+            # To one that runs, or to one that Slurm has in the queue again and whose attempt nobody closed yet.
+            others = [other for other in self.slurm.jobs.values() if other is not job and other.state in ("RUNNING", "PENDING")]
+            assert others, "a job gave way to nobody"
             self.slurm.over(job, "FAILED")
             return
         except HoldfastError as err:

@@ -54,10 +54,10 @@ def become(spawn: dict) -> None:
     sys.argv = ["train"]
     signal.set_wakeup_fd(-1)
     if spawn.get("before"):
-        # A fault to prepare inside the process: the name of a function of faults.py.
+        # A fault to prepare inside the process: the name of a function of disk_faults.py.
         import faults
 
-        getattr(faults, spawn["before"])()
+        getattr(disk_faults, spawn["before"])()
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from jobs.ckpt_format import MODEL, OPTIMIZER, few, read_manifest
+from jobs.ckpt_format import MANIFEST, MODEL, OPTIMIZER, complete, few, read_manifest, verify
 from jobs.errors import CheckpointError
+from jobs.rundir import RunDir
 from train.optim import fp32_of, load_state_by_name, masters_to_parameters, state_by_name
 
 # What safetensors calls the types.
@@ -138,6 +139,19 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) 
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as err:
         raise CheckpointError(f"{path.name} cannot be loaded: {err}") from err
     return state, remarks
+
+
+def initialise(source: Path, model: nn.Module) -> str:
+    """Puts the weights of another run, or of one checkpoint, into a new model: fine-tuning, from step 0. Returns a remark.
+
+    Raises CheckpointError when there is none there that verifies, or it does not fit."""
+    run = RunDir(source)
+    candidates = [source] if (source / MANIFEST).is_file() else complete(run.checkpoints)
+    if not candidates:
+        raise CheckpointError(f"INIT_FROM: {source} is neither a checkpoint nor a run with one.")
+    verify(candidates[0])
+    state, _ = load(candidates[0], model, None)
+    return f"weights from {candidates[0]}, step {state.step:,}; optimizer, schedule and data start fresh"
 
 
 class Saved:

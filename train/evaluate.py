@@ -13,6 +13,7 @@ from train.data.order import shard
 from train.data.sources import Dataset, byte_entropy
 from train.data.windows import TokenWindows
 from train.models.contract import read_loss
+from train.parallel import share_buffers
 from train.runtime import Runtime
 
 
@@ -43,6 +44,7 @@ def evaluate(model: nn.Module, context: Callable[[], AbstractContextManager[obje
     # The largest shard decides how often the ranks ask each other whether to stop: all ask equally often.
     rounds = math.ceil(math.ceil(count / runtime.world) / micro_batch)
     sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    share_buffers(model, runtime)
     was_training = model.training
     model.eval()
     try:

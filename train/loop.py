@@ -92,6 +92,8 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
     scale = LossScale.of(job)
     guard = OverflowGuard(job, scale)
     loaded = _resume(job, run, rt, inner, optimizer, data, say)
+    if loaded is None and job.init_from:
+        say("  " + checkpoint.initialise(Path(job.init_from), inner))
     resumed, pending = (loaded.step, loaded.pending) if loaded else (None, None)
     if scale is not None and loaded and loaded.scaler:
         scale.load(loaded.scaler)

@@ -45,6 +45,17 @@ def accumulating(model: nn.Module, rt: Runtime, last: bool) -> Iterator[None]:
         yield
 
 
+def share_buffers(model: nn.Module, rt: Runtime) -> None:
+    """Gives every rank the saved buffers of rank 0 (running statistics of BatchNorm): what a checkpoint holds is what is
+    validated with, whoever computes it, also after a resume."""
+    if rt.world == 1:
+        return
+    saved = model.state_dict(keep_vars=True)
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            torch.distributed.broadcast(local(buffer.data), src=0)
+
+
 def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters())
 

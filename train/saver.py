@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from jobs import ckpt_format, ledger
+from jobs import ckpt_format, lease, ledger
 from jobs.ckpt_format import FileEntry
 from jobs.contract import Event
 from jobs.errors import CheckpointError, RunOwnedError
@@ -246,9 +246,8 @@ class Saver:
 
     def _own(self) -> None:
         """Raises RunOwnedError when a later attempt has begun: this one is a ghost and must not write any more."""
-        begun = max((int(event.get("attempt", 0)) for event in ledger.read(self._run.ledger) if event["event"] == Event.START), default=0)
-        if begun > self._rt.attempt:
-            raise RunOwnedError(f"attempt {begun} has taken over this run; attempt {self._rt.attempt} writes no more checkpoints")
+        if lease.superseded(self._run, self._rt.attempt):
+            raise RunOwnedError(f"a later attempt has taken over this run; attempt {self._rt.attempt} writes no more checkpoints")
 
     def _tell(self, value: Any) -> Any:
         """Rank 0's value, for all writers."""

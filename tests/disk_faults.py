@@ -1,0 +1,97 @@
+"""Faults that are prepared inside a training process before it starts (Farm.before)."""
+
+import errno
+import os
+import time
+
+
+def _disk(**calls):
+    from train import commit
+
+    for name, call in calls.items():
+        setattr(commit.Disk, name, call)
+
+
+def disk_full_at_the_third_save():
+    """ENOSPC at the second file of the third save and never again."""
+    from train import commit
+
+    real, count = commit.Disk.fsync, [0]
+
+    def fsync(self, fd):
+        count[0] += 1
+        if count[0] == 13:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, fd)
+
+    _disk(fsync=fsync)
+
+
+def disk_always_full():
+    def create(self, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _disk(create=create)
+
+
+def read_only():
+    def mkdir(self, path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    _disk(mkdir=mkdir)
+
+
+def slow_disk():
+    """Each flush takes a quarter of a second: a save takes one second and more."""
+    from train import commit
+
+    real = commit.Disk.fsync
+
+    def fsync(self, fd):
+        time.sleep(0.25)
+        real(self, fd)
+
+    _disk(fsync=fsync)
+
+
+def bug_in_the_writer():
+    def rename(self, old, new):
+        raise RuntimeError("a mistake of ours")
+
+    _disk(rename=rename)
+
+
+def clock_set_back_a_year():
+    real = time.time
+    time.time = lambda: real() - 365 * 86_400
+
+
+def data_that_hangs():
+    """The samples of step 10 come when a file says so."""
+    from train.data import synthetic
+
+    real = synthetic.AffineTokens.batch
+    calls = [0]
+
+    def batch(self, ids):
+        if self.__dict__.get("split", "train") == "train":
+            calls[0] += 1
+            if calls[0] == 11 and os.environ["HOLDFAST_ATTEMPT"] == "1":
+                time.sleep(3600)
+        return real(self, ids)
+
+    synthetic.AffineTokens.batch = batch
+
+
+def compilation_that_hangs():
+    """The first forward pass takes an hour, as a compilation may."""
+    from train.models import gpt
+
+    real = gpt.GPT.forward
+
+    def forward(self, *args, **kwargs):
+        if os.environ["HOLDFAST_ATTEMPT"] == "1":
+            time.sleep(3600)
+        return real(self, *args, **kwargs)
+
+    gpt.GPT.forward = forward

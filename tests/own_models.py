@@ -1,0 +1,57 @@
+"""A model and data of one's own, and labelled text for a classifier: what `package.module:build` may name."""
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class Regression(nn.Module):
+    """Returns a mean loss, as most people's modules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Dropout(0.2), nn.Linear(32, 1))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": nn.functional.mse_loss(self.net(x).squeeze(1), y), "n_tokens": torch.tensor(len(x))}
+
+
+def regression(vocab_size: int | None = None) -> nn.Module:
+    return Regression()
+
+
+class Numbers:
+    name, vocab_size, unit = "numbers", 1, "sample"
+
+    def __len__(self) -> int:
+        return 600
+
+    def batch(self, ids):
+        x = np.sin(np.asarray(ids)[:, None] * np.arange(1, 9)).astype(np.float32)
+        return {"x": torch.from_numpy(x), "y": torch.from_numpy(x.sum(1))}
+
+
+def numbers() -> Numbers:
+    return Numbers()
+
+
+class Sentences:
+    """Sequences whose class is whether their first token is even; attention covers a varying part of each."""
+
+    name, vocab_size, unit = "sentences", 256, "sample"
+
+    def __init__(self, seq_len: int):
+        self.seq_len = seq_len
+
+    def __len__(self) -> int:
+        return 500
+
+    def batch(self, ids):
+        ids = np.asarray(ids)
+        tokens = (ids[:, None] * 31 + np.arange(self.seq_len) * 7) % 240 + 8
+        mask = (np.arange(self.seq_len)[None] < 8 + ids[:, None] % (self.seq_len - 8)).astype(np.int64)
+        return {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(tokens[:, 0] % 2), "attention_mask": torch.from_numpy(mask)}
+
+
+def sentences(seq_len: int) -> Sentences:
+    return Sentences(seq_len)

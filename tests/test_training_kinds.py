@@ -1,0 +1,74 @@
+"""Every kind of model keeps the promise: two ranks, killed in the middle, end with the bits of a run that nobody killed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from training import Farm, at_step, events, farm, logs, result
+
+from jobs.contract import Exit
+from jobs.rundir import RunDir
+
+__all__ = ["farm"]
+pytestmark = pytest.mark.timeout(170)
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64, "vocab_size": 256, "max_position_embeddings": 64}
+GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 256, "n_positions": 64}
+BERT = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 256, "max_position_embeddings": 64, "num_labels": 2}
+
+
+def kinds(folder: Path) -> dict[str, dict[str, str]]:
+    for name, config in (("llama", LLAMA), ("gpt2", GPT2), ("bert", BERT)):
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    return {
+        "built-in": {},
+        "transformers llama": {"MODEL": f"hf:{folder}/llama.json", "MODEL_OPTIONS": "{}"},
+        "transformers gpt2, tied and with dropout": {"MODEL": f"hf:{folder}/gpt2.json", "MODEL_OPTIONS": "{}"},
+        "transformers bert classifier": {"MODEL": f"hf:{folder}/bert.json", "MODEL_OPTIONS": "{}", "DATA": "own_models:sentences"},
+        "convnet with BatchNorm on digits": {"MODEL": "convnet", "MODEL_OPTIONS": "{}", "DATA": "digits"},
+        "a module and data of one's own": {"MODEL": "own_models:regression", "MODEL_OPTIONS": "{}", "DATA": "own_models:numbers"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        ("built-in", "bf16"),
+        ("transformers llama", "fp32"),
+        ("transformers gpt2, tied and with dropout", "bf16"),
+        ("transformers bert classifier", "bf16"),
+        ("convnet with BatchNorm on digits", "fp32"),
+        ("a module and data of one's own", "bf16"),
+    ],
+)
+def test_a_killed_run_of_any_kind_of_model_ends_with_identical_bits(farm: Farm, tmp_path: Path, kind: str, precision: str) -> None:
+    if "transformers" in kind:
+        pytest.importorskip("transformers")
+    if "digits" in kind:
+        pytest.importorskip("sklearn")
+    settings = {**kinds(tmp_path)[kind], "PRECISION": precision, "MAX_STEPS": "24", "EVAL_EVERY": "12", "CHECKPOINT_EVERY": "6", "GRAD_ACCUM_STEPS": "2"}
+    straight = farm.finished(**settings)
+    run = farm.prepare(**settings)
+
+    def kill(farm: Farm, run: RunDir) -> None:
+        if at_step(run, 9):
+            farm.kill_all()
+
+    assert farm.train(run, kill) == Exit.DONE, logs(run)
+    assert len(events(run, "end")) == 2, logs(run)
+    assert result(run) == result(straight), logs(run)
+
+
+@pytest.mark.parametrize("words", [{"AMP_OPT_LEVEL": "O2", "PRECISION": "bf16"}, {"GRAD_CHECKPOINTING": "true"}, {"PARALLEL": "fsdp"}])
+def test_a_killed_run_in_any_way_of_training_ends_with_identical_bits(farm: Farm, words: dict[str, str]) -> None:
+    settings = {"PRECISION": "fp32", "MAX_STEPS": "24", "EVAL_EVERY": "12", "CHECKPOINT_EVERY": "6", **words}
+    straight = farm.finished(**settings)
+    run = farm.prepare(**settings)
+
+    def kill(farm: Farm, run: RunDir) -> None:
+        if at_step(run, 9):
+            farm.kill_all()
+
+    assert farm.train(run, kill) == Exit.DONE, logs(run)
+    assert len(events(run, "end")) == 2, logs(run)
+    assert result(run) == result(straight), logs(run)
