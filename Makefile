@@ -9,10 +9,10 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 READY := .venv/.ready
 HOLDFAST := .venv/bin/holdfast
-JOB_TARGETS := run render explain submit status logs cancel resume
+JOB_TARGETS := run render explain submit status logs cancel resume doctor drill
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint golden bench-launch clean $(JOB_TARGETS) lab lab-stop te
+.PHONY: help setup demo test test-gpu chaos lint golden bench-launch clean $(JOB_TARGETS) lab lab-stop te
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+( [a-z-]+)*:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ test: $(READY)  ## all tests; the ones on a real Slurm wherever it can be had
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	@.venv/bin/python -m pytest -m gpu
+
+chaos: $(READY)  ## every fault of docs/survival.md on the lab, and that page written anew; about 25 minutes
+	@launcher/setup.sh slurm
+	@.venv/bin/python -m tests.chaos
 
 lint: $(READY)  ## ruff, mypy, shellcheck
 	@.venv/bin/ruff check .

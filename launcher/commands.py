@@ -12,10 +12,11 @@ from jobs import ledger, rundir
 from jobs.contract import Cause, Event, Exit
 from jobs.errors import NotFoundError, SettingError, SubmitError
 from jobs.rundir import RunDir
-from jobs.settings import Job, format_minutes
+from jobs.settings import Job
 from jobs.sources import Resolved, load, setting_name
 from launcher import show
 from launcher.attempt import LOCAL
+from launcher.doctor import said_at_submit
 from launcher.local import gpus_here, run_attempts
 from launcher.prepare import prepare, resolve_here
 from launcher.refreeze import change
@@ -227,8 +228,8 @@ def _say_job(resolved: Resolved, estimate: str, members: Sequence[Resolved], as_
     print(f"  not default   {show.not_default(resolved)}")
     for note in resolved.notes:
         print(f"  read as       {note}")
-    print(f"  time limit    {format_minutes(job.time_limit)}, warned {job.stop_lead_s} s before; requeued by Slurm or by holdfast, resumed from the last checkpoint")
     if estimate:
+        print(f"  time limit    {said_at_submit(Slurm(), job)}")
         print(f"  start         {estimate}")
 
 

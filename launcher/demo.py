@@ -50,7 +50,7 @@ class Story:
         self._last_step = 0
 
     def tell(self, text: str) -> None:
-        self.console.print(Text(f"{time.monotonic() - self.begun:5.0f} s  {text}"))
+        self.console.print(Text(f"{time.monotonic() - self.begun:5.0f} s  {text}"), soft_wrap=not self.console.is_terminal)
 
     def picture(self, row: RunStatus) -> Group:
         last = Text(f"         step {row.step:,}/{row.max_steps:,}")
@@ -196,7 +196,7 @@ def _summary(story: Story, run: RunDir, not_shown: tuple[str, ...]) -> int:
         text = f"validation loss   {first['val_loss']:.3f} at step {first['step']}, {last['val_loss']:.3f} at step {last['step']}"
         if "val_bits_per_byte" in last:
             text += f"  =  {last['val_bits_per_byte']:.2f} bits per byte; the bytes' own entropy is {last['val_entropy_bits_per_byte']:.2f}"
-        story.console.print(text)
+        story.console.print(text, soft_wrap=True)
     story.console.print(f"run directory     {show.near(run.path)}/")
     picture = curve.draw(run)
     if picture:

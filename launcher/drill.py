@@ -18,7 +18,6 @@ from launcher import show
 from launcher.doctor import node_facts, policy_of, read_site
 from launcher.preflight import read_reports
 from launcher.prepare import prepare, resolve_here
-from launcher.submit import to_slurm
 from slurm.client import Slurm
 
 # Small enough for a login node's patience, and steps enough to be interrupted among them.
@@ -34,6 +33,8 @@ _POLL_S = 0.2
 
 def drill(words: Sequence[str], environ: Mapping[str, str], cwd: Path) -> int:
     """The command. Returns 0 when the run came back, finished, and lost no step; else 1."""
+    from launcher.submit import to_slurm
+
     if not Slurm.available():
         raise SubmitError("sbatch and srun are not on this machine; is this a login node of the cluster? A private one for trying: holdfast lab start")
     given = {word.partition("=")[0].lstrip("-").upper().replace("-", "_") for word in words if "=" in word}

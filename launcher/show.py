@@ -141,6 +141,9 @@ def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> Ru
     job_id = str(submitted[-1]["job_id"]) if submitted else (attempts[-1].job_id if attempts else "")
     if attempts and not attempts[-1].job_id.startswith(LOCAL):
         job_id = attempts[-1].job_id
+    back = [event for event in events if event["event"] in (Event.REQUEUE, Event.SUBMITTED)]
+    if back and back[-1].get("successor") and attempts and attempts[-1].number == back[-1]["attempt"]:
+        job_id = str(back[-1]["successor"])
     saves = [event for event in events if event["event"] == Event.CHECKPOINT]
     lines = metrics.read(run.metrics)
     last = lines[-1] if lines else {}

@@ -1,7 +1,9 @@
 """Every fault of the table, done to a run on a real Slurm, and what became of it.
 
-    python -m tests.chaos            all rows; writes docs/survival.md (`make chaos`)
-    python -m tests.chaos 10 18      these rows only; writes nothing
+    python -m tests.chaos            all rows (`make chaos`)
+    python -m tests.chaos 10 18      these rows only
+
+Both write what was seen to docs/survival.json, row by row, and docs/survival.md from it.
 
 Each row is a function that breaks something and returns a `Row`; tests/test_survival.py runs a few of them in `make test`.
 """
@@ -19,7 +21,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -37,6 +39,7 @@ from slurm import lab, lab_proc
 PAIR = {"NODES": "2", "GPUS_PER_NODE": "1", "MAX_STEPS": "120", "EVAL_EVERY": "60"}
 INTERVAL = int(SMALL["CHECKPOINT_EVERY"])
 _TESTS = Path(__file__).resolve().parent
+RESULTS = REPOSITORY / "docs" / "survival.json"
 
 
 @dataclass
@@ -159,6 +162,8 @@ def sent(run: RunDir, first: ledger.Attempt) -> str:
     heard = sorted({word for word in signals if word})
     log = run.log(first.job_id, "batch")
     text = log.read_text(errors="replace") if log.exists() else ""
+    # What comes behind is Slurm's answer to our own requeue.
+    text = text.partition(f"holdfast: attempt {first.number} ended")[0]
     reasons = list(dict.fromkeys(re.findall(r"CANCELLED AT \S+(?: DUE TO ([A-Z ]+))?", text)))
     words = [f"{'+'.join(heard)} to the ranks"] if heard else ["nothing that a rank could act on"]
     if reasons:
@@ -549,7 +554,7 @@ TABLE: list[tuple[str, lab.LabConfig, Callable[[Stage], Row]]] = [
 
 def main(words: list[str]) -> int:
     wanted = set(words)
-    rows, faults = [], 0
+    faults = 0
     todo = [entry for entry in TABLE if not wanted or entry[0] in wanted or re.sub(r"\D", "", entry[0]) in wanted]
     begun = time.monotonic()
     while todo:
@@ -566,12 +571,19 @@ def main(words: list[str]) -> int:
                     traceback.print_exc()
                     row, faults = Row(f"row {number}", "?", ["FAILED: " + str(err).splitlines()[0][:120] if str(err) else repr(err)]), faults + 1
                 row.number = number
-                rows.append(row)
+                keep(row)
                 print(f"{time.monotonic() - begun:5.0f} s  {as_line(row)}", flush=True)
-    rows.sort(key=lambda row: (int(re.sub(r"\D", "", row.number)), row.number))
-    if not wanted:
-        (REPOSITORY / "docs" / "survival.md").write_text(page(rows))
     return 1 if faults else 0
+
+
+def keep(row: Row) -> None:
+    """Puts a row among those of earlier calls, and writes the page anew."""
+    known = {old["number"]: Row(**{**old, "pairs": [tuple(pair) for pair in old["pairs"]]}) for old in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    known[row.number] = row
+    numbers = [number for number, _, _ in TABLE]
+    rows = sorted((kept for kept in known.values() if kept.number in numbers), key=lambda kept: (int(re.sub(r"\D", "", kept.number)), kept.number))
+    RESULTS.write_text(json.dumps([asdict(kept) for kept in rows], indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(page(rows))
 
 
 def bad(row: Row) -> int:

@@ -46,7 +46,7 @@ def test_a_writer_killed_at_any_call_leaves_what_was_acknowledged_and_nothing_da
 _SYSCALLS = ("mkdir", "fsync", "rename", "unlink", "rmdir", "write", "close", "openat")
 
 
-@pytest.mark.parametrize("syscall", _SYSCALLS)
+@pytest.mark.parametrize("syscall", [pytest.param(name, marks=pytest.mark.slow) if name in ("close", "openat", "mkdir") else name for name in _SYSCALLS])
 def test_strace_ends_the_writer_at_every_system_call_and_what_was_acknowledged_stands(memory: Path, syscall: str) -> None:
     strace = shutil.which("strace")
     if strace is None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import weights_sha
 from torch import nn
-from training import Farm, at_step, curve, events, farm, logs, result
+from training import Farm, at_step, curve, events, farm, logs, result, saved
 
 from jobs import ckpt_format
 from jobs.contract import Exit
@@ -116,13 +116,13 @@ def test_a_renamed_checkpoint_is_no_other_step_and_strange_names_are_nobody_s(tm
     assert "belongs to step 20" in damaged[1][1]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_whose_newest_checkpoints_are_damaged_goes_on_from_the_one_before_and_says_so(farm: Farm, seed: int) -> None:
     straight = farm.finished(KEEP_LAST="3")
     run = farm.prepare(MAX_KILLED="0", KEEP_LAST="3")
 
     def kill(farm: Farm, run: object) -> None:
-        assert at_step(run, 30)  # type: ignore[arg-type]
+        assert saved(run, 24)  # type: ignore[arg-type]
         farm.kill_all()
 
     farm.train(run, kill)
@@ -312,7 +312,7 @@ from pathlib import Path
 from jobs import ckpt_format
 farm = Farm(Path(sys.argv[1]) / "runs")
 local._spawn = farm.spawn
-run = farm.prepare(MAX_STEPS="200", CHECKPOINT_EVERY="10", KEEP_LAST="50")
+run = farm.prepare(MAX_STEPS="200", CHECKPOINT_EVERY="10", KEEP_LAST="50", PREFLIGHT_S="0")
 import threading
 code = farm.train(run)
 good = [ckpt_format.verify(path).step for path in ckpt_format.complete(run.checkpoints)]

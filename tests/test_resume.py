@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import weights_sha
-from training import TINY, Farm, at_step, curve, events, farm, in_a_save, logs, result
+from training import TINY, Farm, at_step, curve, events, farm, in_a_save, logs, result, saved
 
 from jobs import ckpt_format, samples
 from jobs.contract import Exit
@@ -50,9 +50,9 @@ def test_a_run_killed_at_random_moments_also_inside_saves_ends_with_identical_bi
     straight = farm.finished(PRECISION=precision)
     run = farm.prepare(PRECISION=precision)
     torn: list[int] = []
-    assert farm.train(run, killer(6, seed=11, torn=torn)) == Exit.DONE, logs(run)
+    assert farm.train(run, killer(4, seed=11, torn=torn)) == Exit.DONE, logs(run)
     assert result(run) == result(straight), logs(run)
-    assert len(events(run, "end")) >= 5
+    assert len(events(run, "end")) >= 4
     assert torn, "no kill came inside a save"
     assert not [path for path in run.checkpoints.iterdir() if path.name.startswith(".")]
 
@@ -120,7 +120,7 @@ def order_of(run: RunDir) -> dict[tuple[int, int], int]:
 SMALL_EPOCH = {"DATA": "training_data:hundred"}
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_each_sample_of_an_epoch_is_used_once_through_kills_and_world_sizes_4_2_3(farm: Farm, seed: int) -> None:
     run = through_worlds(farm, [4, 2, 3], seed, **SMALL_EPOCH)
     verdict = samples.of_run(run)
@@ -155,7 +155,7 @@ def test_another_precision_goes_on_from_the_same_weights_and_says_so(farm: Farm)
     run = farm.prepare(MAX_KILLED="0", PRECISION="bf16", CHECKPOINT_EVERY="16")
 
     def kill(farm: Farm, run: RunDir) -> None:
-        at_step(run, 18)
+        assert saved(run, 16)
         farm.kill_all()
 
     farm.train(run, kill)
@@ -166,7 +166,7 @@ def test_another_precision_goes_on_from_the_same_weights_and_says_so(farm: Farm)
         assert farm.train(run) == Exit.DONE, logs(run)
     assert "precision was bf16, now fp32" in logs(run)
     assert curve(run)[-1][0] == 40
-    assert before
+    assert before and events(run, "resumed")[-1]["step"] >= 16
 
 
 def test_a_changed_horizon_needs_an_explicit_word_at_the_command_and_at_the_start_of_training(farm: Farm) -> None:
@@ -289,7 +289,8 @@ def test_a_run_goes_from_ddp_to_fsdp_and_back_at_another_size_with_the_same_samp
 
         def kill(farm: Farm, run: RunDir, attempt: int = index + 1) -> None:
             assert at_step(run, 0, attempt)
-            at_step(run, int(run.attempt(attempt).progress.read_text()) + 10, attempt)
+            begun = int(run.attempt(attempt).progress.read_text())
+            assert saved(run, begun + 8)
             farm.kill_all()
 
         with pytest.MonkeyPatch.context() as patch:
@@ -305,6 +306,7 @@ def test_a_run_goes_from_ddp_to_fsdp_and_back_at_another_size_with_the_same_samp
         assert ours[1] == pytest.approx(theirs[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_killed_also_inside_saves_ends_with_identical_bits(farm: Farm) -> None:
     straight = farm.finished(PARALLEL="fsdp")
     run = farm.prepare(PARALLEL="fsdp")
@@ -322,7 +324,7 @@ def test_the_resume_command_takes_settings_and_the_run_goes_on_with_them(farm: F
     run = farm.prepare(MAX_KILLED="0")
 
     def kill(farm: Farm, run: RunDir) -> None:
-        at_step(run, 20)
+        assert saved(run, 16)
         farm.kill_all()
 
     farm.train(run, kill)
@@ -335,5 +337,5 @@ def test_the_resume_command_takes_settings_and_the_run_goes_on_with_them(farm: F
     assert "changed: " in out and "GPUS_PER_NODE 2 -> 1" in out and "MICRO_BATCH_SIZE 6 -> 12" in out
     assert "--ntasks-per-node=1" in run.script.read_text()
     assert json.loads(run.origins.read_text())["gpus_per_node"] == "holdfast resume"
-    assert [event["step"] for event in events(run, "checkpoint")][-3:] == [20, 30, 40]
+    assert [event["step"] for event in events(run, "checkpoint")][-2:] == [30, 40]
     assert split_run_words(["abcd", "RUNS_DIR=x", "--precision", "fp32", "RUN=y", "NODES=1"], {}) == (["abcd", "RUNS_DIR=x", "RUN=y"], ["--precision", "fp32", "NODES=1"])

@@ -72,3 +72,12 @@ def test_a_killed_run_in_any_way_of_training_ends_with_identical_bits(farm: Farm
     assert farm.train(run, kill) == Exit.DONE, logs(run)
     assert len(events(run, "end")) == 2, logs(run)
     assert result(run) == result(straight), logs(run)
+
+
+def test_a_new_run_takes_the_weights_of_another_and_nothing_else(farm: Farm) -> None:
+    first = farm.finished(PRECISION="fp32", MAX_STEPS="20", EVAL_EVERY="20")
+    second = farm.finished(PRECISION="bf16", MAX_STEPS="2", EVAL_EVERY="2", LR="1e-9", INIT_FROM=str(first.path))
+    before, after = (json.loads(run.metrics.read_text().splitlines()[-1]) for run in (first, second))
+    # The same weights in bf16: 8 bits of mantissa, and an evaluation after two steps of no length.
+    assert after["step"] == 2 and after["val_loss"] == pytest.approx(before["val_loss"], rel=1e-2)
+    assert [event["step"] for event in events(second, "resumed")] == [0]

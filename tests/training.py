@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, SMALL, weights_sha
 
-from jobs import ledger
+from jobs import ckpt_format, ledger
 from jobs.contract import Exit, RankEnv
 from jobs.rundir import RunDir
 from launcher import local
@@ -119,6 +119,16 @@ def at_step(run: RunDir, step: int, attempt: int = 1, seconds: float = 60) -> bo
         except (OSError, ValueError):
             pass
         time.sleep(0.002)
+    return False
+
+
+def saved(run: RunDir, step: int, seconds: float = 60) -> bool:
+    """Waits until the checkpoint of a step, or a later one, has its final name: saves run behind training."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        if any((ckpt_format.step_of(path) or 0) >= step for path in ckpt_format.complete(run.checkpoints)):
+            return True
+        time.sleep(0.005)
     return False
 
 

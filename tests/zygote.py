@@ -55,7 +55,7 @@ def become(spawn: dict) -> None:
     signal.set_wakeup_fd(-1)
     if spawn.get("before"):
         # A fault to prepare inside the process: the name of a function of disk_faults.py.
-        import faults
+        import disk_faults
 
         getattr(disk_faults, spawn["before"])()
 
