@@ -96,7 +96,8 @@ def _without_progress(ends: list[Mapping[str, Any]]) -> tuple[int, int]:
     stuck = early = 0
     for end in reversed(ends):
         start = _step(end, "start_step")
-        if _step(end, "saved_step") > start:
+        # None: a person's own script, which saves where nobody sees it.
+        if end.get("saved_step", 0) is None or _step(end, "saved_step") > start:
             break
         if cause_of(end) in _OUTSIDE and _step(end, "step") <= start:
             early += 1

@@ -87,7 +87,9 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> dict[
     }
     attempt.env.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items()))
     pace_key = f"{job.nodes}x{job.gpus_per_node} {job.model} {json.dumps(job.model_options, sort_keys=True)} {job.batch_size} {job.seq_len} {job.precision} {job.device}"
-    watch = {"world": job.world_size, "nodes": nodes, "per_node": job.gpus_per_node, "pace_key": pace_key, "least_s": job.hang_after_s, "quiet_s": job.hang_quiet_s}
+    # A person's own script says nothing about its steps, so that its silence means nothing.
+    least_s = job.hang_after_s if job.entry is None else 0
+    watch = {"world": job.world_size, "nodes": nodes, "per_node": job.gpus_per_node, "pace_key": pace_key, "least_s": least_s, "quiet_s": job.hang_quiet_s}
     attempt.watch.write_text(json.dumps(watch))
     ledger.append(
         run.ledger,
@@ -195,6 +197,7 @@ def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int,
         cancel_wished=_cancel_wished(run),
         hang=_hang(run, number),
         lost_nodes=_lost(slurm, nodes, job, missing),
+        own_script=job.entry is not None,
     )
     cause, evidence = classify(seen)
     if _is_ghost(run, number):
@@ -253,7 +256,8 @@ def _turn_away(run: RunDir, job: Job, number: int, job_id: str, restarts: int, b
         raise HoldfastError(f"run {run.id}: {said}. Over: {verdict.reason}.")
     if slurm is not None:
         _send_back(run, job, number, job_id, restarts, slurm)
-    raise RunOwnedError(f"run {run.id} does not start here: {said}. It goes back into the queue ({verdict.reason}).")
+    later = "It goes back into the queue" if slurm is not None else f"holdfast resume {run.id} tries again"
+    raise RunOwnedError(f"run {run.id} does not start here: {said.removeprefix(': ')}. {later} ({verdict.reason}).")
 
 
 def budgets_of(job: Job) -> Budgets:
@@ -331,6 +335,8 @@ def _write_end(run: RunDir, number: int, job_id: str, cause: Cause, evidence: st
     except (OSError, ValueError):
         reached = saved
     seconds = _elapsed(run, number, environ)
+    # A person's own script saves where and when it likes: whether it got forward is not known.
+    known = load(run.job_yaml).entry is None or any(event["event"] in (Event.RESUMED, Event.CHECKPOINT) for event in events)
     ledger.append(
         run.ledger,
         Event.END,
@@ -341,7 +347,7 @@ def _write_end(run: RunDir, number: int, job_id: str, cause: Cause, evidence: st
         exit_code=code,
         start_step=start_step,
         step=max(reached, saved),
-        saved_step=saved,
+        saved_step=saved if known else None,
         lost_steps=max(reached - saved, 0),
         seconds=round(seconds, 1),
         gpu_seconds=round(seconds * int(started["world"]), 1) if started else 0.0,

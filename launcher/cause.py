@@ -49,7 +49,8 @@ class Evidence:
     accounting: states of sacct's rows for this attempt, the job's first and then those of its steps.
     hang: what the watchdog wrote before it ended the step. lost_nodes: nodes that slurmctld no longer reaches.
     brought_back: Slurm started the job again, and nobody of this attempt had lived to write its end.
-    gone: the job is over by now, and this is another one."""
+    gone: the job is over by now, and this is another one.
+    own_script: the ranks run a person's script (`entry`), whose exit code is all that it says."""
 
     code: int
     signals: Sequence[str] = ()
@@ -66,6 +67,7 @@ class Evidence:
     lost_nodes: Sequence[str] = ()
     brought_back: bool = False
     gone: bool = False
+    own_script: bool = False
 
 
 def classify(seen: Evidence) -> tuple[Cause, str]:
@@ -73,6 +75,8 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
     reasons = {marker.get("reason") for marker in seen.markers.values()}
     if seen.code == 0 and reasons == {"finished"} and len(seen.markers) == seen.world:
         return Cause.FINISHED, "every rank finished"
+    if seen.own_script and seen.code == 0 and not seen.markers:
+        return Cause.FINISHED, "every process of your script ended with 0"
     if seen.hang:
         return Cause.HANG, str(seen.hang.get("evidence", "no step was finished for too long"))
     if seen.cancel_wished:
@@ -80,6 +84,10 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
     stopped = [marker for marker in seen.markers.values() if marker.get("reason") == "stopped"]
     if stopped:
         return _stopped(seen, str(stopped[0].get("signal")))
+    if seen.own_script and seen.code == Exit.REQUEUE:
+        # Which signal it heard is not known: USR2 comes to the ranks alone, TERM before a kill to the batch script as well.
+        near = seen.seconds_to_limit is not None and seen.seconds_to_limit <= seen.lead_s + _EARLY_S
+        return _stopped(seen, "USR2" if near and "TERM" not in seen.signals else "TERM")
     # Before the ranks' errors: when a node is lost, the others fail in many ways, and all of them are its echo.
     daemon = _daemon_cause(seen) or _accounting_cause(seen)
     if daemon:
@@ -98,6 +106,8 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
     # Killed by something that was announced to the whole job, before the ranks could write how they left.
     if "TERM" in seen.signals or (seen.job and base(seen.job.state) in ("PREEMPTED", "CANCELLED", "TIMEOUT")):
         return _stopped(seen, "TERM")
+    if seen.own_script and 0 < seen.code <= 128:
+        return Cause.CODE_ERROR, f"your script ended with {seen.code}"
     if missing and errors:
         return Cause.KILLED, f"rank {_numbers(missing)} is gone without a word, the others lost the connection to it"
     if seen.code > 128:

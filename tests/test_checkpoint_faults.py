@@ -312,7 +312,7 @@ from pathlib import Path
 from jobs import ckpt_format
 farm = Farm(Path(sys.argv[1]) / "runs")
 local._spawn = farm.spawn
-run = farm.prepare(MAX_STEPS="200", CHECKPOINT_EVERY="10", KEEP_LAST="50", PREFLIGHT_S="0")
+run = farm.prepare(MAX_STEPS="200", CHECKPOINT_EVERY="10", KEEP_LAST="50", PREFLIGHT_S="0", MAX_STORAGE="0")
 import threading
 code = farm.train(run)
 good = [ckpt_format.verify(path).step for path in ckpt_format.complete(run.checkpoints)]

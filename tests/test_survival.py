@@ -10,7 +10,7 @@ from pathlib import Path
 import chaos
 import pytest
 from chaos import Stage
-from conftest import REPOSITORY, Cluster
+from conftest import REPOSITORY, Cluster, until
 
 from jobs.contract import RankEnv
 from jobs.errors import SubmitError
@@ -47,6 +47,17 @@ def test_doctor_says_what_the_lab_does_and_drill_shows_it(cluster: Cluster) -> N
     assert broken.returncode == 1 and "400 would wait for ever" in broken.stdout
     told = cluster.holdfast("drill", "NODES=2", "GPUS_PER_NODE=1").stdout
     assert "preempted it" in told and "ok: 0 steps lost" in told, told
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(120)
+def test_a_script_of_ones_own_keeps_the_contract(cluster: Cluster) -> None:
+    run = cluster.submit(NODES="2", GPUS_PER_NODE="1", ENTRY=str(REPOSITORY / "tests" / "own_script.py"))
+    until(lambda: (run.path / "count.0").exists(), 40, "its first steps")
+    Stage(cluster).preempt()
+    attempts = cluster.finished(run, 60)
+    assert [str(attempt.cause) for attempt in attempts] == ["preempted", "finished"], cluster.logs(run)
+    assert "attempt 2 counted to 60" in run.log(attempts[1].job_id, 0).read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------- the watchdog

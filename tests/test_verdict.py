@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import socket
+import subprocess
 import tempfile
 import time
 from contextlib import suppress
@@ -204,6 +206,15 @@ class Live:
     number: int
 
 
+def made_run(folder: Path) -> tuple[RunDir, Budgets]:
+    run = RunDir(folder / "a-1")
+    run.logs.mkdir(parents=True)
+    resolved = resolve_here(["MODEL=nano", "NODES=1", "GPUS_PER_NODE=2", "DEVICE=cpu", "GPU_REQUEST=none", f"RUNS_DIR={folder}", "MAX_STEPS=100000"], {}, Path.cwd())
+    run.job_yaml.write_text(dump_yaml(resolved.job.model_dump(mode="json")))
+    run.script.write_text("#!/bin/bash\n")
+    return run, attempt.budgets_of(resolved.job)
+
+
 class Histories(RuleBasedStateMachine):
     """Everything that may happen to a run, in any order; the beginning and end of attempts are the real ones."""
 
@@ -223,12 +234,7 @@ class Histories(RuleBasedStateMachine):
 
     @initialize()
     def submit(self) -> None:
-        self.run = RunDir(self.folder / "a-1")
-        self.run.logs.mkdir(parents=True)
-        resolved = resolve_here(["MODEL=nano", "NODES=1", "GPUS_PER_NODE=2", "DEVICE=cpu", "GPU_REQUEST=none", f"RUNS_DIR={self.folder}", "MAX_STEPS=100000"], {}, Path.cwd())
-        self.run.job_yaml.write_text(dump_yaml(resolved.job.model_dump(mode="json")))
-        self.budgets = attempt.budgets_of(resolved.job)
-        self.run.script.write_text("#!/bin/bash\n")
+        self.run, self.budgets = made_run(self.folder)
         job = self.slurm.new()
         ledger.append(self.run.ledger, Event.SUBMITTED, attempt=0, job_id=job.id, by="submitit")
 
@@ -500,3 +506,48 @@ def test_two_jobs_that_begin_at_once_get_one_attempt_between_them(tmp_path: Path
     assert lease.claim(run, 2, {"job_id": "8"}) and lease.superseded(run, 1)
     with suppress(FileNotFoundError):
         assert not [name for name in os.listdir(run.attempt(1).path.parent) if not name.isdigit()]
+
+
+def test_a_run_without_slurm_is_left_alone_while_its_process_lives_and_taken_over_when_it_is_gone(tmp_path: Path) -> None:
+    run, _ = made_run(tmp_path)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        job_id = f"{attempt.LOCAL}{other.pid}"
+        owner = {"job_id": job_id, "host": socket.gethostname(), "pid": other.pid, "stamp": lease.process_stamp(other.pid)}
+        assert lease.claim(run, 1, owner)
+        with pytest.raises(RunOwnedError, match=f"job {job_id} is training"):  # claimed, and its start not written yet
+            attempt.begin(run, {}, None)
+        ledger.append(run.ledger, Event.START, attempt=1, job_id=job_id, nodes=[socket.gethostname()], world=2)
+        with pytest.raises(RunOwnedError, match=f"job {job_id} is training"):
+            attempt.begin(run, {}, None)
+        assert lease.newest(run) == 1
+        other.kill()
+    assert attempt.begin(run, {}, None)["HOLDFAST_ATTEMPT"] == "2"
+    assert ledger.attempts(ledger.read(run.ledger))[0].cause is Cause.KILLED
+
+
+def test_a_ghost_neither_writes_nor_requeues(tmp_path: Path) -> None:
+    run, _ = made_run(tmp_path)
+    slurm = FakeSlurm()
+    job = slurm.new()
+    job.state = "RUNNING"
+    environ = {"SLURM_JOB_ID": job.id, "SLURM_JOB_NODELIST": "node1"}
+    ghost = {**environ, **attempt.begin(run, environ, slurm)}
+    slurm.back(job, "NODE_FAIL")
+    job.state = "RUNNING"
+    assert attempt.begin(run, {**environ, "SLURM_RESTART_COUNT": "1"}, slurm)["HOLDFAST_ATTEMPT"] == "2"
+    before = run.ledger.read_bytes()
+    attempt.end(run, ghost, slurm, 75, ["TERM"])
+    assert run.ledger.read_bytes() == before and job.state == "RUNNING" and job.restarts == 1
+
+
+def test_a_job_gives_way_when_slurm_cannot_say_whether_the_owner_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = made_run(tmp_path)
+    slurm = FakeSlurm()
+    first, second = slurm.new(), slurm.new()
+    first.state = second.state = "RUNNING"
+    attempt.begin(run, {"SLURM_JOB_ID": first.id, "SLURM_JOB_NODELIST": "node1"}, slurm)
+    slurm.reachable = False
+    with pytest.raises(RunOwnedError, match="does not say whether it lives"):
+        attempt.begin(run, {"SLURM_JOB_ID": second.id, "SLURM_JOB_NODELIST": "node1"}, slurm)
+    slurm.reachable, first.state = True, "GONE"
+    assert attempt.begin(run, {"SLURM_JOB_ID": second.id, "SLURM_JOB_NODELIST": "node1"}, slurm)["HOLDFAST_ATTEMPT"] == "2"
