@@ -12,7 +12,7 @@ HOLDFAST := .venv/bin/holdfast
 JOB_TARGETS := run render explain submit status logs cancel resume doctor drill
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu chaos lint golden bench-launch clean $(JOB_TARGETS) lab lab-stop te
+.PHONY: help setup demo test test-slow test-gpu chaos lint golden bench-launch clean $(JOB_TARGETS) lab lab-stop te
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+( [a-z-]+)*:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +29,10 @@ demo: $(READY)  ## train, be preempted and resume on a private real Slurm, in ab
 
 test: $(READY)  ## all tests; the ones on a real Slurm wherever it can be had
 	@launcher/setup.sh slurm || true
-	@.venv/bin/python -m pytest $(TESTS)
+	@.venv/bin/python -m pytest -m "not slow and not gpu" $(TESTS)
+
+test-slow: $(READY)  ## the tests that take long: more seeds, more kills, compilation
+	@.venv/bin/python -m pytest -m "slow and not gpu" $(TESTS)
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	@.venv/bin/python -m pytest -m gpu

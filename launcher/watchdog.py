@@ -87,12 +87,16 @@ class Silence:
             return False
         if section == self.section == "step":
             self._first = self.step if self._first is None else self._first
-            # Several steps between two looks: one of them took their share. A look in which a validation lay is left out,
-            # since then the section changed.
+            # Several steps between two looks: one of them took their share. A validation that lay between the looks was shorter
+            # than a look, and makes the limit a little longer at most.
             if self.step - self._first >= _IGNORED_STEPS and step > self.step:
                 self.pace.learn("step", (self.seconds + passed_s) / (step - self.step))
-        elif section != self.section and self.section not in ("step", "start"):
-            self.pace.learn(self.section, self.seconds + passed_s)
+        elif section != self.section:
+            if self.section not in ("step", "start"):
+                self.pace.learn(self.section, self.seconds + passed_s)
+            if section == "step" and step - max(self.step, 0) > _IGNORED_STEPS:
+                # Steps so quick that the first ones were over before anybody looked.
+                self.pace.learn("step", (self.seconds + passed_s) / (step - max(self.step, 0)))
         self.section, self.step, self.seconds = section, step, 0.0
         return True
 
