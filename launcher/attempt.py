@@ -535,6 +535,10 @@ def adopt(environ: Mapping[str, str], cwd: Path) -> Path:
     return run.script
 
 
+def run_folder() -> str:
+    return os.environ.get(RankEnv.RUN_DIR, "the run directory")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher.attempt")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -559,6 +563,10 @@ def main() -> int:
     except HoldfastError as err:
         print(f"holdfast ({started}): {err}", file=sys.stderr, flush=True)
         return err.exit_code
+    except OSError as err:
+        # A full or broken disk: the attempt cannot even be written down. One line, and a code that asks for nothing.
+        print(f"holdfast ({started}): {err.strerror or err}: {err.filename or run_folder()}", file=sys.stderr, flush=True)
+        return Exit.FAILED
     if cause is Cause.FINISHED:
         return Exit.DONE
     if verdict.again:

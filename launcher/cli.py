@@ -278,6 +278,10 @@ def run_app(arguments: list[str] | None = None) -> int:
     except HoldfastError as err:
         print(err, file=sys.stderr)
         return err.exit_code
+    except OSError as err:
+        # A full disk, a folder taken away: what and where, instead of a traceback.
+        print(f"{err.strerror or err}{f': {err.filename}' if err.filename else ''}", file=sys.stderr)
+        return Exit.FAILED
     except SystemExit as err:
         return err.code if isinstance(err.code, int) else Exit.DONE
     except KeyboardInterrupt:

@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jobs import ledger
 from jobs.contract import Event
 from jobs.errors import SettingError
 from jobs.rundir import RunDir
 from jobs.settings import Job, group_of
-from jobs.sources import amend, dump_yaml, load
+from jobs.sources import amend, dump_yaml, load, read_yaml
 from slurm.render import script_for
 
 # What a run is. Under another name, model or code it would be another run.
@@ -68,7 +66,7 @@ def change(run: RunDir, words: Sequence[str], *, allow: bool, executable: str) -
 def _freeze(run: RunDir, job: Job, origins: dict[str, str], changed: set[str], executable: str) -> None:
     """job.yaml last: until it is there, the same command finds the same change to make. Each file is whole or the old one."""
     # Only names that the run's frozen code knows: it may be older than this launcher.
-    known = set(yaml.safe_load(run.job_yaml.read_text())) | changed
+    known = set(read_yaml(run.job_yaml, str(run.job_yaml))) | changed
     if not run.is_member:
         replace_file(run.script, script_for(job, run, executable), mode=0o755)
     replace_file(run.origins, json.dumps(origins, indent=1) + "\n")

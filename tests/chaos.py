@@ -364,8 +364,9 @@ def row_17(stage: Stage) -> Row:
 
 def _hang(stage: Stage, fault: str, kind: str, suspect: str = "rank 1") -> Row:
     quick = {"HANG_AFTER_S": "3", "HANG_QUIET_S": "45"}
-    run = stage.submit(fault="" if kind == "stop" else f"{kind}:60:1", **quick)
-    stage.cluster.at_step(run, 60)
+    # Between the first checkpoint and the first validation: of that one the watchdog knows nothing yet, and waits longer.
+    run = stage.submit(fault="" if kind == "stop" else f"{kind}:42:1", **quick)
+    stage.cluster.at_step(run, 42)
     at = time.time()
     if kind == "stop":
         kill_rank(run, 1, signal.SIGSTOP)
