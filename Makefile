@@ -37,7 +37,7 @@ test-slow: $(READY)  ## the tests that take long: more seeds, more kills, compil
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	@.venv/bin/python -m pytest -m gpu
 
-chaos: $(READY)  ## every fault of docs/survival.md on the lab, and that page written anew; about 25 minutes
+chaos: $(READY)  ## every fault of docs/survival.md on the lab, and that page written anew; about half an hour
 	@launcher/setup.sh slurm
 	@.venv/bin/python -m tests.chaos
 
