@@ -33,10 +33,10 @@ def kinds(folder: Path) -> dict[str, dict[str, str]]:
 @pytest.mark.parametrize(
     ("kind", "precision"),
     [
-        ("built-in", "bf16"),
+        pytest.param("built-in", "bf16", marks=pytest.mark.slow),
         ("transformers llama", "fp32"),
-        ("transformers gpt2, tied and with dropout", "bf16"),
-        ("transformers bert classifier", "bf16"),
+        pytest.param("transformers gpt2, tied and with dropout", "bf16", marks=pytest.mark.slow),
+        pytest.param("transformers bert classifier", "bf16", marks=pytest.mark.slow),
         ("convnet with BatchNorm on digits", "fp32"),
         ("a module and data of one's own", "bf16"),
     ],
