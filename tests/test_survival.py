@@ -23,7 +23,7 @@ from slurm.client import Slurm, clean_environment, parse_config
 
 # ------------------------------------------------------------------------------------------------------------- on the lab
 
-SHORT = {"11": chaos.row_11, "18": chaos.row_18, "8": chaos.row_8, "23": chaos.row_23, "24": chaos.row_24}
+SHORT = {"11": chaos.row_11, "18": chaos.row_18, "8": chaos.row_8, "23": chaos.row_23}
 
 
 @pytest.mark.slurm
