@@ -121,7 +121,7 @@ class Schedule:
         share = DEFAULT_DECAY_PCT if self.decay_pct is None else self.decay_pct
         # By default the decay takes what a long warm-up leaves it; a share asked for by hand is kept or refused.
         length = max(1, int(self.horizon * share))
-        return min(length, max(1, self.main_steps)) if self.decay_pct is None else length
+        return min(length, self.main_steps) if self.decay_pct is None else length
 
     @property
     def first_cycle(self) -> float:

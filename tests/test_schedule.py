@@ -213,3 +213,11 @@ def test_drawn_curve_has_both_ends_and_the_peak() -> None:
     assert len(points) <= 51 and points[0][0] == 0 and points[-1][0] == 99_999
     assert max(rate for _, rate in points) == BASE
     assert len(curve(Schedule("cosine", BASE, 3), 50)) == 3
+
+
+def test_a_warm_up_that_is_the_whole_run_leaves_wsd_nothing_to_decay() -> None:
+    schedule = Schedule("wsd", BASE, 10, 10)
+    assert schedule.decay_length == 0
+    assert lr_at(schedule, 9) < BASE
+    assert 0 <= lr_at(schedule, 10) <= BASE
+    describe(schedule)
