@@ -85,6 +85,8 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
     schedule = schedule_of(job)
     for line in describe(schedule):
         say("  " + line)
+    # A backward function that makes a NaN is then named with the line of its forward; far too slow to leave on.
+    torch.autograd.set_detect_anomaly(job.debug, check_nan=True)
     seed_everything(job.seed, step=0)
     data, val_data = _open(job, run, "train"), _open(job, run, "val")
     inner, context = _build(job, data, rt, say)

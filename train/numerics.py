@@ -108,10 +108,3 @@ def forward_context(precision: Precision, device: torch.device, fp8: Callable[[]
             yield
 
     return context
-
-
-@contextmanager
-def anomaly_detection(enabled: bool) -> Iterator[None]:
-    """torch's anomaly mode: a backward function that makes a NaN is named with the line of its forward."""
-    with torch.autograd.set_detect_anomaly(enabled, check_nan=True):
-        yield
