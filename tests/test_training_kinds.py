@@ -30,6 +30,19 @@ def kinds(folder: Path) -> dict[str, dict[str, str]]:
     }
 
 
+def assert_a_kill_changes_nothing(farm: Farm, settings: dict[str, str]) -> None:
+    straight = farm.finished(**settings)
+    run = farm.prepare(**settings)
+
+    def kill(farm: Farm, run: RunDir) -> None:
+        if at_step(run, 9):
+            farm.kill_all()
+
+    assert farm.train(run, kill) == Exit.DONE, logs(run)
+    assert len(events(run, "end")) == 2, logs(run)
+    assert result(run) == result(straight), logs(run)
+
+
 @pytest.mark.parametrize(
     ("kind", "precision"),
     [
@@ -47,31 +60,13 @@ def test_a_killed_run_of_any_kind_of_model_ends_with_identical_bits(farm: Farm, 
     if "digits" in kind:
         pytest.importorskip("sklearn")
     settings = {**kinds(tmp_path)[kind], "PRECISION": precision, "MAX_STEPS": "24", "EVAL_EVERY": "12", "CHECKPOINT_EVERY": "6", "GRAD_ACCUM_STEPS": "2"}
-    straight = farm.finished(**settings)
-    run = farm.prepare(**settings)
-
-    def kill(farm: Farm, run: RunDir) -> None:
-        if at_step(run, 9):
-            farm.kill_all()
-
-    assert farm.train(run, kill) == Exit.DONE, logs(run)
-    assert len(events(run, "end")) == 2, logs(run)
-    assert result(run) == result(straight), logs(run)
+    assert_a_kill_changes_nothing(farm, settings)
 
 
 @pytest.mark.parametrize("words", [{"AMP_OPT_LEVEL": "O2", "PRECISION": "bf16"}, {"GRAD_CHECKPOINTING": "true"}, {"PARALLEL": "fsdp"}])
 def test_a_killed_run_in_any_way_of_training_ends_with_identical_bits(farm: Farm, words: dict[str, str]) -> None:
     settings = {"PRECISION": "fp32", "MAX_STEPS": "24", "EVAL_EVERY": "12", "CHECKPOINT_EVERY": "6", **words}
-    straight = farm.finished(**settings)
-    run = farm.prepare(**settings)
-
-    def kill(farm: Farm, run: RunDir) -> None:
-        if at_step(run, 9):
-            farm.kill_all()
-
-    assert farm.train(run, kill) == Exit.DONE, logs(run)
-    assert len(events(run, "end")) == 2, logs(run)
-    assert result(run) == result(straight), logs(run)
+    assert_a_kill_changes_nothing(farm, settings)
 
 
 def test_a_new_run_takes_the_weights_of_another_and_nothing_else(farm: Farm) -> None:

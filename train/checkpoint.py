@@ -70,10 +70,6 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**parameters, **buffers}
 
 
-def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) for p in model.parameters())
-
-
 def content(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, dict[str, Rows]]:
     """`model` and `optimizer` -> name -> what this process has to save of it. Views: nothing is copied."""
     for module in model.modules():

@@ -112,7 +112,7 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
     feed = Feed(job, rt, data, run.attempt(rt.attempt).samples(rt.rank) if job.log_samples else None)
     stepper = Stepper(job, rt, prepared, inner, optimizer, context, scale)
     stepper.settle(feed.first(resumed or 0))
-    saver = Saver(run, job, rt, say, sharded=checkpoint.is_sharded(inner), saved=resumed)
+    saver = Saver(run, job, rt, say, sharded=is_sharded(inner), saved=resumed)
     rhythm = Rhythm(job, ledger.read(run.ledger), say)
     tokens_per_step = loaded.tokens // loaded.step if loaded and loaded.step else 0
     window = _Window()
