@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from jobs import ledger
 from jobs.rundir import RunDir
 from slurm import lab
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# How fast examples are made says something about the machine and its other users, nothing about the code.
+settings.register_profile("holdfast", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("holdfast")
 # A run that takes a few seconds on two busy cores and still has steps, validations and checkpoints to interrupt.
 SMALL = {
     "MODEL": "nano",

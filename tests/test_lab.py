@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,15 @@ def with_slurm_conf(conf: Path) -> list[int]:
     return [p for p in pids if lab_proc.look_up(p) and lab_proc.environment(p).get("SLURM_CONF") == str(conf)]
 
 
+def owners_of(processes: list[lab_proc.Process]) -> set[int]:
+    """User ids of the processes that are still there when we look."""
+    found = set()
+    for process in processes:
+        with suppress(OSError):
+            found.add(os.stat(f"/proc/{process.pid}").st_uid)
+    return found
+
+
 def listening_addresses(of: Lab) -> dict[str, set[str]]:
     """Hexadecimal local addresses on which processes of the lab listen, by name of the process."""
     address_of = {}
@@ -87,10 +97,13 @@ def listening_addresses(of: Lab) -> dict[str, set[str]]:
                 address_of[fields[9]] = fields[1].partition(":")[0]
     found: dict[str, set[str]] = {}
     for process in lab_proc.of_lab(of.root).all():
-        for fd in Path(f"/proc/{process.pid}/fd").iterdir():
-            inode = os.readlink(fd).removeprefix("socket:[").removesuffix("]")
-            if inode in address_of:
-                found.setdefault(process.name, set()).add(address_of[inode])
+        # Daemons open and close files, and job steps end, while we look: what is gone does not listen.
+        with suppress(OSError):
+            for fd in os.listdir(f"/proc/{process.pid}/fd"):
+                with suppress(OSError):
+                    inode = os.readlink(f"/proc/{process.pid}/fd/{fd}").removeprefix("socket:[").removesuffix("]")
+                    if inode in address_of:
+                        found.setdefault(process.name, set()).add(address_of[inode])
     return found
 
 
@@ -392,7 +405,7 @@ def test_plain_user_has_a_lab_too(room: Path, isolation: str) -> None:
     assert found and how in (("none",) if isolation == "none" else ("user", "none"))
     cluster = lab.load(room / "lab")
     assert cluster
-    assert {os.stat(f"/proc/{p.pid}").st_uid for p in lab_proc.of_lab(cluster.root).all()} == {NOBODY}
+    assert owners_of(lab_proc.of_lab(cluster.root).all()) == {NOBODY}
 
     def call(*command: str) -> str:
         return client(cluster, *become, *command)
