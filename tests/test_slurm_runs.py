@@ -75,7 +75,8 @@ def test_a_killed_rank_costs_at_most_one_checkpoint_interval(cluster: Cluster, u
     assert [attempt.cause.value for attempt in attempts if attempt.cause] == ["killed", "finished"], cluster.logs(run)
     assert "rank 3" in attempts[0].evidence
     assert 0 < attempts[0].lost_steps <= int(SMALL["CHECKPOINT_EVERY"])
-    assert attempts[1].start_step == 40
+    # The newest checkpoint, whichever that was when the signal arrived.
+    assert attempts[1].start_step >= 40 and attempts[1].start_step % int(SMALL["CHECKPOINT_EVERY"]) == 0
     assert_same_result(run, undisturbed)
 
 
