@@ -82,6 +82,8 @@ class RankEnv(StrEnum):
 
     RUN_DIR = "HOLDFAST_RUN_DIR"
     ATTEMPT = "HOLDFAST_ATTEMPT"
+    # When the attempt began, by the monotonic clock of its first node.
+    STARTED = "HOLDFAST_STARTED"
     RANK = "RANK"
     WORLD_SIZE = "WORLD_SIZE"
     LOCAL_RANK = "LOCAL_RANK"

@@ -139,6 +139,11 @@ class AttemptDir:
         return self.path / f"samples.{rank}.jsonl"
 
     @property
+    def clock(self) -> Path:
+        """What rank 0's time was spent on (`train.clock`), rewritten in place."""
+        return self.path / "clock.json"
+
+    @property
     def owner(self) -> Path:
         """Which job this attempt belongs to."""
         return self.path / "owner.json"

@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jobs import lease, ledger
+from jobs import goodput, lease, ledger
 from jobs.contract import Cause, Event, Exit, RankEnv
 from jobs.errors import HoldfastError, RunOwnedError, SubmitError
 from jobs.rundir import RunDir
@@ -36,9 +36,8 @@ from slurm.client import AccountingRow, JobInfo, Slurm, expand_nodelist
 
 # Job ids of runs without Slurm: this word and the number of the process that watches over the ranks.
 LOCAL = "local-"
-# Where an attempt keeps the size that the batch log had when it began, and what the clock that nobody sets said.
+# Where an attempt keeps the size that the batch log had when it began.
 _LOG_OFFSET = "HOLDFAST_LOG_OFFSET"
-_STARTED = "HOLDFAST_STARTED"
 # Seconds to wait for a controller that is just being restarted: for a fact about a job, and before a job gives way.
 _ASK_PATIENCE_S = 20.0
 _OWNER_PATIENCE_S = 60.0
@@ -78,7 +77,7 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> dict[
         "HOLDFAST_JOB_ID": job_id,
         "HOLDFAST_RANK_LOG": pattern(run.logs) + f"/{job_id}.%t.out",
         _LOG_OFFSET: str(batch_log.stat().st_size if batch_log.exists() else 0),
-        _STARTED: f"{time.monotonic():.3f}",
+        RankEnv.STARTED.value: f"{time.monotonic():.3f}",
         # The last collectives of every rank are kept and written down when one of them times out.
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_FR_BUFFER_SIZE": "2000",
@@ -202,7 +201,7 @@ def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int,
     cause, evidence = classify(seen)
     if _is_ghost(run, number):
         return Verdict(True, "a later attempt has taken over"), cause
-    _write_end(run, number, job_id, cause, evidence, code, environ)
+    _write_end(run, number, job_id, cause, evidence, code, _elapsed(run, number, environ))
     _blame(run, number, job_id, cause, evidence, seen, nodes)
     events = ledger.read(run.ledger)
     verdict = judge(events, budgets_of(job))
@@ -250,7 +249,7 @@ def _turn_away(run: RunDir, job: Job, number: int, job_id: str, restarts: int, b
     for node, fault in bad.items():
         if node:
             ledger.append(run.ledger, Event.BAD_NODE, attempt=number, job_id=job_id, node=node, reason=fault)
-    _write_end(run, number, job_id, cause, f"before the start: {said.removeprefix(': ')}", None, environ)
+    _write_end(run, number, job_id, cause, f"before the start: {said.removeprefix(': ')}", None, _elapsed(run, number, environ))
     verdict = judge(ledger.read(run.ledger), budgets_of(job))
     if not verdict.again:
         raise HoldfastError(f"run {run.id}: {said}. Over: {verdict.reason}.")
@@ -297,7 +296,7 @@ def _close(run: RunDir, job: Job, open_attempt: ledger.Attempt, job_id: str, slu
     # A local run has nobody above it: when its process is gone with the ranks, it was killed.
     if cause is Cause.UNKNOWN and other.startswith(LOCAL):
         cause, evidence = Cause.KILLED, "the process that watched over the ranks is gone"
-    _write_end(run, number, other, cause, f"{evidence}; the batch script could not say", None, {})
+    _write_end(run, number, other, cause, f"{evidence}; the batch script could not say", None, _lived(run, open_attempt, rows))
     _blame(run, number, other, cause, evidence, seen, list(open_attempt.nodes))
 
 
@@ -324,8 +323,8 @@ def _is_ghost(run: RunDir, number: int) -> bool:
     return lease.superseded(run, number) or any(event["event"] == Event.END and event["attempt"] == number for event in ledger.read(run.ledger))
 
 
-def _write_end(run: RunDir, number: int, job_id: str, cause: Cause, evidence: str, code: int | None, environ: Mapping[str, str]) -> None:
-    """The `end` line: the step reached, the newest checkpoint, and what lies between them and is lost."""
+def _write_end(run: RunDir, number: int, job_id: str, cause: Cause, evidence: str, code: int | None, seconds: float) -> None:
+    """The `end` line: the step reached, the newest checkpoint, what lies between them and is lost, and where the time went."""
     events = [event for event in ledger.read(run.ledger) if event.get("attempt") == number]
     started = next((event for event in events if event["event"] == Event.START), None)
     start_step = max((int(event["step"]) for event in events if event["event"] == Event.RESUMED), default=0)
@@ -334,9 +333,10 @@ def _write_end(run: RunDir, number: int, job_id: str, cause: Cause, evidence: st
         reached = int(run.attempt(number).progress.read_text())
     except (OSError, ValueError):
         reached = saved
-    seconds = _elapsed(run, number, environ)
+    own_script = load(run.job_yaml).entry is not None
+    record = clock_record(run, number)
     # A person's own script saves where and when it likes: whether it got forward is not known.
-    known = load(run.job_yaml).entry is None or any(event["event"] in (Event.RESUMED, Event.CHECKPOINT) for event in events)
+    known = not own_script or any(event["event"] in (Event.RESUMED, Event.CHECKPOINT) for event in events)
     ledger.append(
         run.ledger,
         Event.END,
@@ -349,9 +349,35 @@ def _write_end(run: RunDir, number: int, job_id: str, cause: Cause, evidence: st
         step=max(reached, saved),
         saved_step=saved if known else None,
         lost_steps=max(reached - saved, 0),
-        seconds=round(seconds, 1),
+        seconds=round(seconds, 3),
         gpu_seconds=round(seconds * int(started["world"]), 1) if started else 0.0,
+        parts=goodput.parts_of(record, seconds, cause, own_script=own_script, worked=reached > start_step),
+        marks=record.get("marks", []) if record else [],
     )
+
+
+def clock_record(run: RunDir, number: int) -> dict[str, Any] | None:
+    """The last record of rank 0's clock in an attempt; None where there is none, empty where it cannot be read."""
+    try:
+        record = json.loads(run.attempt(number).clock.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _lived(run: RunDir, attempt: ledger.Attempt, rows: Sequence[AccountingRow]) -> float:
+    """Seconds of an attempt whose end nobody saw: to the end that the accounting knows, else to its last sign of life."""
+    until_now = max(time.time() - attempt.started, 0.0)
+    for row in rows:
+        if "." not in row.job_id and attempt.started <= (finish := _local_time(row.end)) < float("inf"):
+            return min(finish - attempt.started, until_now)
+    signs = [float((clock_record(run, attempt.number) or {}).get("passed", 0.0))]
+    for path in (run.attempt(attempt.number).progress, run.log(attempt.job_id, "batch"), *run.attempt(attempt.number).path.glob("exit.*.json")):
+        with suppress(OSError):
+            signs.append(path.stat().st_mtime - attempt.started)
+    return min(max(signs), until_now)
 
 
 def _blame(run: RunDir, number: int, job_id: str, cause: Cause, evidence: str, seen: Evidence, nodes: list[str]) -> None:
@@ -434,7 +460,7 @@ def _exported(run: RunDir, number: int) -> dict[str, str]:
     try:
         for line in run.attempt(number).env.read_text().splitlines():
             name, _, value = line.removeprefix("export ").partition("=")
-            if name in (_LOG_OFFSET, _STARTED) and value.replace(".", "", 1).isdigit():
+            if name in (_LOG_OFFSET, RankEnv.STARTED) and value.replace(".", "", 1).isdigit():
                 found[name] = value
     except OSError:
         pass
@@ -449,7 +475,7 @@ def _started_at(run: RunDir, number: int) -> float:
 def _elapsed(run: RunDir, number: int, environ: Mapping[str, str]) -> float:
     """Seconds since the attempt began: by the clock that nobody sets where this is the same machine, else by the wall's."""
     try:
-        passed = time.monotonic() - float(environ[_STARTED])
+        passed = time.monotonic() - float(environ[RankEnv.STARTED])
         if passed >= 0:
             return passed
     except (KeyError, ValueError):

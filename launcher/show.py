@@ -4,7 +4,7 @@ import json
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs import ledger, metrics, rundir, sources
+from jobs import goodput, ledger, metrics, rundir, sources
 from jobs.contract import Cause, Event
 from jobs.errors import HoldfastError, SubmitError
 from jobs.rundir import RunDir
 from jobs.settings import Job, group_of, help_of, names, unit_of
 from jobs.sources import Resolved
 from jobs.verdict import judge
-from launcher.attempt import LOCAL, budgets_of
+from launcher.attempt import LOCAL, budgets_of, clock_record
 from slurm.client import Slurm
 from slurm.states import base
 
@@ -45,6 +45,10 @@ class RunStatus:
     checkpoint_step: int | None
     checkpoint_time: float | None
     note: str
+    # Where the allocation went (jobs/goodput.py): seconds by part over all attempts, the wait outside of any, useful GPU share.
+    time_s: dict[str, float] = field(default_factory=dict)
+    queue_s: float = 0.0
+    useful_share: float | None = None
 
 
 def schema() -> str:
@@ -149,6 +153,7 @@ def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> Ru
     last = lines[-1] if lines else {}
     step = _progress(run, attempts, int(last.get("step", 0)))
     state, note = _state(run, job, events, attempts, job_id, queue)
+    spent = spent_by(run, events, running=state == "running")
     return RunStatus(
         run=run.id,
         path=str(run.path),
@@ -164,7 +169,16 @@ def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> Ru
         checkpoint_step=int(saves[-1]["step"]) if saves else None,
         checkpoint_time=float(saves[-1]["time"]) if saves else None,
         note=note,
+        time_s=spent.parts_s,
+        queue_s=spent.queue_s,
+        useful_share=spent.useful_share,
     )
+
+
+def spent_by(run: RunDir, events: list[dict[str, object]], *, running: bool) -> goodput.Account:
+    """Where the time of a run went, an attempt that still runs included."""
+    newest = max((attempt.number for attempt in ledger.attempts(events)), default=0)
+    return goodput.account(events, now=time.time() if running else None, open_record=clock_record(run, newest) if running else None)
 
 
 def _state(run: RunDir, job: Job, events: list[dict[str, object]], attempts: list[ledger.Attempt], job_id: str, queue: dict[str, tuple[str, str, str]] | None) -> tuple[str, str]:

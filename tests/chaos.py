@@ -29,7 +29,7 @@ if __name__ == "__main__":
 
 from conftest import REPOSITORY, SMALL, Cluster, losses, until, weights_sha
 
-from jobs import ledger
+from jobs import goodput, ledger
 from jobs.contract import Event
 from jobs.rundir import RunDir
 from launcher.local import pid_of_rank
@@ -59,6 +59,8 @@ class Row:
     allowed: int | None = 0
     # What was recorded about every attempt that a fault ended; the last one of a run that finished had none.
     pairs: list[tuple[str, str]] = field(default_factory=list)
+    # Where the time went: seconds from START to END and their parts, of every attempt.
+    spent: list[dict[str, float]] = field(default_factory=list)
 
 
 class Stage:
@@ -111,7 +113,7 @@ class Stage:
         row.sent = sent(run, attempts[0])
         row.identical = "yes" if self.same(run, **settings) else "NO"
         self.nothing_left(run)
-        return row
+        return booked(row, run)
 
     def ended(self, row: Row, run: RunDir, seconds: float = 90, attempts: int = 1) -> Row:
         """Fills in a row whose run is over, and waits long enough to see that it does not come back."""
@@ -125,7 +127,7 @@ class Stage:
         row.lost = sum(known.lost_steps for known in found)
         row.sent = sent(run, found[0])
         self.nothing_left(run)
-        return row
+        return booked(row, run)
 
     def queued(self, run: RunDir) -> str:
         return self.cluster.slurm("squeue", "-h", "-n", run.id).strip()
@@ -151,6 +153,20 @@ class Stage:
 
     def nodes(self, run: RunDir, attempt: int = 1) -> list[str]:
         return list(ledger.attempts(ledger.read(run.ledger))[attempt - 1].nodes)
+
+
+def booked(row: Row, *runs: RunDir) -> Row:
+    """The row with the account of its runs' time."""
+    for run in runs:
+        row.spent += [{"seconds": one.seconds, **one.parts_s} for one in goodput.account(ledger.read(run.ledger)).attempts]
+    return row
+
+
+def unbalanced(attempt: dict[str, float]) -> bool:
+    """Whether an attempt's parts do not sum to its allocation within 1 %, or leave too much unexplained."""
+    seconds = attempt["seconds"]
+    parts = sum(value for name, value in attempt.items() if name != "seconds")
+    return abs(parts - seconds) > 0.01 * seconds or attempt["other"] > max(0.05 * seconds, 2.0)
 
 
 def sent(run: RunDir, first: ledger.Attempt) -> str:
@@ -290,7 +306,7 @@ def row_13(stage: Stage) -> Row:
     row = Row("slurmctld killed, started 20 s later, while the job runs", "-", [str(known.cause) for known in attempts], "nothing")
     row.identical = "yes" if stage.same(run, MAX_STEPS="300", EVAL_EVERY="150") else "NO"
     stage.nothing_left(run)
-    return row
+    return booked(row, run)
 
 
 def row_13b(stage: Stage) -> Row:
@@ -408,7 +424,7 @@ def row_20(stage: Stage) -> Row:
     row.identical = "yes" if all(stage.same(member, **settings) for member in members) else "NO"
     row.note = "seconds until the last of them began again; the untouched ones went on"
     assert 0 < len(hit) < 8
-    return row
+    return booked(row, *members)
 
 
 def row_21(stage: Stage) -> Row:
@@ -441,7 +457,7 @@ def row_23(stage: Stage) -> Row:
     assert len(attempts) == 1 and all("leaves it alone" in text for text in said) and len(said) == 2, said
     row.identical = "yes" if stage.same(run) else "NO"
     row.note = "the others ended with 75 before they touched anything"
-    return row
+    return booked(row, run)
 
 
 def row_23b(stage: Stage) -> Row:
@@ -590,7 +606,7 @@ def keep(row: Row) -> None:
 def bad(row: Row) -> int:
     """1 when the row does not hold what is promised."""
     wrong = any(recorded not in (truth, "unknown") for truth, recorded in row.pairs)
-    return int(wrong or row.identical == "NO" or (row.allowed is not None and row.lost > row.allowed))
+    return int(wrong or row.identical == "NO" or (row.allowed is not None and row.lost > row.allowed) or not row.spent or any(map(unbalanced, row.spent)))
 
 
 def as_line(row: Row) -> str:
@@ -624,8 +640,27 @@ def page(rows: list[Row]) -> str:
         "## Scored causes", "", "Rows: what was done. Columns: what the ledger says. `unknown` would be allowed, anything else off the diagonal is a fault.", "",
         "| done | " + " | ".join(recorded) + " |", "|---" * (len(recorded) + 1) + "|",
         *(f"| {truth} | " + " | ".join(str(matrix[truth, found] or "") for found in recorded) + " |" for truth in truths), "",
+        *_time_table([row for row in rows if row.spent]),
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _time_table(rows: list[Row]) -> list[str]:
+    """The accounting identity over every row: seconds of its attempts, split (jobs/goodput.py says what each part is)."""
+    shown = [part.value for part in goodput.Part if any(attempt[part.value] >= 0.05 for row in rows for attempt in row.spent)]
+    lines = [
+        "## Where the time went", "", "Seconds of all attempts of a row from START to END, as the clock of rank 0 and the ends of the attempts split them. The parts of",
+        "every attempt must sum to its allocation within 1 %, and `other`, which nothing explains, be at most 5 % of it or 2 s: a row is",
+        f"wrong where they do not. Over these {sum(len(row.spent) for row in rows)} attempts the largest difference is "
+        f"{max((abs(sum(v for n, v in a.items() if n != 'seconds') - a['seconds']) / max(a['seconds'], 1e-9) for row in rows for a in row.spent), default=0):.2%}, "
+        f"the largest `other` {max((a['other'] for row in rows for a in row.spent), default=0):.2f} s.", "",
+        "| row | attempts | allocation | " + " | ".join(word.replace("_", " ") for word in shown) + " | sum |", "|---" * (len(shown) + 4) + "|",
+    ]  # fmt: skip
+    for row in rows:
+        sums = {part.value: sum(attempt[part.value] for attempt in row.spent) for part in goodput.Part}
+        seconds = sum(attempt["seconds"] for attempt in row.spent)
+        lines.append(f"| {row.number} | {len(row.spent)} | {seconds:.1f} | " + " | ".join(f"{sums[word]:.1f}" if sums[word] >= 0.05 else "" for word in shown) + f" | {sum(sums.values()):.1f} |")
+    return [*lines, ""]
 
 
 if __name__ == "__main__":

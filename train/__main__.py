@@ -14,6 +14,7 @@ from jobs.contract import STACKS_SIGNAL, Exit, RankEnv
 from jobs.errors import HoldfastError
 from jobs.rundir import AttemptDir, RunDir
 from jobs.sources import load
+from train.clock import Clock
 from train.stop import StopFlag, leave_marker, name_of
 
 
@@ -29,23 +30,26 @@ def main() -> int:
     rank = int(os.environ.get(RankEnv.RANK, "0"))
     attempt = run.attempt(int(os.environ.get(RankEnv.ATTEMPT, "0")))
     attempt.path.mkdir(parents=True, exist_ok=True)
+    clock = Clock.of_rank(attempt.clock, rank)
     # In C: it answers also while one call holds the interpreter's lock.
     faulthandler.register(STACKS_SIGNAL, file=open(attempt.stacks(rank), "ab", buffering=0), all_threads=True)
-    flag.leave_unless_busy(lambda number: _leave(attempt, rank, number))
+    flag.leave_unless_busy(lambda number: _leave(attempt, rank, clock, number))
     try:
         job = load(run.job_yaml)
         # OpenMP reads this once, when torch is loaded. On a CPU the number of threads is part of the arithmetic.
         os.environ["OMP_NUM_THREADS"] = str(job.cpu_threads)
         from train.loop import train
 
-        outcome = train(job, run, flag)
+        outcome = train(job, run, flag, clock)
     except BaseException as err:  # whatever it is, the attempt's end must be able to read why this rank left
+        clock.stop(failed=True)
         return _failed(attempt, rank, err)
     leave_marker(attempt, rank, reason="stopped" if outcome.stopped_by else "finished", step=outcome.step, signal=outcome.stopped_by)
     return Exit.REQUEUE if outcome.stopped_by else Exit.DONE
 
 
-def _leave(attempt: AttemptDir, rank: int, number: int) -> None:
+def _leave(attempt: AttemptDir, rank: int, clock: Clock, number: int) -> None:
+    clock.stop()
     print(f"stopped by {name_of(number)} before the first step was done; nothing is lost", flush=True)
     leave_marker(attempt, rank, reason="stopped", step=None, signal=name_of(number))
     os._exit(Exit.REQUEUE)

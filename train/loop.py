@@ -21,6 +21,7 @@ from jobs import ckpt_format, ledger
 from jobs.ckpt_format import complete, val_loss_of
 from jobs.contract import Event
 from jobs.errors import ImpossibleJobError, SettingError
+from jobs.goodput import Part
 from jobs.precision import Precision
 from jobs.rules import schedule_of
 from jobs.rundir import AttemptDir, RunDir
@@ -28,6 +29,7 @@ from jobs.schedule import describe, lr_at
 from jobs.settings import Job
 from train import checkpoint, optim, runtime
 from train.changes import changes, refusal
+from train.clock import Clock
 from train.data.sources import Dataset, open_data
 from train.evaluate import evaluate
 from train.feed import Feed
@@ -75,7 +77,7 @@ class Progress:
         return before
 
 
-def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
+def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
     """Trains until `max_steps` or until all ranks agree to stop. Raises the errors of jobs.errors."""
     rt = runtime.start(job)
     say = _Speaker(rt.is_main)
@@ -93,9 +95,10 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
     optimizer = optim.build(job, inner)
     scale = LossScale.of(job)
     guard = OverflowGuard(job, scale)
-    loaded = _resume(job, run, rt, inner, optimizer, data, say)
-    if loaded is None and job.init_from:
-        say("  " + checkpoint.initialise(Path(job.init_from), inner))
+    with clock.during(Part.RESTORE):
+        loaded = _resume(job, run, rt, inner, optimizer, data, say)
+        if loaded is None and job.init_from:
+            say("  " + checkpoint.initialise(Path(job.init_from), inner))
     resumed, pending = (loaded.step, loaded.pending) if loaded else (None, None)
     if scale is not None and loaded and loaded.scaler:
         scale.load(loaded.scaler)
@@ -107,6 +110,7 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
     progress = Progress(run.attempt(rt.attempt), rt.is_main)
     progress.set(resumed or 0)
     progress.enter("first_step")
+    clock.enter(Part.FIRST_STEP)
     stop_file: Path | None = run.stop_file if rt.is_main else None
     flag.successor = run.attempt(rt.attempt + 1).path if rt.is_main and rt.attempt else None
     feed = Feed(job, rt, data, run.attempt(rt.attempt).samples(rt.rank) if job.log_samples else None)
@@ -129,9 +133,13 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
         """Waits until every rank has its samples of the next step; a stop is heard in the meantime, and a save may be due."""
         nonlocal stopped_by
         while True:
-            waiting = not feed.ready(step, wait_s=_LISTEN_S)
+            with clock.during(Part.DATA_WAIT):
+                waiting = not feed.ready(step, wait_s=_LISTEN_S)
+            asked = clock.now()
             due = rt.is_main and not saver.busy and rhythm.due(step, saver)
             stopped_by, waiting_any, due_any = rt.maxima(stopped_by or flag.code(stop_file), int(waiting), int(due))
+            if waiting_any:
+                clock.count(Part.DATA_WAIT, since=asked)
             if stopped_by:
                 return False
             if due_any:
@@ -161,7 +169,12 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
             versions=_versions(),
         )
         before = progress.enter("save")
-        saver.save(state, inner, optimizer, must=must)
+        if rt.is_main and rt.device.type == "cuda":
+            # The copy waits for the steps that are queued on the device anyway; done before, that time counts as theirs.
+            torch.cuda.current_stream().synchronize()
+        clock.saving(step)
+        with clock.during(Part.SAVE_STALL):
+            saver.save(state, inner, optimizer, must=must)
         progress.enter(before)
         rhythm.saved()
 
@@ -173,7 +186,11 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
     def validate() -> dict[str, float] | None:
         assert job.micro_batch_size is not None
         before = progress.enter("evaluation")
-        result = evaluate(inner, stepper.context, val_data, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, should_stop=agreed_to_stop)
+        begun = clock.now()
+        with clock.during(Part.EVALUATION):
+            result = evaluate(inner, stepper.context, val_data, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, should_stop=agreed_to_stop)
+            if result is None:
+                clock.count(Part.LOST, since=begun)
         progress.enter(before)
         return result.metrics(val_data) if result else None
 
@@ -201,6 +218,7 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
         guard.good()
         step += 1
         progress.set(step)
+        clock.finished_step()
         progress.enter("step")
         tokens_per_step = tokens_per_step or int(rt.total(done.targets.clone()).item())
         window.add(tokens_per_step)
@@ -222,6 +240,7 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
             if due_eval:
                 values = validate()
                 if values is None:
+                    clock.stop()
                     save(line, must=True)
                     break
                 line |= values
@@ -235,6 +254,7 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
             save(must=step == job.max_steps)
 
     progress.enter("save")
+    clock.stop()
     if stopped_by:
         if rt.is_main:
             with suppress(OSError):  # the save matters more
