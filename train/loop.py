@@ -3,7 +3,6 @@
 import math
 import os
 import platform
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -26,11 +25,11 @@ from jobs.rules import schedule_of
 from jobs.rundir import AttemptDir, RunDir
 from jobs.schedule import describe, lr_at
 from jobs.settings import Job
-from train import checkpoint, optim, runtime
+from train import checkpoint, optim, runtime, switches
 from train.changes import changes, refusal
 from train.data.sources import Dataset, open_data
 from train.evaluate import evaluate
-from train.feed import Feed
+from train.feed import Feed, ValidationFeed
 from train.fp8 import convert
 from train.interval import Rhythm
 from train.metrics import MetricsLog
@@ -40,6 +39,7 @@ from train.parallel import is_sharded
 from train.parallel import shard as shard_model
 from train.runtime import Runtime
 from train.saver import Saver
+from train.seeds import seed_everything
 from train.step import Stepper
 from train.stop import StopFlag, name_of
 
@@ -90,6 +90,8 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
     seed_everything(job.seed, step=0)
     data, val_data = _open(job, run, "train"), _open(job, run, "val")
     inner, context = _build(job, data, rt, say)
+    for line in switches.apply(job, inner, data, rt.device):
+        say("  " + line)
     optimizer = optim.build(job, inner)
     scale = LossScale.of(job)
     guard = OverflowGuard(job, scale)
@@ -111,6 +113,7 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
     flag.successor = run.attempt(rt.attempt + 1).path if rt.is_main and rt.attempt else None
     feed = Feed(job, rt, data, run.attempt(rt.attempt).samples(rt.rank) if job.log_samples else None)
     stepper = Stepper(job, rt, prepared, inner, optimizer, context, scale)
+    val_feed = ValidationFeed(job, val_data)
     stepper.settle(feed.first(resumed or 0))
     saver = Saver(run, job, rt, say, sharded=is_sharded(inner), saved=resumed)
     rhythm = Rhythm(job, ledger.read(run.ledger), say)
@@ -173,7 +176,7 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
     def validate() -> dict[str, float] | None:
         assert job.micro_batch_size is not None
         before = progress.enter("evaluation")
-        result = evaluate(inner, stepper.context, val_data, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, should_stop=agreed_to_stop)
+        result = evaluate(inner, stepper.context, val_data, val_feed, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, should_stop=agreed_to_stop)
         progress.enter(before)
         return result.metrics(val_data) if result else None
 
@@ -244,19 +247,13 @@ def train(job: Job, run: RunDir, flag: StopFlag) -> Outcome:
             save(must=True)
         say(f"stopped by {name_of(stopped_by)} at step {step:,}; saved, nothing is lost")
     saver.join()
+    feed.close()
+    val_feed.close()
     # No rank leaves before rank 0 has saved: its exit could otherwise end the step while rank 0 still writes.
     rt.barrier()
     if metrics is not None:
         metrics.close()
     return Outcome(step, name_of(stopped_by) if stopped_by else None)
-
-
-def seed_everything(seed: int, step: int, rank: int = 0) -> None:
-    """Random numbers as a function of seed, step and rank: there is no generator state to save, and none to lose."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63
-    torch.manual_seed(mixed)
-    random.seed(mixed)
-    np.random.seed(mixed % 2**32)
 
 
 def _after_overflow(stepper: Stepper, guard: OverflowGuard, run: RunDir, step: int, say: "_Speaker") -> Stepper:

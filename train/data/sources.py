@@ -31,7 +31,10 @@ _DEFAULT_VOCAB = 256
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Samples by number. The same number is the same sample in every process and in every attempt of a run."""
+    """Samples by number. The same number is the same sample in every process and in every attempt of a run.
+
+    One that draws random numbers (augmentation) is exact with NUM_WORKERS=1 or more, which seed the global generators for
+    each batch. An attribute `fixed_shapes = True` says that all samples have one shape, which CUDNN_BENCHMARK asks for."""
 
     name: str  # what was opened, versions included: a run that resumes can notice that it changed
     vocab_size: int  # how many different targets there can be: tokens, bytes or classes
