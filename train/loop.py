@@ -300,7 +300,7 @@ def _build(job: Job, data: Dataset, rt: Runtime, say: "_Speaker") -> tuple[nn.Mo
 
 def _open(job: Job, run: RunDir, split: Any) -> Dataset:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "holdfast"
-    return open_data(job.data, seq_len=job.seq_len, split=split, cache_dir=cache)
+    return open_data(job.data, seq_len=job.seq_len, split=split, cache_dir=cache, options=job.data_options)
 
 
 def _resume(job: Job, run: RunDir, rt: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, say: "_Speaker") -> checkpoint.State | None:
