@@ -8,6 +8,7 @@
       SubmitError            1   Slurm refused, or could not be reached
       CheckpointError        1   state on disk that cannot be used
       LabError               1   the private cluster would not start or stop
+      DataWorkerError      1   a process that read samples is gone
       RunOwnedError         75   another job owns this run; try again later
 
 `assert` is kept for our own mistakes; these are for everybody else's.
@@ -47,6 +48,10 @@ class CheckpointError(HoldfastError):
 
 
 class LabError(HoldfastError):
+    pass
+
+
+class DataWorkerError(HoldfastError):
     pass
 
 

@@ -226,9 +226,16 @@ class Job(BaseModel):
     model_options: Annotated[dict[str, Any], AfterValidator(_portable)] = setting({}, "options of the model that differ from its preset", group="model")
     grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third more work", group="model")
     compile: bool = setting(False, "torch.compile of each block", group="model")
+    cudnn_benchmark: bool = setting(False, "let cuDNN time its convolutions and take the fastest, where all samples have one shape; a resumed run may differ in the last bits", group="model")
     init_from: Text | None = setting(None, "checkpoint or run to take the weights from at step 0", group="model")
-    data: Text = setting("stdlib", "data: stdlib, synthetic, text:PATH, tokens:PATH, digits, or package.module:build", group="data")
+    data: Text = setting("stdlib", "data: stdlib, synthetic, text:PATH, tokens:PATH, hfds:PATH, digits, or package.module:build", group="data")
     seq_len: int = setting(128, "tokens per sample", group="data", unit="tokens", ge=2, le=1_048_576)
+
+    data_options: Annotated[dict[str, Any], AfterValidator(_portable)] = setting({}, "options of the data: column, tokenizer, vocab_size of hfds; for package.module:build its keyword arguments", group="data")
+    num_workers: int = setting(0, "processes per training process that read samples; 0 reads ahead in one thread, which is enough for token files", group="data", ge=0, le=1024)
+    prefetch_factor: int = setting(2, "forward passes that each of num_workers reads ahead", group="data", ge=1)
+    persistent_workers: bool = setting(True, "keep the reading processes of validation from one validation to the next", group="data")
+    pin_memory: bool = setting(True, "hold samples in page-locked memory, from where a GPU takes them while it computes; nothing on a CPU", group="data")
 
     # --- the batch
     batch_size: int = setting(32, "samples per optimizer step, over all GPUs and accumulation", group="batch", unit="samples", ge=1)

@@ -36,7 +36,7 @@ MAKE_WORDS = frozenset({"HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM", "HOLDFAST_L
 _AMP_WORDS = ("use_amp", "amp_dtype")
 # YAML keys that are headings only: what stands under them is read as if it stood at the top.
 _HEADINGS = frozenset({"training", "run", "slurm", "site", "retries", "model", "data", "batch", "optimizer", "precision", "loop"})
-_MAPPINGS = frozenset({"node_env", "sbatch_options", "model_options", "lr_scheduler_params"})
+_MAPPINGS = frozenset({"node_env", "sbatch_options", "model_options", "data_options", "lr_scheduler_params"})
 
 LoadSite = Callable[[str], tuple[Path, str]]
 
@@ -429,7 +429,7 @@ def _plain(given: Given) -> Any:
             return {} if typing.get_origin(_bare_type(given.name)) is dict else ()
     if isinstance(value, bool) and _bare_type(given.name) in (int, float):
         return str(value).lower()  # `nodes: true` is a slip, and Python would count it as 1
-    if isinstance(value, str) and given.name in ("model_options", "lr_scheduler_params"):
+    if isinstance(value, str) and given.name in ("model_options", "data_options", "lr_scheduler_params"):
         return _mapping_from_word(value)
     return value
 

@@ -180,6 +180,8 @@ def _error(marker: Mapping[str, Any]) -> tuple[Cause, str]:
         return Cause.OUT_OF_MEMORY, said
     if marker.get("errno") in _STORAGE_ERRNO or marker.get("kind") == "CheckpointError":
         return Cause.STORAGE, said
+    if marker.get("kind") == "DataWorkerError":
+        return Cause.KILLED, said
     return Cause.CODE_ERROR, said
 
 

@@ -29,6 +29,8 @@ ckpt_app = typer.Typer(help="Checkpoints of a run: list, verify, export.", no_ar
 app.add_typer(ckpt_app, name="ckpt")
 verify_app = typer.Typer(help="Proofs on this machine.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(verify_app, name="verify")
+data_app = typer.Typer(help="Token files for training.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Answer for programs, on standard output.")]
 _RUN_HINT = "[RUN] [RUNS_DIR=folder]"
@@ -207,6 +209,22 @@ def verify_data_command(ctx: typer.Context, as_json: Json = False) -> None:
     from launcher.verify import verify_data
 
     raise typer.Exit(verify_data(find_run(_words(ctx), os.environ, Path.cwd()), as_json))
+
+
+@data_app.command("build")
+def data_build(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Text, .jsonl(.gz) and .parquet files, folders of them, or data sets by save_to_disk.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for train.bin and val.bin.")],
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", metavar="PATH", help="A local tokenizer.json, or a folder with one; left out, a byte is a token.")] = None,
+    eos: Annotated[str | None, typer.Option("--eos", metavar="TOKEN", help="Token that ends a document, none for no such; left out, what the tokenizer says.")] = None,
+    column: Annotated[str, typer.Option("--column", help="Column that holds the text.")] = "text",
+    val_share: Annotated[float, typer.Option("--val-share", help="Share of the documents for validation.")] = 0.05,
+    as_json: Json = False,
+) -> None:
+    """Build token files; train on them with DATA=tokens:DIR."""
+    from launcher.data import build
+
+    raise typer.Exit(build(inputs, out, tokenizer=tokenizer, eos=eos, column=column, val_share=val_share, as_json=as_json))
 
 
 @app.command(context_settings=_SETTINGS, options_metavar=_HINT)

@@ -123,15 +123,16 @@ def pid_of_rank(run: RunDir, rank: int) -> int | None:
 def pids_of_ranks(run: RunDir, rank: int | None = None) -> list[int]:
     """The training processes of this run on this machine; all of them, or those of one rank."""
     wanted = {f"{RankEnv.RUN_DIR}={run.path}".encode()} | ({f"{RankEnv.RANK}={rank}".encode()} if rank is not None else set())
-    found = []
+    found: dict[int, int] = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             variables = set((process / "environ").read_bytes().split(b"\0"))
             if wanted <= variables and b"train" in (process / "cmdline").read_bytes().split(b"\0"):
-                found.append(int(process.name))
+                found[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    return found
+    # A rank's readers (NUM_WORKERS) are forks of it and look like it.
+    return [pid for pid, parent in found.items() if parent not in found]
 
 
 def gpus_here() -> int:

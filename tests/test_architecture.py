@@ -27,7 +27,7 @@ LAZILY = {
     "jobs": set(),
     "slurm": set(),
     "launcher": {"matplotlib", "optuna"},
-    "train": {"transformers", "sklearn", "transformer_engine", "torchao"},
+    "train": {"transformers", "tokenizers", "datasets", "pyarrow", "sklearn", "transformer_engine", "torchao"},
 }
 # The one module that imports submitit; the command line imports it inside functions only.
 SUBMITIT_HOME = "launcher/submit.py"

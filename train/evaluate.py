@@ -12,6 +12,7 @@ from torch import nn
 from train.data.order import shard
 from train.data.sources import Dataset, byte_entropy
 from train.data.windows import TokenWindows
+from train.feed import ValidationFeed
 from train.models.contract import read_loss
 from train.parallel import share_buffers
 from train.runtime import Runtime
@@ -33,7 +34,7 @@ class Validation:
         return values
 
 
-def evaluate(model: nn.Module, context: Callable[[], AbstractContextManager[object]], data: Dataset, runtime: Runtime, *, samples: int | None, micro_batch: int, should_stop: Callable[[], bool]) -> Validation | None:
+def evaluate(model: nn.Module, context: Callable[[], AbstractContextManager[object]], data: Dataset, feed: ValidationFeed, runtime: Runtime, *, samples: int | None, micro_batch: int, should_stop: Callable[[], bool]) -> Validation | None:
     """The validation loss under the precision of training; None when the ranks agreed to stop in the middle.
 
     `model` is the module inside DDP: ranks have shards of different lengths and must not wait for each other in it."""
@@ -43,6 +44,8 @@ def evaluate(model: nn.Module, context: Callable[[], AbstractContextManager[obje
     mine = chosen[shard(count, runtime.world, runtime.rank)]
     # The largest shard decides how often the ranks ask each other whether to stop: all ask equally often.
     rounds = math.ceil(math.ceil(count / runtime.world) / micro_batch)
+    portions = [mine[start : start + micro_batch] for start in range(0, len(mine), micro_batch)]
+    batches = feed.batches(portions)
     sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     share_buffers(model, runtime)
     was_training = model.training
@@ -51,10 +54,9 @@ def evaluate(model: nn.Module, context: Callable[[], AbstractContextManager[obje
         for index in range(rounds):
             if should_stop():
                 return None
-            ids = mine[index * micro_batch : (index + 1) * micro_batch]
-            if not len(ids):
+            if index >= len(portions):
                 continue
-            batch = {name: tensor.to(runtime.device) for name, tensor in data.batch(ids).items()}
+            batch = {name: tensor.to(runtime.device) for name, tensor in next(batches).items()}
             with torch.no_grad(), context():
                 loss_sum, targets = read_loss(model(**batch), batch)
             sums += torch.stack([loss_sum.double(), targets.to(runtime.device).double()])

@@ -1,19 +1,25 @@
 """This rank's forward passes of a step: the samples of the pure data order, read ahead in a thread.
 
 A read that hangs must not make a process deaf: the loop asks `ready` and goes on listening for a stop in the meantime.
+With num_workers the thread takes the samples from processes that read further ahead; which samples these are, and in which
+order, stays the same.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from jobs.precision import MODES
 from jobs.settings import Job
 from train.data.order import rank_slice, sample_ids
 from train.data.sources import Dataset
+from train.data.workers import Portion, Workers
 from train.runtime import Runtime
 
 Batch = dict[str, torch.Tensor]
@@ -27,8 +33,12 @@ class Feed:
         self._job, self._rt, self._data = job, rt, data
         self._slices = rank_slice(job.batch_size, job.micro_batch_size, rt.world, rt.rank)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="data")
-        self._step: int | None = None
-        self._batches: Future[list[Batch]] | None = None
+        self._workers = Workers(data, job) if job.num_workers else None
+        self._workers_at: int | None = None
+        self._pinned = job.pin_memory and rt.device.type == "cuda"
+        # An overflow repeats a step, so its samples stay until the next one begins.
+        self._may_repeat = MODES[job.precision].loss_scaling
+        self._steps: dict[int, Future[list[Batch]]] = {}
         self._told: int | None = None
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if log is not None else None
 
@@ -45,9 +55,9 @@ class Feed:
 
         A step that is tried again gets the same ones again."""
         batches = self._fetching(step).result()
-        self._step = None
         if step + 1 < self._job.max_steps:
             self._fetching(step + 1)
+        self._steps = {at: future for at, future in self._steps.items() if at > step or (at == step and self._may_repeat)}
         if step != self._told:
             self._tell(step)
             self._told = step
@@ -59,19 +69,36 @@ class Feed:
         batch = self._fetching(step).result()[0]
         return {name: tensor.to(self._rt.device) for name, tensor in batch.items()}
 
-    def _fetching(self, step: int) -> "Future[list[Batch]]":
-        if self._batches is None or self._step != step:
-            self._step, self._batches = step, self._reader.submit(self._read, step)
-        return self._batches
+    def close(self) -> None:
+        """Ends the reading processes. Does not wait for a read that hangs: they end with this process in any case."""
+        if self._workers is not None:
+            self._reader.submit(self._workers.close)
+        self._reader.shutdown(wait=False)
 
-    def _ids(self, step: int) -> list[list[int]]:
+    def _fetching(self, step: int) -> "Future[list[Batch]]":
+        if step not in self._steps:
+            self._steps[step] = self._reader.submit(self._read, step)
+        return self._steps[step]
+
+    def _portions(self, step: int) -> list[Portion]:
         ids = sample_ids(step, self._job.batch_size, len(self._data), self._job.seed)
-        return [ids[piece].tolist() for piece in self._slices]
+        return [Portion(step, piece.start, ids[piece]) for piece in self._slices]
+
+    def _from(self, step: int) -> Iterator[Portion]:
+        """Everything that is still to be read, beginning with `step`."""
+        for at in range(step, self._job.max_steps):
+            yield from self._portions(at)
 
     def _read(self, step: int) -> list[Batch]:
-        ids = sample_ids(step, self._job.batch_size, len(self._data), self._job.seed)
-        batches = [self._data.batch(ids[piece]) for piece in self._slices]
-        if self._rt.device.type == "cuda":
+        if self._workers is None:
+            batches = [self._data.batch(portion.ids) for portion in self._portions(step)]
+        else:
+            if self._workers_at != step:
+                self._workers.start(self._from(step))
+            self._workers_at = None
+            batches = [self._workers.next() for _ in self._slices]
+            self._workers_at = step + 1
+        if self._pinned:
             batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
         return batches
 
@@ -80,6 +107,35 @@ class Feed:
         if self._log is None:
             return
         slots = [slot for piece in self._slices for slot in range(piece.start, piece.stop)]
-        ids = [sample for piece in self._ids(step) for sample in piece]
+        ids = [sample for portion in self._portions(step) for sample in portion.ids.tolist()]
         line = {"attempt": self._rt.attempt, "step": step, "batch": self._job.batch_size, "samples": len(self._data), "slots": slots, "ids": ids}
         os.write(self._log, (json.dumps(line) + "\n").encode())
+
+
+class ValidationFeed:
+    """The samples of validations, one batch at a time."""
+
+    def __init__(self, job: Job, data: Dataset):
+        self._data = data
+        self._workers = Workers(data, job, persistent=job.persistent_workers) if job.num_workers else None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="validation data")
+        self._keep = job.persistent_workers
+
+    def batches(self, portions: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
+        """One batch for each of these arrays of ids."""
+        if self._workers is None:
+            yield from map(self._data.batch, portions)
+            return
+        # Validation is the same at every step: there is no step in what its samples are drawn from.
+        self._reader.submit(self._workers.start, [Portion(0, index, ids) for index, ids in enumerate(portions)]).result()
+        try:
+            for _ in portions:
+                yield self._reader.submit(self._workers.next).result()
+        finally:
+            if not self._keep:
+                self._reader.submit(self._workers.close)
+
+    def close(self) -> None:
+        if self._workers is not None:
+            self._reader.submit(self._workers.close)
+        self._reader.shutdown(wait=False)

@@ -3,11 +3,9 @@
 import math
 import os
 import platform
-import random
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,28 +18,27 @@ from torch import nn
 from jobs import ckpt_format, ledger
 from jobs.ckpt_format import complete, val_loss_of
 from jobs.contract import Event
-from jobs.errors import ImpossibleJobError, SettingError
+from jobs.errors import ImpossibleJobError
 from jobs.goodput import Part
 from jobs.precision import Precision
 from jobs.rules import schedule_of
 from jobs.rundir import AttemptDir, RunDir
 from jobs.schedule import describe, lr_at
 from jobs.settings import Job
-from train import checkpoint, optim, runtime
+from train import checkpoint, optim, runtime, switches
+from train.build import build, open_split
 from train.changes import changes, refusal
 from train.clock import Clock
-from train.data.sources import Dataset, open_data
+from train.data.sources import Dataset
 from train.evaluate import evaluate
-from train.feed import Feed
-from train.fp8 import convert
+from train.feed import Feed, ValidationFeed
 from train.interval import Rhythm
 from train.metrics import MetricsLog
-from train.models.registry import PRESETS, build_model
 from train.numerics import GradientOverflow, LossScale, OverflowGuard, first_bad, forward_context
 from train.parallel import is_sharded
-from train.parallel import shard as shard_model
 from train.runtime import Runtime
 from train.saver import Saver
+from train.seeds import seed_everything
 from train.step import Stepper
 from train.stop import StopFlag, name_of
 
@@ -90,8 +87,10 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
     # A backward function that makes a NaN is then named with the line of its forward; far too slow to leave on.
     torch.autograd.set_detect_anomaly(job.debug, check_nan=True)
     seed_everything(job.seed, step=0)
-    data, val_data = _open(job, run, "train"), _open(job, run, "val")
-    inner, context = _build(job, data, rt, say)
+    data, val_data = open_split(job, "train"), open_split(job, "val")
+    inner, context = build(job, data, rt, say)
+    for line in switches.apply(job, inner, data, rt.device):
+        say("  " + line)
     optimizer = optim.build(job, inner)
     scale = LossScale.of(job)
     guard = OverflowGuard(job, scale)
@@ -115,6 +114,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
     flag.successor = run.attempt(rt.attempt + 1).path if rt.is_main and rt.attempt else None
     feed = Feed(job, rt, data, run.attempt(rt.attempt).samples(rt.rank) if job.log_samples else None)
     stepper = Stepper(job, rt, prepared, inner, optimizer, context, scale)
+    val_feed = ValidationFeed(job, val_data)
     stepper.settle(feed.first(resumed or 0))
     saver = Saver(run, job, rt, say, sharded=is_sharded(inner), saved=resumed)
     rhythm = Rhythm(job, ledger.read(run.ledger), say)
@@ -188,7 +188,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
         before = progress.enter("evaluation")
         begun = clock.now()
         with clock.during(Part.EVALUATION):
-            result = evaluate(inner, stepper.context, val_data, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, should_stop=agreed_to_stop)
+            result = evaluate(inner, stepper.context, val_data, val_feed, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, should_stop=agreed_to_stop)
             if result is None:
                 clock.count(Part.LOST, since=begun)
         progress.enter(before)
@@ -264,19 +264,13 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
             save(must=True)
         say(f"stopped by {name_of(stopped_by)} at step {step:,}; saved, nothing is lost")
     saver.join()
+    feed.close()
+    val_feed.close()
     # No rank leaves before rank 0 has saved: its exit could otherwise end the step while rank 0 still writes.
     rt.barrier()
     if metrics is not None:
         metrics.close()
     return Outcome(step, name_of(stopped_by) if stopped_by else None)
-
-
-def seed_everything(seed: int, step: int, rank: int = 0) -> None:
-    """Random numbers as a function of seed, step and rank: there is no generator state to save, and none to lose."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63
-    torch.manual_seed(mixed)
-    random.seed(mixed)
-    np.random.seed(mixed % 2**32)
 
 
 def _after_overflow(stepper: Stepper, guard: OverflowGuard, run: RunDir, step: int, say: "_Speaker") -> Stepper:
@@ -291,39 +285,6 @@ def _after_overflow(stepper: Stepper, guard: OverflowGuard, run: RunDir, step: i
     say(f"  WARNING: {guard.in_a_row} overflows in a row: going on in bf16 (ON_OVERFLOW=fallback)")
     guard.scale = None
     return replace(stepper, scale=None, context=forward_context(Precision.BF16, rt.device))
-
-
-def _build(job: Job, data: Dataset, rt: Runtime, say: "_Speaker") -> tuple[nn.Module, Callable[[], AbstractContextManager[object]]]:
-    """The model on its device, and the context of its forward passes: precision, recomputation, sharding, compilation."""
-    options = dict(job.model_options)
-    if job.grad_checkpointing and job.model in PRESETS:
-        options.setdefault("checkpoint_blocks", True)
-    model = build_model(job.model, vocab_size=data.vocab_size, seq_len=job.seq_len, overrides=options)
-    if job.grad_checkpointing and job.model not in PRESETS:
-        enable = getattr(getattr(model, "model", model), "gradient_checkpointing_enable", None)
-        if enable is None:
-            raise SettingError(f"GRAD_CHECKPOINTING: {job.model} has no gradient_checkpointing_enable(); recompute inside your own model instead.")
-        enable()
-    model.to(rt.device)
-    fp8 = None
-    if job.precision is Precision.FP8:
-        converted = convert(model, job)
-        fp8 = converted.context
-        for line in converted.lines():
-            say("  " + line)
-    if job.amp_opt_level == "O2":
-        optim.use_16_bit_parameters(job, model)
-    if job.parallel == "fsdp" and rt.world > 1:
-        shard_model(model, job, rt)
-    if job.compile:
-        regions = getattr(model, "compile_regions", model.compile)
-        regions()
-    return model, forward_context(job.precision, rt.device, fp8)
-
-
-def _open(job: Job, run: RunDir, split: Any) -> Dataset:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "holdfast"
-    return open_data(job.data, seq_len=job.seq_len, split=split, cache_dir=cache)
 
 
 def _resume(job: Job, run: RunDir, rt: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, say: "_Speaker") -> checkpoint.State | None:

@@ -2,14 +2,17 @@
 
     stdlib            source text of the running Python's standard library, bytes; nothing to download
     text:PATH         a text file or a folder of text, bytes
-    tokens:PATH       memory-mapped token files (train/data/tokens.py has the forms that PATH can take)
+    tokens:PATH       memory-mapped token files (train/data/tokens.py has the forms that PATH can take); `holdfast data build`
+                      makes them
+    hfds:PATH         a data set of the `datasets` library as save_to_disk leaves it, a row a sample (train/data/hfds.py)
     synthetic         an affine recurrence over any vocabulary; its best loss is 0
     digits            small real images, from scikit-learn
-    package.module:build    your own: a callable (split=, seq_len=, vocab_size=, cache_dir=) -> Dataset
+    package.module:build    your own: a callable (split=, seq_len=, vocab_size=, cache_dir=, **data_options) -> Dataset
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,13 +28,17 @@ from train.data.windows import TokenWindows
 __all__ = ["Dataset", "Split", "byte_entropy", "open_data", "write_tokens"]
 
 Split = Literal["train", "val"]
-SPECS = ("stdlib", "text:PATH", "tokens:PATH", "synthetic", "digits", "package.module:build")
+SPECS = ("stdlib", "text:PATH", "tokens:PATH", "hfds:PATH", "synthetic", "digits", "package.module:build")
+_WITHOUT_OPTIONS = ("stdlib", "text", "tokens", "synthetic", "digits")
 _DEFAULT_VOCAB = 256
 
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Samples by number. The same number is the same sample in every process and in every attempt of a run."""
+    """Samples by number. The same number is the same sample in every process and in every attempt of a run.
+
+    One that draws random numbers (augmentation) is exact with NUM_WORKERS=1 or more, which seed the global generators for
+    each batch. An attribute `fixed_shapes = True` says that all samples have one shape, which CUDNN_BENCHMARK asks for."""
 
     name: str  # what was opened, versions included: a run that resumes can notice that it changed
     vocab_size: int  # how many different targets there can be: tokens, bytes or classes
@@ -53,20 +60,23 @@ def open_data(
     split: Split,
     cache_dir: Path | None = None,
     vocab_size: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """The dataset that `spec` names.
 
     seq_len: tokens per sample; images have no use for it. cache_dir: where built corpora may be kept.
     vocab_size: size of the model's vocabulary; data that needs more is refused, `synthetic` makes itself that size, and
-    a token file that states none is believed to fit. Relative paths start at the working directory.
+    a token file that states none is believed to fit. options: of hfds, or keyword arguments of one's own. Relative paths start at the working directory.
     Raises SettingError for an unknown spec, a missing file, or data too small for one sample."""
     if split not in ("train", "val"):
         raise unknown("split", split, ("train", "val"))
     kind, colon, argument = spec.partition(":")
-    if kind in ("text", "tokens") and not argument:
+    if kind in ("text", "tokens", "hfds") and not argument:
         raise SettingError(f"data: {spec!r} needs a path behind it, such as {kind}:PATH")
     if kind in ("stdlib", "digits", "synthetic") and colon:
         raise SettingError(f"data: {kind!r} takes nothing behind it; write DATA={kind}")
+    if options and kind in _WITHOUT_OPTIONS:
+        raise SettingError(f"data_options: DATA={kind} takes none, {', '.join(options)} would have no effect")
     if kind == "stdlib":
         data: Dataset = _windows(stdlib_corpus(), split, seq_len, cache_dir)
     elif kind == "text":
@@ -76,12 +86,16 @@ def open_data(
         data = _windows(text_corpus(path), split, seq_len, cache_dir)
     elif kind == "tokens":
         data = _token_file(argument, split, seq_len, vocab_size)
+    elif kind == "hfds":
+        from train.data.hfds import open_rows  # the library takes seconds to import
+
+        data = open_rows(argument, split, seq_len=seq_len, vocab_size=vocab_size, options=options or {})
     elif kind == "synthetic":
         data = AffineTokens(seq_len=seq_len, vocab_size=vocab_size or _DEFAULT_VOCAB, split=split)
     elif kind == "digits":
         data = Digits(split=split)
     elif colon and argument.isidentifier():
-        data = _own(spec, seq_len=seq_len, split=split, cache_dir=cache_dir, vocab_size=vocab_size)
+        data = _own(spec, options or {}, seq_len=seq_len, split=split, cache_dir=cache_dir, vocab_size=vocab_size)
     else:
         raise unknown("data", spec, SPECS)
     if vocab_size is not None and data.vocab_size > vocab_size:
@@ -109,8 +123,8 @@ def _token_file(argument: str, split: Split, seq_len: int, vocab_size: int | Non
     return TokenWindows(stream, seq_len=seq_len, vocab_size=size, name=name, unit="token")
 
 
-def _own(spec: str, **offered: object) -> Dataset:
-    data = call_with_accepted("data", import_callable("data", spec), offered, {})
+def _own(spec: str, options: Mapping[str, Any], **offered: object) -> Dataset:
+    data = call_with_accepted("data_options: data", import_callable("data", spec), offered, options)
     missing = [a for a in ("name", "vocab_size", "unit", "batch", "__len__") if not hasattr(data, a)]
     if missing:
         lacks = ", ".join(missing)

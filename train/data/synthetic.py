@@ -18,6 +18,7 @@ class AffineTokens:
     it, and log(vocab_size) is what knowing nothing costs. Every token occurs; nothing is stored."""
 
     unit = "token"
+    fixed_shapes = True
 
     def __init__(self, *, seq_len: int, vocab_size: int, split: str, num_samples: int | None = None) -> None:
         if vocab_size < 2 or seq_len < 1:
@@ -52,6 +53,7 @@ class Digits:
     One in five, picked by a hash of its number, is for validation. Raises SettingError without scikit-learn."""
 
     unit = "image"
+    fixed_shapes = True
     vocab_size = 10
     image_shape = (1, 8, 8)
 

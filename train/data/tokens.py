@@ -32,8 +32,7 @@ def write_tokens(path: Path, array: NDArray[np.integer], vocab_size: int) -> Non
     array = np.asarray(array)
     if array.ndim != 1 or (array.size and (array.min() < 0 or array.max() >= vocab_size)):
         raise SettingError(f"{path}: tokens must be one row of integers from 0 to {vocab_size - 1}")
-    kind = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    stored = array.astype(_DTYPES[kind])
+    stored = array.astype(dtype_for(vocab_size))
     if path.suffix == ".npy":
         write_npy(path, stored)
     elif path.suffix == ".bin":
@@ -44,7 +43,18 @@ def write_tokens(path: Path, array: NDArray[np.integer], vocab_size: int) -> Non
     else:
         raise SettingError(f"{path}: a token file ends in .bin or .npy")
     # The description comes last: without it a .bin cannot be opened, so one that can is whole.
-    note = {"format": FORMAT, "dtype": kind, "count": int(array.size), "vocab_size": int(vocab_size)}
+    write_note(path, count=int(array.size), vocab_size=vocab_size)
+
+
+def dtype_for(vocab_size: int) -> str:
+    """The narrowest type that a token file may have for this vocabulary, in numpy's words."""
+    return _DTYPES["uint16" if vocab_size <= 1 << 16 else "uint32"]
+
+
+def write_note(path: Path, *, count: int, vocab_size: int, **more: Any) -> None:
+    """Describes a token file beside it; `more` is for people, nothing reads it."""
+    kind = next(name for name, dtype in _DTYPES.items() if dtype == dtype_for(vocab_size))
+    note = {"format": FORMAT, "dtype": kind, "count": count, "vocab_size": int(vocab_size), **more}
     aside = path.with_name(f".{path.name}.json.{os.getpid()}.tmp")
     aside.write_text(json.dumps(note) + "\n")
     os.replace(aside, sidecar(path))

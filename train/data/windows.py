@@ -16,6 +16,8 @@ class TokenWindows:
     stream: 1-D array of integers, in memory or memory-mapped; it is read, never copied as a whole.
     Raises SettingError if it is too short for one window."""
 
+    fixed_shapes = True
+
     def __init__(self, stream: NDArray[np.integer], *, seq_len: int, vocab_size: int, name: str, unit: str) -> None:
         if seq_len < 1:
             raise SettingError(f"seq_len: {seq_len} is not allowed; it must be at least 1")

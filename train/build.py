@@ -1,0 +1,56 @@
+"""From settings to what is trained: the model as the precision wants it, and the data."""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from jobs.errors import SettingError
+from jobs.precision import Precision
+from jobs.settings import Job
+from train import optim
+from train.data.sources import Dataset, open_data
+from train.fp8 import convert
+from train.models.registry import PRESETS, build_model
+from train.numerics import forward_context
+from train.parallel import shard as shard_model
+from train.runtime import Runtime
+
+
+def build(job: Job, data: Dataset, rt: Runtime, say: Callable[[str], None]) -> tuple[nn.Module, Callable[[], AbstractContextManager[object]]]:
+    """The model on its device, and the context of its forward passes: precision, recomputation, sharding, compilation.
+
+    `say` is told what became of each layer under fp8. Raises SettingError and ImpossibleJobError."""
+    options = dict(job.model_options)
+    if job.grad_checkpointing and job.model in PRESETS:
+        options.setdefault("checkpoint_blocks", True)
+    model = build_model(job.model, vocab_size=data.vocab_size, seq_len=job.seq_len, overrides=options)
+    if job.grad_checkpointing and job.model not in PRESETS:
+        enable = getattr(getattr(model, "model", model), "gradient_checkpointing_enable", None)
+        if enable is None:
+            raise SettingError(f"GRAD_CHECKPOINTING: {job.model} has no gradient_checkpointing_enable(); recompute inside your own model instead.")
+        enable()
+    model.to(rt.device)
+    fp8 = None
+    if job.precision is Precision.FP8:
+        converted = convert(model, job)
+        fp8 = converted.context
+        for line in converted.lines():
+            say("  " + line)
+    if job.amp_opt_level == "O2":
+        optim.use_16_bit_parameters(job, model)
+    if job.parallel == "fsdp" and rt.world > 1:
+        shard_model(model, job, rt)
+    if job.compile:
+        regions = getattr(model, "compile_regions", model.compile)
+        regions()
+    return model, forward_context(job.precision, rt.device, fp8)
+
+
+def open_split(job: Job, split: Any) -> Dataset:
+    """The job's data, `split` train or val; what has to be made of it once is kept in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "holdfast"
+    return open_data(job.data, seq_len=job.seq_len, split=split, cache_dir=cache, options=job.data_options)
