@@ -43,6 +43,15 @@ MODES: dict[Precision, Mode] = {
     )
 }
 
+# Ways to find fp8 scales, by backend; the first one is the default.
+FP8_RECIPES: dict[str, tuple[str, ...]] = {"te": ("current", "delayed", "block", "mxfp8"), "torchao": ("tensorwise", "rowwise")}
+
+# Blackwell: the first chip whose tensor cores take one scale for each 32 values.
+MXFP8_ARCH = 100
+
+# Not a mode: take what `holdfast precision` recommended for this model on this hardware (jobs/advice.py).
+AUTO = "auto"
+
 # Words of other tools, and what they mean here. YAML 1.1 reads a bare `no` as False.
 ALIASES: dict[str, Precision] = {
     "no": Precision.FP32,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.errors import SettingError
-from jobs.precision import MODES, Precision, arch_number, nearest_that_runs, runs_on
+from jobs.precision import FP8_RECIPES, MODES, MXFP8_ARCH, Precision, arch_number, nearest_that_runs, runs_on
 from jobs.schedule import Schedule, warmup_steps_from_pct
 from jobs.settings import Job
 
@@ -32,6 +32,8 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
     if job.amp_opt_level == "O2" and job.parallel == "fsdp":
         problems.append(f"{said('amp_opt_level')} and {said('parallel')}: sharding keeps fp32 masters and 16-bit working copies by itself; leave AMP_OPT_LEVEL out.")
     problems += _hardware(job, said)
+    if job.precision is Precision.FP8 and job.fp8_recipe is not None and job.fp8_recipe not in FP8_RECIPES[job.fp8_backend]:
+        problems.append(f"{said('fp8_recipe')} is not one of {said('fp8_backend')}; choose one of {', '.join(FP8_RECIPES[job.fp8_backend])}.")
     if job.stop_lead_s >= job.time_limit * 60:
         problems.append(f"{said('stop_lead_s')} seconds of warning do not fit into {said('time_limit')}.")
     if job.warmup_steps is not None and job.warmup_steps > job.max_steps:
@@ -90,6 +92,8 @@ def _hardware(job: Job, said: Any) -> list[str]:
             return [f"GPU_ARCH: {err}."]
         where = f"{said('gpu_arch')}"
     if runs_on(mode, arch):
+        if mode.name is Precision.FP8 and job.fp8_recipe == "mxfp8" and arch is not None and arch < MXFP8_ARCH:
+            return [f"{said('fp8_recipe')} needs sm_{MXFP8_ARCH}, but {where}. Nearest that works: FP8_RECIPE=current."]
         return []
     need = f"sm_{mode.min_arch}" if arch is not None else "a GPU"
     return [f"{said('precision')} needs {need}, but {where}. Nearest that works: PRECISION={nearest_that_runs(mode, arch)}."]

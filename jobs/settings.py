@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from jobs.contract import RankEnv
-from jobs.precision import ALIASES, Precision
+from jobs.precision import ALIASES, AUTO, Precision
 
 
 def setting(default: Any, help: str, *, group: str, unit: str | None = None, **bounds: Any) -> Any:
@@ -256,7 +256,7 @@ class Job(BaseModel):
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 turns clipping off", group="optimizer", ge=0)
 
     # --- precision
-    precision: Annotated[Precision, BeforeValidator(_precision_word, Precision | Literal[*ALIASES, False])] = setting(Precision.BF16, "number format of the matrix products", group="precision")
+    precision: Annotated[Precision, BeforeValidator(_precision_word, Precision | Literal[*ALIASES, AUTO, False])] = setting(Precision.BF16, "number format of the matrix products; auto takes what holdfast precision recommended", group="precision")
     fp8_backend: Literal["te", "torchao"] = setting("te", "fp8 by Transformer Engine or by torchao", group="precision")
     fp8_recipe: Literal["current", "delayed", "block", "mxfp8", "tensorwise", "rowwise"] | None = setting(None, "how fp8 scales are found; left out, current (te) or tensorwise (torchao)", group="precision")
     amp_opt_level: Literal["O0", "O1", "O2"] | None = setting(None, "O0: no mixed precision; O1: autocast; O2: 16-bit parameters with fp32 master weights", group="precision")

@@ -20,8 +20,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from jobs import rules
+from jobs import advice, rules
 from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
+from jobs.precision import AUTO, Precision
 from jobs.settings import JOB_WORD, NAME_ALIASES, Job, names
 
 DEFAULT_JOB = "jobs/quickstart.yaml"
@@ -299,8 +300,8 @@ def resolve(
     layers = [site_layer, *upper]
     if allocation:
         layers.append(_Layer([Given(name, value, allocation_origin) for name, value in allocation.items()]))
-    resolved = _combine(layers, default_name=path.stem, notes=_alias_notes(pairs))
-    return replace(resolved, files=(str(cwd / asked), str(path), str(site_path)))
+    resolved = _combine(layers, default_name=path.stem, notes=_alias_notes(pairs), cwd=cwd)
+    return replace(resolved, files=(str(cwd / asked), str(path), str(site_path), *resolved.files))
 
 
 def variables() -> list[str]:
@@ -361,7 +362,7 @@ def _file_layer(content: Mapping[str, Any], shown: str) -> _Layer:
     return layer
 
 
-def _combine(layers: list[_Layer], default_name: str, notes: tuple[str, ...]) -> Resolved:
+def _combine(layers: list[_Layer], default_name: str, notes: tuple[str, ...], cwd: Path | None = None) -> Resolved:
     faults = [fault for layer in layers for fault in layer.faults]
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -378,6 +379,9 @@ def _combine(layers: list[_Layer], default_name: str, notes: tuple[str, ...]) ->
             values["warmup_steps"] = None
     values.setdefault("job_name", _slug_of(default_name))
     origins.setdefault("job_name", "derived")
+    taken: tuple[str, ...] = ()
+    if str(values.get("precision")).lower() == AUTO:
+        taken = _take_advice(values, origins, faults, cwd)
     job = None
     try:
         job = Job(**values)
@@ -392,7 +396,29 @@ def _combine(layers: list[_Layer], default_name: str, notes: tuple[str, ...]) ->
     job = job.model_copy(update=derived)
     complete = {name: origins.get(name, "default") for name in Job.model_fields}
     complete |= {name: "derived" for name in derived if complete[name] == "default"}
-    return Resolved(job, complete, notes)
+    return Resolved(job, complete, notes, taken)
+
+
+def _take_advice(values: dict[str, Any], origins: dict[str, str], faults: list[str], cwd: Path | None) -> tuple[str, ...]:
+    """Puts what `holdfast precision` recommended in the place of PRECISION=auto. Returns the files that it depends on."""
+    where = origins["precision"]
+    if cwd is None:
+        faults.append(f"PRECISION=auto ({where}) is looked up at submit; a run that exists needs a precision by its name.")
+        values["precision"] = Precision.FP32
+        return ()
+    values["precision"] = Precision.FP32
+    try:
+        job = Job(**values)
+    except ValidationError:
+        return ()  # told by the caller
+    found = advice.look_up(cwd / job.runs_dir, job)
+    if found is None:
+        faults.append(f"PRECISION=auto ({where}): MODEL={job.model} SEQ_LEN={job.seq_len} was not measured yet on this site's hardware in {job.runs_dir}/. `holdfast precision JOB` on a node does it, or name a precision.")
+        return ()
+    for name, value in found.settings.items():
+        if name == "precision" or name not in values:
+            values[name], origins[name] = value, f"auto: measured on {found.device}, {found.date}"
+    return (str(found.path),)
 
 
 def _merge_amp_words(values: dict[str, Any], origins: dict[str, str], rank: dict[str, int], faults: list[str]) -> None:

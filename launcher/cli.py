@@ -50,7 +50,8 @@ def render(ctx: typer.Context) -> None:
 
     resolved = resolve_here(_words(ctx), os.environ, Path.cwd())
     text = script_for(resolved.job, run_dir_of(resolved.job, Path.cwd()), sys.executable)
-    if sys.argv[2:] == list(ctx.args):  # not when another program calls this with words of its own
+    measured = resolved.origins["precision"].startswith("auto")  # a newer measurement may come at any time
+    if sys.argv[2:] == list(ctx.args) and not measured:  # not when another program calls this with words of its own
         entry.keep(sys.argv[2:], variables(), [*resolved.files, *own_files()], text)
     sys.stdout.write(text)
 
@@ -225,6 +226,21 @@ def data_build(
     from launcher.data import build
 
     raise typer.Exit(build(inputs, out, tokenizer=tokenizer, eos=eos, column=column, val_share=val_share, as_json=as_json))
+
+
+@app.command(context_settings=_SETTINGS, options_metavar=_HINT)
+def precision(
+    ctx: typer.Context,
+    steps: Annotated[int, typer.Option("--steps", min=6, help="Training steps in each precision.")] = 30,
+    only: Annotated[str, typer.Option("--only", metavar="WORDS", help="Only modes whose name has one of these words, such as bf16,te; fp32 is always measured.")] = "",
+    largest: Annotated[bool, typer.Option("--largest", help="Also look for the largest micro-batch that fits.")] = False,
+    tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="Largest |loss - loss of fp32|, relative, that is recommended.")] = 0.02,
+    as_json: Json = False,
+) -> None:
+    """Measure every precision for this model on this machine: speed, memory, parity with fp32; recommend one."""
+    from launcher.precision import compare
+
+    raise typer.Exit(compare(_words(ctx), os.environ, Path.cwd(), steps=steps, only=only, largest=largest, tolerance=tolerance, as_json=as_json))
 
 
 @app.command(context_settings=_SETTINGS, options_metavar=_HINT)

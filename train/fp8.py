@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from jobs.errors import ImpossibleJobError
+from jobs.precision import FP8_RECIPES, MXFP8_ARCH
 from jobs.settings import Job
 
 # The fp8 tensor cores want every dimension of a product to be a multiple of 16.
 ALIGNMENT = 16
 # Logits decide the loss directly; every recipe known to converge keeps this layer in bf16.
 _HEADS = ("lm_head", "head", "classifier", "score", "output", "out_proj_head", "decoder", "predictions")
-_TE_RECIPES = ("current", "delayed", "block", "mxfp8")
-_AO_RECIPES = ("tensorwise", "rowwise")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Converted:
 
 def recipe_of(job: Job) -> str:
     """The recipe of a job, its backend's default when none is given. Raises ImpossibleJobError for another backend's."""
-    allowed = _TE_RECIPES if job.fp8_backend == "te" else _AO_RECIPES
+    allowed = FP8_RECIPES[job.fp8_backend]
     recipe = job.fp8_recipe or allowed[0]
     if recipe not in allowed:
         raise ImpossibleJobError(f"FP8_RECIPE={recipe} is not one of FP8_BACKEND={job.fp8_backend}; choose one of {', '.join(allowed)}.")
@@ -134,7 +133,7 @@ def _transformer_engine(recipe: str) -> tuple[Callable[[nn.Linear], nn.Module], 
         from transformer_engine.common import recipe as te_recipes
     except ImportError as err:
         raise ImpossibleJobError(f"PRECISION=fp8 with FP8_BACKEND=te needs Transformer Engine ({err}); `make te` builds it, or FP8_BACKEND=torchao.") from err
-    if recipe == "mxfp8" and torch.cuda.get_device_capability() < (10, 0):
+    if recipe == "mxfp8" and torch.cuda.get_device_capability() < divmod(MXFP8_ARCH, 10):
         raise ImpossibleJobError("FP8_RECIPE=mxfp8 needs Blackwell (sm_100); here FP8_RECIPE=current works.")
     kinds: dict[str, Callable[[], Any]] = {
         "current": te_recipes.Float8CurrentScaling,

@@ -1,0 +1,263 @@
+"""One precision measured on one model: `python -m train.bench`, a process of its own for each, so that none inherits the
+memory, the compiled code or the switches of another.
+
+It trains the job's model with the job's data, optimizer and loop arithmetic for some steps on one device, always from the same
+weights and on the same samples, and writes down speed, memory, losses, and a sample of the first gradient.
+`holdfast precision` (launcher/precision.py) starts one for each mode and compares them.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from jobs.errors import HoldfastError, ImpossibleJobError
+from jobs.settings import Job
+from jobs.sources import load
+from train import optim, runtime, switches
+from train.build import build, open_split
+from train.feed import Feed
+from train.numerics import LossScale, first_bad
+from train.runtime import Runtime
+from train.seeds import seed_everything
+from train.step import Stepper, shape_targets
+
+# Entries of the first gradient that are kept for comparison: enough for a cosine to four digits, small enough to send about.
+_GRADIENT_ENTRIES = 1_000_000
+# A loss scale that halves more often than this in a row has no value left that works.
+_MAX_OVERFLOWS = 40
+
+
+@dataclass
+class Measurement:
+    """What one precision did in `steps` steps of `samples` samples. None: this device cannot tell.
+
+    step_ms: median and 95th percentile after the warm-up. memory_gb: peak, and what of it holds parameters (masters
+    included), gradients and optimizer; activations are the rest of the peak. flops_per_sample: model FLOPs, forward and backward."""
+
+    precision: str
+    device: str
+    samples: int
+    targets_per_sample: int
+    parameters: int
+    losses: list[float] = field(default_factory=list)
+    step_ms: float = 0.0
+    step_ms_p95: float = 0.0
+    first_step_s: float = 0.0
+    memory_gb: dict[str, float | None] = field(default_factory=dict)
+    flops_per_sample: float = 0.0
+    flops_formula: str = ""
+    overflows: int = 0
+    culprit: str = ""
+    layers: list[str] = field(default_factory=list)
+
+
+def measure(job: Job, steps: int, warm_up: int) -> tuple[Measurement, "np.ndarray[Any, np.dtype[np.float32]]"]:
+    """Trains `steps` steps and returns what was seen, with entries of the first gradient [n], evenly chosen.
+
+    Raises ImpossibleJobError where this machine, or the model, cannot do the precision."""
+    rt = runtime.start(job)
+    on_gpu = rt.device.type == "cuda"
+    seed_everything(job.seed, step=0)
+    data = open_split(job, "train")
+    said: list[str] = []
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    model, context = build(job, data, rt, said.append)
+    switches.apply(job, model, data, rt.device)
+    optimizer = optim.build(job, model)
+    scale = LossScale.of(job)
+    stepper = Stepper(job, rt, model, model, optimizer, context, scale)
+    feed = Feed(job, rt, data)
+    model.train()
+    batch = feed.first(0)
+    found = Measurement(
+        precision=str(job.precision),
+        device=torch.cuda.get_device_name(rt.device) if on_gpu else "CPU",
+        samples=job.batch_size,
+        targets_per_sample=shape_targets(batch),
+        parameters=sum(p.numel() for p in model.parameters()),
+        layers=said,
+    )
+    found.flops_per_sample, found.flops_formula = flops_per_sample(model, job, found.targets_per_sample)
+    sums, clock, gradient = [], _Clock(rt), np.zeros(0, dtype=np.float32)
+    step = 0
+    while step < steps:
+        # A short warm-up of the rate: what is compared is arithmetic, not a schedule.
+        optim.set_lr(optimizer, job.lr * min(1.0, (step + 1) / max(steps // 5, 1)))
+        seed_everything(job.seed, step, rt.rank)
+        clock.start()
+        done = stepper.run(feed.of_step(step))
+        clock.stop()
+        if done.overflow:
+            found.overflows += 1
+            found.culprit = first_bad(model)
+            assert scale is not None
+            scale.update(overflow=True)
+            if found.overflows > _MAX_OVERFLOWS:
+                raise ImpossibleJobError(f"the gradient overflowed {found.overflows} times, first in {found.culprit}, down to a loss scale of {scale.scale:g}")
+            clock.forget()
+            continue
+        if step == 0:
+            gradient = sample_gradient(model, 1.0 if scale is None else scale.scale)
+            found.memory_gb |= {"parameters": held_gb(weights_of(model)), "gradients": held_gb(optim.gradients_of(model)), "optimizer": held_gb(optim.state_by_name(optimizer, model).values())}
+        sums.append(torch.stack([done.loss_sum.double(), done.targets.double()]))
+        step += 1
+    feed.close()
+    found.losses = [total / count for total, count in torch.stack(sums).cpu().tolist()]
+    seconds = clock.seconds()
+    found.first_step_s = round(seconds[0], 3)
+    steady = sorted(1000 * one for one in seconds[warm_up:])
+    found.step_ms, found.step_ms_p95 = statistics.median(steady), steady[min(len(steady) - 1, int(0.95 * len(steady)))]
+    peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+    known = sum(value for value in found.memory_gb.values() if value is not None)
+    found.memory_gb |= {"peak": peak, "activations": None if peak is None else max(peak - known, 0.0)}
+    return found, gradient
+
+
+def fits(job: Job) -> bool:
+    """Whether two steps of this job fit into the memory of the GPU."""
+    torch.cuda.empty_cache()
+    try:
+        measure(job, steps=2, warm_up=1)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def flops_per_sample(model: nn.Module, job: Job, targets: int) -> tuple[float, str]:
+    """Model FLOPs of one sample, forward and backward, and the formula behind them."""
+    counted = getattr(model, "flops_per_token", None)
+    if counted is not None:
+        return float(counted(job.seq_len) * job.seq_len), "6 N + 6 L d T per token (N without the embedding table)"
+    # Exact for what multiplies each weight once per token; a convolution uses its weights once per pixel.
+    return 6.0 * sum(p.numel() for p in model.parameters()) * (job.seq_len if targets > 1 else 1), "6 N per token"
+
+
+def weights_of(model: nn.Module) -> list[torch.Tensor]:
+    """Parameters, and the fp32 masters behind 16-bit ones."""
+    return [tensor for p in model.parameters() for tensor in ({id(p): p, id(optim.fp32_of(p)): optim.fp32_of(p)}).values()]
+
+
+def held_gb(tensors: Any) -> float:
+    """Bytes of these tensors in GB (10^9), those on the device only."""
+    return float(sum(t.numel() * t.element_size() for t in tensors if t.ndim)) / 1e9
+
+
+def sample_gradient(model: nn.Module, scale: float) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    """Every k-th entry of every gradient, in the order of the parameters, in fp32 without loss scale: [at most about a million]."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    stride = max(sum(g.numel() for g in gradients) // _GRADIENT_ENTRIES, 1)
+    parts = [(g.detach().reshape(-1)[::stride].float() / scale).cpu().numpy() for g in gradients]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+
+
+class _Clock:
+    """Times of steps: by events on a GPU, which is not waited for, by the wall clock elsewhere."""
+
+    def __init__(self, rt: Runtime):
+        self._gpu = rt.device.type == "cuda"
+        self._pairs: list[tuple[Any, Any]] = []
+
+    def start(self) -> None:
+        self._pairs.append((self._now(), None))
+
+    def stop(self) -> None:
+        self._pairs[-1] = (self._pairs[-1][0], self._now())
+
+    def forget(self) -> None:
+        """The last step does not count."""
+        self._pairs.pop()
+
+    def seconds(self) -> list[float]:
+        if not self._gpu:
+            return [end - begin for begin, end in self._pairs]
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) / 1000 for begin, end in self._pairs]
+
+    def _now(self) -> Any:
+        if not self._gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def hardware() -> dict[str, Any]:
+    """What this machine has: device, architecture (90 for sm_90), memory in GB, and the fp8 backends that can be imported."""
+    if not torch.cuda.is_available():
+        return {"device": "CPU", "arch": None, "memory_gb": None, "fp8": [], "torch": torch.__version__}
+    properties = torch.cuda.get_device_properties(0)
+    return {"device": properties.name, "arch": properties.major * 10 + properties.minor, "memory_gb": properties.total_memory / 1e9, "fp8": [name for name, module in (("te", "transformer_engine.pytorch"), ("torchao", "torchao.float8")) if _can_import(module)], "torch": torch.__version__}
+
+
+def _can_import(module: str) -> bool:
+    import importlib
+
+    try:
+        importlib.import_module(module)
+    except Exception:  # a library built against another torch raises whatever it likes
+        return False
+    return True
+
+
+def largest_micro_batch(job: Job, first: Measurement, memory_gb: float, try_out: Callable[[Job], bool]) -> int:
+    """Samples of the largest micro-batch that `try_out` says fits, to within 7 %: guessed from the activations of one sample, then
+    tried out and shrunk until two steps of it fit."""
+    peak, activations = first.memory_gb.get("peak") or 0.0, first.memory_gb.get("activations") or 0.0
+    per_sample = max(activations / first.samples, 1e-6)
+    size = int(0.97 * (memory_gb - (peak - activations)) / per_sample)
+    while size > first.samples:
+        if try_out(with_micro_batch(job, size)):
+            return size
+        size = int(0.93 * size)
+    return first.samples
+
+
+def with_micro_batch(job: Job, size: int) -> Job:
+    """The same job with one forward pass of `size` samples per step."""
+    return job.model_copy(update={"micro_batch_size": size, "batch_size": size, "grad_accum_steps": 1})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hardware", action="store_true", help="only say what this machine has")
+    parser.add_argument("--job", type=Path, help="resolved job file")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--largest", action="store_true", help="also look for the largest micro-batch")
+    parser.add_argument("--out", type=Path, required=True, help="file for the result, as JSON")
+    parser.add_argument("--gradient", type=Path, help="file for the entries of the first gradient (.npy)")
+    args = parser.parse_args()
+    try:
+        if args.hardware:
+            args.out.write_text(json.dumps(hardware()))
+            return 0
+        job = load(args.job)
+        found, gradient = measure(job, args.steps, args.warm_up)
+        result = asdict(found)
+        if args.largest and found.memory_gb["peak"] is not None:
+            result["largest_micro_batch"] = largest_micro_batch(job, replace(found), torch.cuda.get_device_properties(0).total_memory / 1e9, fits)
+    except HoldfastError as err:
+        args.out.write_text(json.dumps({"refused": str(err)}))
+        return 0
+    except torch.OutOfMemoryError as err:
+        args.out.write_text(json.dumps({"refused": f"does not fit: {str(err).splitlines()[0]}"}))
+        return 0
+    if args.gradient:
+        np.save(args.gradient, gradient)
+    args.out.write_text(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
