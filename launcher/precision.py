@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -75,16 +74,10 @@ def compare(words: Sequence[str], environ: Mapping[str, str], cwd: Path, *, step
     modes = candidates(hardware, job, only)
     rows = []
     with tempfile.TemporaryDirectory(prefix="holdfast-precision-") as folder, _progress(len(modes), enabled=not as_json) as told:
-        reference: np.ndarray[Any, Any] | None = None
         for settings in modes:
-            row = Row(name_of(settings), settings)
-            told(row.name)
-            gradient = _measure(row, job, settings, hardware, Path(folder), cwd, steps, largest)
-            if settings["precision"] == Precision.FP32:
-                reference = gradient
-            if gradient is not None and reference is not None and len(gradient) == len(reference):
-                row.cosine = cosine(gradient, reference)
-            rows.append(row)
+            rows.append(Row(name_of(settings), settings))
+            told(rows[-1].name)
+            _measure(rows[-1], job, Path(folder), cwd, steps, largest)
     judge(rows, tolerance)
     chosen, rule = recommend(rows)
     report = {"model": job.model, "samples": job.batch_size, "seq_len": job.seq_len, "steps": steps, "tolerance": tolerance, **{k: hardware[k] for k in ("device", "arch", "torch")}, "date": time.strftime("%Y-%m-%d"), "rows": [asdict(row) for row in rows], "settings": chosen.settings if chosen else {}, "rule": rule}
@@ -179,42 +172,35 @@ def recommend(rows: Sequence[Row]) -> tuple[Row | None, str]:
     raise AssertionError("the fastest is as fast as itself")
 
 
-def cosine(a: "np.ndarray[Any, Any]", b: "np.ndarray[Any, Any]") -> float:
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    size = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / size if size else float("nan")
-
-
 def _one_process(job: Job, steps: int) -> Job:
     """The share of one GPU of this job, with one forward pass per step."""
     micro = job.micro_batch_size or job.batch_size
     return job.model_copy(update={"nodes": 1, "gpus_per_node": 1, "batch_size": micro, "micro_batch_size": micro, "grad_accum_steps": 1, "parallel": "ddp", "max_steps": steps, "log_samples": False})
 
 
-def _measure(row: Row, job: Job, settings: Mapping[str, str], hardware: Mapping[str, Any], folder: Path, cwd: Path, steps: int, largest: bool) -> "np.ndarray[Any, Any] | None":
-    """Runs one mode and fills in its row. Returns the entries of its first gradient, None when there are none."""
-    frozen, gradient = folder / "job.yaml", folder / f"{row.name.replace(' ', '-')}.npy"
-    mode = MODES[Precision(settings["precision"])]
+def _measure(row: Row, job: Job, folder: Path, cwd: Path, steps: int, largest: bool) -> None:
+    """Runs one mode and fills in its row. The one of fp32, which comes first, leaves the gradient to compare with in `folder`."""
+    frozen, gradient = folder / "job.yaml", folder / "gradient.npy"
+    mode = MODES[Precision(row.settings["precision"])]
     # O2 keeps 16-bit parameters, which the others have not.
-    update: dict[str, Any] = {**settings, "amp_opt_level": job.amp_opt_level if mode.autocast and job.amp_opt_level != "O0" and mode.name is not Precision.FP8 else None}
-    frozen.write_text(dump_yaml({**job.model_dump(mode="json"), **update}))
-    arguments = ["--job", str(frozen), "--steps", str(steps), "--warm-up", str(min(_WARM_UP, steps // 2)), "--gradient", str(gradient), *(["--largest"] if largest else [])]
+    level = job.amp_opt_level if mode.name in (Precision.BF16, Precision.FP16) and job.amp_opt_level == "O2" else None
+    frozen.write_text(dump_yaml({**job.model_dump(mode="json"), **row.settings, "amp_opt_level": level}))
+    arguments = ["--job", str(frozen), "--steps", str(steps), "--warm-up", str(min(_WARM_UP, steps // 2)), *(["--largest"] if largest else [])]
+    arguments += ["--keep-gradient" if mode.name is Precision.FP32 else "--compare-gradient", str(gradient)]
     try:
         found = _ask(arguments, cwd)
     except HoldfastError as err:
         row.verdict = f"failed: {err}"
-        return None
+        return
     if "refused" in found:
         row.verdict = f"left out: {found['refused']}"
-        return None
+        return
     seconds = found["step_ms"] / 1000
     row.per_s = found["samples"] * found["targets_per_sample"] / seconds
     row.step_ms, row.step_ms_p95, row.first_step_s = round(found["step_ms"], 2), round(found["step_ms_p95"], 2), found["first_step_s"]
     row.tflops = found["flops_per_sample"] * found["samples"] / seconds / 1e12
     row.memory_gb, row.largest_micro_batch = found["memory_gb"], found.get("largest_micro_batch")
-    row.losses, row.overflows, row.culprit = found["losses"], found["overflows"], found["culprit"]
-    row.peak_share = found.get("peak_share")
-    return np.load(gradient) if gradient.exists() else None
+    row.losses, row.overflows, row.culprit, row.cosine = found["losses"], found["overflows"], found["culprit"], found["cosine"]
 
 
 def _ask(arguments: list[str], cwd: Path) -> dict[str, Any]:

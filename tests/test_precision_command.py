@@ -18,7 +18,7 @@ from jobs import advice
 from jobs.errors import HoldfastError, SettingError
 from jobs.precision import MODES
 from jobs.settings import Job
-from launcher.precision import LEAST_GAIN, Row, candidates, cosine, judge, markdown, name_of, recommend, table
+from launcher.precision import LEAST_GAIN, Row, candidates, judge, markdown, name_of, recommend, table
 from launcher.prepare import resolve_here
 from train import bench
 
@@ -176,8 +176,9 @@ def test_the_largest_micro_batch_is_guessed_from_one_sample_and_then_tried_out()
 
 
 def test_a_cosine_is_that_of_the_angle() -> None:
-    assert cosine(np.array([1.0, 0.0]), np.array([1.0, 1.0])) == pytest.approx(2**-0.5)
-    assert cosine(np.array([2.0]), np.array([-1.0])) == pytest.approx(-1.0)
+    assert bench.cosine(np.array([1.0, 0.0]), np.array([1.0, 1.0])) == pytest.approx(2**-0.5)
+    assert bench.cosine(np.array([2.0]), np.array([-1.0])) == pytest.approx(-1.0)
+    assert bench.cosine(np.array([2.0]), np.array([1.0, 1.0])) is None
 
 
 # -------------------------------------------------------------------------------------------------------------- kept advice

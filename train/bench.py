@@ -58,6 +58,7 @@ class Measurement:
     flops_formula: str = ""
     overflows: int = 0
     culprit: str = ""
+    cosine: float | None = None
     layers: list[str] = field(default_factory=list)
 
 
@@ -161,6 +162,15 @@ def sample_gradient(model: nn.Module, scale: float) -> "np.ndarray[Any, np.dtype
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
 
 
+def cosine(a: "np.ndarray[Any, Any]", b: "np.ndarray[Any, Any]") -> float | None:
+    """Of the angle between two gradients [n]; None where they are not of one model."""
+    if a.shape != b.shape:
+        return None
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    size = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / size if size else None
+
+
 class _Clock:
     """Times of steps: by events on a GPU, which is not waited for, by the wall clock elsewhere."""
 
@@ -236,7 +246,8 @@ def main() -> int:
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--largest", action="store_true", help="also look for the largest micro-batch")
     parser.add_argument("--out", type=Path, required=True, help="file for the result, as JSON")
-    parser.add_argument("--gradient", type=Path, help="file for the entries of the first gradient (.npy)")
+    parser.add_argument("--keep-gradient", type=Path, help="file for entries of the first gradient (.npy)")
+    parser.add_argument("--compare-gradient", type=Path, help="such a file, to take the cosine with")
     args = parser.parse_args()
     try:
         if args.hardware:
@@ -244,6 +255,11 @@ def main() -> int:
             return 0
         job = load(args.job)
         found, gradient = measure(job, args.steps, args.warm_up)
+        if args.keep_gradient:
+            np.save(args.keep_gradient, gradient)
+        other = args.keep_gradient or args.compare_gradient
+        if other and other.exists():
+            found.cosine = cosine(gradient, np.load(other))
         result = asdict(found)
         if args.largest and found.memory_gb["peak"] is not None:
             result["largest_micro_batch"] = largest_micro_batch(job, replace(found), torch.cuda.get_device_properties(0).total_memory / 1e9, fits)
@@ -253,8 +269,6 @@ def main() -> int:
     except torch.OutOfMemoryError as err:
         args.out.write_text(json.dumps({"refused": f"does not fit: {str(err).splitlines()[0]}"}))
         return 0
-    if args.gradient:
-        np.save(args.gradient, gradient)
     args.out.write_text(json.dumps(result))
     return 0
 
