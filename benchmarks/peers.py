@@ -1,0 +1,291 @@
+"""holdfast beside what a user would take instead, in one run on one card: the table of docs/performance.md.
+
+    python -m benchmarks.peers [--shape 1b] [--steps 40] [--only bf16] [--out table.md] [--json figures.json]
+
+Every row is a process of its own, on the same shape, the same kind of random tokens and the same optimizer. Figures are
+tokens per second: the median over windows of five steps that end with a synchronisation, after a warm-up that is not counted. For
+`holdfast run` they are what its own metrics.jsonl says, with the loop, logging, data from token files and checkpoints on.
+
+Peers: transformers.Trainer; a plain PyTorch loop over the same Llama of transformers, eager and compiled, also with torchao's float8;
+Accelerate's own fp8. What is not installed, or cannot run on this machine, is named and left out.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_WINDOW = 5
+_PEAK_BF16 = 989e12  # dense bf16 of one H100 or H200, NVIDIA's data sheet
+
+
+class Shape:
+    """A Llama-shaped model and its batch; `flops` are model FLOPs per token, 6 N + 6 L d T with N of blocks and head."""
+
+    def __init__(self, preset: str, d: int, layers: int, heads: int, ff: int, vocab: int, seq_len: int, batch: int):
+        self.preset, self.d, self.layers, self.heads, self.ff, self.vocab, self.seq_len, self.batch = preset, d, layers, heads, ff, vocab, seq_len, batch
+        self.flops = 6 * (layers * (4 * d * d + 3 * d * ff) + vocab * d) + 6 * layers * d * seq_len
+
+
+SHAPES = {
+    "1b": Shape("1b", 2048, 22, 16, 5632, 32000, 2048, 16),
+    # What a CPU can do in seconds: to see that every row works, not to compare anything.
+    "tiny": Shape("nano", 64, 2, 2, 128, 256, 64, 4),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- the peers
+
+
+def llama(shape: Shape) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=shape.vocab, hidden_size=shape.d, intermediate_size=shape.ff, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads, max_position_embeddings=shape.seq_len, tie_word_embeddings=False, use_cache=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device()):
+        return LlamaForCausalLM(config)
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def wait() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Windows:
+    """Tokens per second by windows of some steps, the first of them left out."""
+
+    def __init__(self, tokens_per_step: int):
+        self.tokens, self.rates, self.steps, self.begun = tokens_per_step, [], 0, 0.0
+
+    def step(self) -> None:
+        if self.steps % _WINDOW == 0:
+            wait()
+            now = time.perf_counter()
+            if self.steps:
+                self.rates.append(_WINDOW * self.tokens / (now - self.begun))
+            self.begun = now
+        self.steps += 1
+
+    def median(self) -> float:
+        return statistics.median(self.rates[2:] or self.rates)
+
+
+def plain_loop(shape: Shape, steps: int, dtype: str, compiled: bool = False, float8: str = "") -> float:
+    """A loop as people write it: autocast, fused AdamW, clipping, loss of the model itself."""
+    import torch
+
+    torch.set_float32_matmul_precision("high")
+    model = llama(shape)
+    if float8:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name(float8), module_filter_fn=lambda module, name: name != "lm_head")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=device() == "cuda")
+    scaler = torch.amp.GradScaler(device(), enabled=dtype == "float16")
+    forward = torch.compile(model) if compiled else model
+    windows = Windows(shape.batch * shape.seq_len)
+    for _ in range(steps):
+        windows.step()
+        tokens = torch.randint(0, shape.vocab, (shape.batch, shape.seq_len), device=device())
+        with torch.autocast(device(), getattr(torch, dtype)):
+            loss = forward(input_ids=tokens, labels=tokens).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    windows.step()
+    return windows.median()
+
+
+def trainer(shape: Shape, steps: int) -> float:
+    """transformers.Trainer in bf16, compiled, sdpa, fused AdamW."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Tokens(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return shape.batch * (steps + 1)
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            tokens = torch.from_numpy(np.random.default_rng(index).integers(0, shape.vocab, shape.seq_len))
+            return {"input_ids": tokens, "labels": tokens}
+
+    windows = Windows(shape.batch * shape.seq_len)
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            windows.step()
+
+    gpu = device() == "cuda"
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=shape.batch, max_steps=steps + 1, bf16=True, torch_compile=gpu, optim="adamw_torch_fused" if gpu else "adamw_torch",
+            logging_steps=10, save_strategy="no", report_to="none", dataloader_num_workers=4 if gpu else 0, use_cpu=not gpu, disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(llama(shape), arguments, train_dataset=Tokens(), callbacks=[Watch()]).train()
+    return windows.median()
+
+
+def accelerate_fp8(shape: Shape, steps: int) -> float:
+    """Accelerate's mixed_precision="fp8" by Transformer Engine, eager as it comes."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import TERecipeKwargs
+
+    accelerator = Accelerator(mixed_precision="fp8", kwargs_handlers=[TERecipeKwargs()])
+    model = llama(shape)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True))
+    windows = Windows(shape.batch * shape.seq_len)
+    for _ in range(steps):
+        windows.step()
+        tokens = torch.randint(0, shape.vocab, (shape.batch, shape.seq_len), device=device())
+        accelerator.backward(model(input_ids=tokens, labels=tokens).loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    windows.step()
+    return windows.median()
+
+
+# -------------------------------------------------------------------------------------------------------------- holdfast
+
+
+def words_of(shape: Shape, precision: list[str], folder: str) -> list[str]:
+    options = [] if shape.preset == "1b" else [f"MODEL_OPTIONS=d_model={shape.d},n_layers={shape.layers},n_heads={shape.heads},d_ff={shape.ff}"]
+    on = ["DEVICE=cuda", "COMPILE=true"] if device() == "cuda" else ["DEVICE=cpu"]
+    return [f"MODEL={shape.preset}", *options, f"SEQ_LEN={shape.seq_len}", f"BATCH_SIZE={shape.batch}", f"MICRO_BATCH_SIZE={shape.batch}", f"DATA=tokens:{folder}/tokens.bin", *on, *precision]
+
+
+def token_file(shape: Shape, folder: Path, steps: int) -> None:
+    from train.data.tokens import write_tokens
+
+    count = (steps + 64) * shape.batch * shape.seq_len + shape.seq_len
+    write_tokens(folder / "tokens.bin", np.random.default_rng(0).integers(0, shape.vocab, int(count * 1.1)), shape.vocab)
+
+
+def ordinary_run(shape: Shape, steps: int, *precision: str) -> float:
+    """`holdfast run`, with everything on: the median of the last half of its metrics."""
+    from benchmarks.hardware import train
+    from jobs import metrics
+
+    with tempfile.TemporaryDirectory(prefix="hf-peers-") as folder:
+        token_file(shape, Path(folder), steps)
+        shared = ["NODES=1", "GPUS_PER_NODE=1", "SITE=generic", "LOG_EVERY=5", "EVAL_EVERY=0", "EVAL_SAMPLES=16", "KEEP_LAST=1"]
+        run = train(Path(folder), "peer", [*words_of(shape, [*precision], folder), *shared, f"MAX_STEPS={steps}", f"CHECKPOINT_EVERY={max(steps // 2, 1)}"], timeout=900)
+        lines = metrics.read(run.metrics)
+        return statistics.median(line["tokens_per_s"] for line in lines if line["step"] > steps // 2)
+
+
+def bare_loop(shape: Shape, steps: int, *precision: str) -> float:
+    """The same step function without loop, logging and checkpoints: what the loop costs is the difference."""
+    import os
+
+    from launcher.prepare import resolve_here
+    from train.bench import measure
+
+    with tempfile.TemporaryDirectory(prefix="hf-peers-") as folder:
+        token_file(shape, Path(folder), steps)
+        job = resolve_here([*words_of(shape, [*precision], folder), "NODES=1", "GPUS_PER_NODE=1", "SITE=generic", f"MAX_STEPS={steps}"], os.environ, Path.cwd()).job
+        found, _ = measure(job, steps, steps // 2)
+    return shape.batch * shape.seq_len * 1000 / found.step_ms
+
+
+BF16, FP16, TE, AO = ["PRECISION=bf16"], ["PRECISION=fp16"], ["PRECISION=fp8", "FP8_BACKEND=te"], ["PRECISION=fp8", "FP8_BACKEND=torchao"]
+# name: (measurement, modules it needs, whether it needs a GPU)
+ROWS: dict[str, tuple[Callable[[Shape, int], float], tuple[str, ...], bool]] = {
+    "transformers Trainer, bf16, compiled": (trainer, ("transformers",), False),
+    "plain loop, bf16, eager": (lambda s, n: plain_loop(s, n, "bfloat16"), ("transformers",), False),
+    "plain loop, bf16, compiled": (lambda s, n: plain_loop(s, n, "bfloat16", compiled=True), ("transformers",), True),
+    "plain loop, fp16, compiled": (lambda s, n: plain_loop(s, n, "float16", compiled=True), ("transformers",), True),
+    "plain loop, torchao tensorwise, compiled": (lambda s, n: plain_loop(s, n, "bfloat16", True, "tensorwise"), ("transformers", "torchao"), True),
+    "plain loop, torchao rowwise, compiled": (lambda s, n: plain_loop(s, n, "bfloat16", True, "rowwise"), ("transformers", "torchao"), True),
+    "Accelerate fp8 (Transformer Engine), eager": (accelerate_fp8, ("transformers", "transformer_engine"), True),
+    "holdfast run, bf16": (lambda s, n: ordinary_run(s, n, *BF16), (), False),
+    "holdfast step alone, bf16": (lambda s, n: bare_loop(s, n, *BF16), (), False),
+    "holdfast run, fp16": (lambda s, n: ordinary_run(s, n, *FP16), (), True),
+    "holdfast run, fp8 te current": (lambda s, n: ordinary_run(s, n, *TE), ("transformer_engine",), True),
+    "holdfast run, fp8 torchao tensorwise": (lambda s, n: ordinary_run(s, n, *AO), ("torchao",), True),
+}
+
+
+def missing(needs: tuple[str, ...], gpu: bool) -> str:
+    """Why a row cannot be measured here, or an empty text."""
+    lacks = [module for module in needs if importlib.util.find_spec(module) is None]
+    if lacks:
+        return f"{', '.join(lacks)} is not installed"
+    return "needs a GPU" if gpu and device() == "cpu" else ""
+
+
+def table(shape: Shape, figures: dict[str, float], left_out: dict[str, str], head: str) -> str:
+    lines = [head, "", "| what | tokens/s | % of 989 TFLOP/s |", "|---|---|---|"]
+    lines += [f"| {name} | {rate:,.0f} | {f'{100 * rate * shape.flops / _PEAK_BF16:.1f}' if device() == 'cuda' else '-'} |" for name, rate in figures.items()]
+    return "\n".join([*lines, *(f"\nLeft out: {name}: {why}." for name, why in left_out.items()), ""])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--only", default="", help="rows whose name has one of these words, separated by commas")
+    parser.add_argument("--row", choices=ROWS, help="measure this row in this process and print the figure")
+    parser.add_argument("--out", type=Path, help="file for the table, as Markdown")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    shape = SHAPES[args.shape]
+    if args.row:
+        print(f"\n{ROWS[args.row][0](shape, args.steps)!r}")
+        return 0
+    figures, left_out = {}, {}
+    for name, (_, needs, gpu) in ROWS.items():
+        if args.only and not any(word in name for word in args.only.split(",")):
+            continue
+        why = missing(needs, gpu)
+        if not why:
+            done = subprocess.run([sys.executable, "-m", "benchmarks.peers", "--shape", args.shape, "--steps", str(args.steps), "--row", name], capture_output=True, text=True, timeout=1200)
+            if done.returncode == 0:
+                figures[name] = float(done.stdout.split()[-1])
+                print(f"{name:45} {figures[name]:>12,.0f} tokens/s", flush=True)
+                continue
+            why = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1][:200]
+        left_out[name] = why
+        print(f"{name:45} left out: {why}", flush=True)
+    import torch
+
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    command = f"python -m benchmarks.peers --shape {args.shape} --steps {args.steps}" + (f" --only {args.only}" if args.only else "")
+    head = f"`{command}`, {time.strftime('%Y-%m-%d')}, {card}, torch {torch.__version__}, Python {platform.python_version()}; {shape.batch} x {shape.seq_len} random tokens per step."
+    text = table(shape, figures, left_out, head)
+    print("\n" + text)
+    if args.out:
+        args.out.write_text(text)
+    if args.json:
+        args.json.write_text(json.dumps({"card": card, "torch": torch.__version__, "tokens_per_s": figures, "left_out": left_out}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
