@@ -32,6 +32,8 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
     if job.amp_opt_level == "O2" and job.parallel == "fsdp":
         problems.append(f"{said('amp_opt_level')} and {said('parallel')}: sharding keeps fp32 masters and 16-bit working copies by itself; leave AMP_OPT_LEVEL out.")
     problems += _hardware(job, said)
+    if job.accelerate_config is not None and (job.launch != "accelerate" or job.entry is None):
+        problems.append(f"{said('accelerate_config')} is read by accelerate launch for a script of your own: give LAUNCH=accelerate and ENTRY. The built-in training has settings of its own for all that it says.")
     if job.stop_lead_s >= job.time_limit * 60:
         problems.append(f"{said('stop_lead_s')} seconds of warning do not fit into {said('time_limit')}.")
     if job.warmup_steps is not None and job.warmup_steps > job.max_steps:

@@ -188,6 +188,8 @@ class Job(BaseModel):
     constraint: Line | None = setting(None, "node features to require", group="slurm")
     reservation: Line | None = setting(None, "Slurm reservation", group="slurm")
     exclude: Words = setting((), "nodes to stay away from", group="slurm")
+    launch: Literal["srun", "accelerate"] = setting("srun", "who starts the processes of a node: srun each of them, or accelerate launch all, as its config files need it", group="slurm")
+    accelerate_config: Line | None = setting(None, "file of `accelerate config` for your own script, with launch=accelerate; left out, none is read", group="slurm")
     array_parallel: int = setting(256, "array tasks that may run at the same time", group="slurm", ge=1)
     sbatch_options: Annotated[Pairs, AfterValidator(_options)] = setting({}, "further sbatch options as name: value (without the dashes); an empty value is a bare option", group="slurm")
 
