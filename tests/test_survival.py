@@ -9,6 +9,7 @@ from pathlib import Path
 
 import chaos
 import pytest
+import save_sweep
 from chaos import Stage
 from conftest import REPOSITORY, Cluster, until
 
@@ -33,6 +34,13 @@ def test_a_fault_of_the_table_is_survived_or_ends_the_run_for_its_own_reason(clu
     row = SHORT[number](Stage(cluster))
     assert not chaos.bad(row), chaos.as_line(row)
     assert all(recorded == truth for truth, recorded in row.pairs), row.pairs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_stop_anywhere_in_a_save_loses_nothing_that_fits_into_the_grace() -> None:
+    row = chaos.swept(save_sweep.sweep([point for point in save_sweep.points() if point[0] in (0.2, 0.8)], workers=2))
+    assert not chaos.bad(row), chaos.as_line(row)
 
 
 @pytest.mark.slurm
