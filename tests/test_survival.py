@@ -18,7 +18,7 @@ from jobs.errors import SubmitError
 from jobs.rundir import RunDir
 from jobs.settings import Job
 from launcher import nodes, preflight, rendezvous
-from launcher.doctor import Need, Site, diagnose, policy_of, way_back
+from launcher.doctor import Finding, Need, Site, diagnose, of_node, policy_of, way_back
 from launcher.watchdog import Pace, Silence, Watchdog, read_place, suspects
 from slurm.client import Slurm, clean_environment, parse_config
 
@@ -51,7 +51,9 @@ def test_doctor_says_what_the_lab_does_and_drill_shows_it(cluster: Cluster) -> N
     assert "Slurm's own requeue" in said and "no accounting" in said
     answer = json.loads(cluster.holdfast("doctor", "--json").stdout)
     assert answer["ok"] and answer["preemption"]["mode"] == "REQUEUE"
-    broken = cluster.holdfast("doctor", "NODES=400", "GPUS_PER_NODE=1", "BATCH_SIZE=400", check=False)
+    # Asked of a node by srun: its Python is this one, and the lab's GPUs are no real ones.
+    assert answer["node"]["node"].startswith("node") and answer["node"]["executable"] == sys.executable and answer["node"]["libraries"]["torch"] in said
+    broken = cluster.holdfast("doctor", "--no-node", "NODES=400", "GPUS_PER_NODE=1", "BATCH_SIZE=400", check=False)
     assert broken.returncode == 1 and "400 would wait for ever" in broken.stdout
     told = cluster.holdfast("drill", "NODES=2", "GPUS_PER_NODE=1").stdout
     assert "preempted it" in told and "ok: 0 steps lost" in told, told
@@ -334,6 +336,15 @@ def test_a_save_that_does_not_fit_into_the_warning_is_a_fault() -> None:
     assert "fault you need" in text and "of 30 s: too long" in text
     assert "set STOP_LEAD_S" in said(site(), Need(2.0, 40.0, "a"), stop_lead_s=20)
     assert "just enough" in said(site(), Need(2.0, 60.0, "a"))
+
+
+def test_what_a_node_has_is_said_and_what_it_lacks_is_a_fault() -> None:
+    node = {"node": "gpu7", "python": "3.11.7", "executable": "/opt/python", "libraries": {"torch": "2.11.0", "accelerate": "1.15.0"}, "gpus": ["NVIDIA H100, 81559 MiB"] * 8, "driver": "550.54"}
+    text = "\n".join(f"{found.level} {found.text}" for found in of_node(node, "", job(), {"torch": "2.13.0", "accelerate": "1.15.0"}))
+    assert "ok gpu7: 8 x NVIDIA H100, 81559 MiB, driver 550.54" in text and "warning torch 2.13.0 here, 2.11.0 there" in text and "accelerate 1.15.0 here" not in text
+    (bare, _, fault) = of_node({**node, "libraries": {}, "gpus": [], "driver": "nvidia-smi is not there"}, "", job(), {})
+    assert "no GPU (nvidia-smi is not there)" in bare.text and fault.level == "fault" and "NODE_PYTHON" in fault.text
+    assert of_node(None, "no node could be asked: busy", job(), {})[0] == Finding("note", "a node", "no node could be asked: busy")
 
 
 def test_the_way_back_is_chosen_from_the_clusters_own_configuration() -> None:
