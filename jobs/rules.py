@@ -34,6 +34,8 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
     problems += _hardware(job, said)
     if job.precision is Precision.FP8 and job.fp8_recipe is not None and job.fp8_recipe not in FP8_RECIPES[job.fp8_backend]:
         problems.append(f"{said('fp8_recipe')} is not one of {said('fp8_backend')}; choose one of {', '.join(FP8_RECIPES[job.fp8_backend])}.")
+    if job.accelerate_config is not None and (job.launch != "accelerate" or job.entry is None):
+        problems.append(f"{said('accelerate_config')} is read by accelerate launch for a script of your own: give LAUNCH=accelerate and ENTRY. The built-in training has settings of its own for all that it says.")
     if job.stop_lead_s >= job.time_limit * 60:
         problems.append(f"{said('stop_lead_s')} seconds of warning do not fit into {said('time_limit')}.")
     if job.warmup_steps is not None and job.warmup_steps > job.max_steps:

@@ -170,6 +170,15 @@ class AttemptDir:
     def preflight(self, node: str) -> Path:
         return self.path / f"preflight.{node}.json"
 
+    @property
+    def allreduce(self) -> Path:
+        """What the all-reduce before the attempt measured."""
+        return self.path / "allreduce.json"
+
+    def joined(self, node: str) -> Path:
+        """Made by a node that took part in it."""
+        return self.path / f"joined.{node}"
+
     def marker(self, rank: int) -> Path:
         """How a rank left: reason, step, signal."""
         return self.path / f"exit.{rank}.json"

@@ -188,6 +188,8 @@ class Job(BaseModel):
     constraint: Line | None = setting(None, "node features to require", group="slurm")
     reservation: Line | None = setting(None, "Slurm reservation", group="slurm")
     exclude: Words = setting((), "nodes to stay away from", group="slurm")
+    launch: Literal["srun", "accelerate"] = setting("srun", "who starts the processes of a node: srun each of them, or accelerate launch all, as its config files need it", group="slurm")
+    accelerate_config: Line | None = setting(None, "file of `accelerate config` for your own script, with launch=accelerate; left out, none is read", group="slurm")
     array_parallel: int = setting(256, "array tasks that may run at the same time", group="slurm", ge=1)
     sbatch_options: Annotated[Pairs, AfterValidator(_options)] = setting({}, "further sbatch options as name: value (without the dashes); an empty value is a bare option", group="slurm")
 
@@ -219,6 +221,8 @@ class Job(BaseModel):
     hang_after_s: int = setting(600, "silence after which a step is taken for a hang, unless longer ones were seen; 0 turns the watchdog off", group="retries", unit="s", ge=0)
     hang_quiet_s: int = setting(1800, "the same for the start, the first step, and whatever was not yet seen in this run", group="retries", unit="s", ge=1)
     preflight_s: int = setting(30, "time for the checks of every node before an attempt; 0 leaves them out", group="retries", unit="s", ge=0)
+    preflight_allreduce: Literal["auto", "on", "off"] = setting("auto", "a small all-reduce over all processes among the checks; auto: on several nodes with GPUs", group="retries")
+    preflight_gb_s: float = setting(1.0, "what each process must reach in it; a node that is slower than this with all its neighbours is left out", group="retries", unit="GB/s", ge=0)
     avoid_node_h: float = setting(24.0, "how long a node that failed is left out", group="retries", unit="h", ge=0)
 
     # --- what to train

@@ -189,7 +189,7 @@ def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int,
         markers=markers,
         world=job.world_size,
         log=_tail(log, int(environ.get(_LOG_OFFSET, "0"))),
-        rank_logs=_rank_logs(run, job_id, number, missing),
+        rank_logs=_rank_logs(run, job, job_id, number, missing),
         job=info,
         seconds_to_limit=_seconds_to_limit(run, number, job, info, environ) if slurm else None,
         lead_s=job.stop_lead_s,
@@ -284,7 +284,7 @@ def _close(run: RunDir, job: Job, open_attempt: ledger.Attempt, job_id: str, slu
         markers=markers,
         world=job.world_size,
         log=_tail(run.log(other, "batch"), _offset_of(run, number)),
-        rank_logs=_rank_logs(run, other, number, missing),
+        rank_logs=_rank_logs(run, job, other, number, missing),
         accounting=[row.state for row in rows],
         cancel_wished=_cancel_wished(run),
         hang=_hang(run, number),
@@ -436,12 +436,14 @@ def _tail(log: Path, offset: int, most: int = 65_536) -> str:
         return ""
 
 
-def _rank_logs(run: RunDir, job_id: str, number: int, missing: Sequence[int]) -> str:
+def _rank_logs(run: RunDir, job: Job, job_id: str, number: int, missing: Sequence[int]) -> str:
     """The last words of ranks that left no marker: slurmstepd writes there why it killed them."""
     begun = _started_at(run, number)
     texts = []
-    for rank in missing[:16]:
-        log = run.log(job_id, rank)
+    # By accelerate launch, all ranks of a node write to one log.
+    writers = missing if job.launch == "srun" else sorted({rank // job.gpus_per_node for rank in missing})
+    for writer in writers[:16]:
+        log = run.log(job_id, writer)
         try:
             if log.stat().st_mtime >= begun - 1:
                 texts.append(_tail(log, 0, most=2048))

@@ -75,6 +75,11 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
     reasons = {marker.get("reason") for marker in seen.markers.values()}
     if seen.code == 0 and reasons == {"finished"} and len(seen.markers) == seen.world:
         return Cause.FINISHED, "every rank finished"
+    if not seen.own_script and seen.markers.get(0, {}).get("reason") == "finished":
+        # Rank 0 says so behind the last save and a barrier of all ranks: whoever was then too slow to leave (a machine under load,
+        # srun's patience with the last one) had nothing left to do.
+        late = sorted(rank for rank in range(seen.world) if seen.markers.get(rank, {}).get("reason") != "finished")
+        return Cause.FINISHED, "rank 0 finished after the last save" + (f"; rank {_numbers(late)} did not leave by itself" if late else f"; the step ended with {seen.code}")
     if seen.own_script and seen.code == 0 and not seen.markers:
         return Cause.FINISHED, "every process of your script ended with 0"
     if seen.hang:

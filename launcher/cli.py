@@ -244,11 +244,11 @@ def precision(
 
 
 @app.command(context_settings=_SETTINGS, options_metavar=_HINT)
-def doctor(ctx: typer.Context, as_json: Json = False) -> None:
+def doctor(ctx: typer.Context, as_json: Json = False, node: Annotated[bool, typer.Option("--node/--no-node", help="Ask a node what it has, by a short srun.")] = True) -> None:
     """Say what this cluster will do to a run at preemption and time limit, and what is misconfigured; 1 if something must be fixed."""
     from launcher.doctor import examine
 
-    raise typer.Exit(examine(_words(ctx), os.environ, Path.cwd(), as_json))
+    raise typer.Exit(examine(_words(ctx), os.environ, Path.cwd(), as_json, node))
 
 
 @app.command(context_settings=_SETTINGS, options_metavar="[KEY=value | --key value]...")

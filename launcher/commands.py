@@ -1,5 +1,6 @@
 """The commands that do something: submit, run, logs, cancel, resume."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from launcher.attempt import LOCAL
 from launcher.doctor import said_at_submit
 from launcher.local import gpus_here, run_attempts
 from launcher.prepare import prepare, resolve_here
+from launcher.queued import taken_over
 from launcher.refreeze import change
 from slurm.client import Slurm
 from slurm.render import run_dir_of, script_for
@@ -103,6 +105,13 @@ def resume_run(run: RunDir, local: bool, words: Sequence[str] = (), allow: bool 
     state = show.collect([run], show.ask_queue()[0])[0]
     if state.state in ("running", "waiting"):
         raise SettingError(f"run {run.id} is {state.state} as job {state.job_id}; holdfast cancel {run.id} stops it first.")
+    if not (local or (attempts and attempts[-1].job_id.startswith(LOCAL))) and Slurm.available():
+        queued = taken_over(run, Slurm())
+        if queued is not None:
+            if words:
+                raise SettingError(f"run {run.id} is in the queue already, as job {queued}; scancel {queued} first, then change it.")
+            print(f"run {run.id} is in the queue already, as job {queued}; nothing was submitted")
+            return Exit.DONE
     if words or allow:
         changed = change(run, words, allow=allow, executable=sys.executable)
         print("changed: " + (", ".join(f"{name.upper()} {old} -> {new}" for name, (old, new) in changed.items()) or "nothing"), flush=True)
@@ -212,6 +221,10 @@ def _check_members(resolved: Resolved, members: Sequence[Resolved]) -> None:
 
 
 def _already_there(run: RunDir, job: Job, slurm: Slurm, local: bool, as_json: bool) -> int:
+    if not local and not run.has_members:
+        # Made by a submission that did not live to write down its job; where Slurm does not say, the ledger must do.
+        with contextlib.suppress(SubmitError):
+            taken_over(run, slurm)
     state = show.collect([run], show.ask_queue()[0] if not local else None)[0]
     if as_json:
         print(json.dumps({"run": run.id, "path": str(run.path), "job_id": state.job_id, "members": 0, "state": state.state}))

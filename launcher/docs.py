@@ -37,6 +37,8 @@ _VARIANTS: dict[str, tuple[list[str], int | None]] = {
     "quickstart.apptainer": (["CONTAINER_IMAGE=/shared/images/train.sif", "CONTAINER_MOUNTS=/data,/scratch/me:/scratch"], None),
     "quickstart.pyxis": (["CONTAINER_IMAGE=/shared/images/train.sqsh", "CONTAINER_RUNTIME=pyxis", "CONTAINER_MOUNTS=/data"], None),
     "quickstart.entry": (["ENTRY=my/train.py", "ENTRY_ARGS=--config,my run.yaml"], None),
+    "quickstart.accelerate": (["LAUNCH=accelerate", "NODES=2", "GPUS_PER_NODE=8", "CPUS_PER_GPU=12"], None),
+    "quickstart.accelerate_entry": (["LAUNCH=accelerate", "ENTRY=-m my.train", "ENTRY_ARGS=--config,my run.yaml", "ACCELERATE_CONFIG=my/zero3.yaml"], None),
 }
 
 _GROUPS = {

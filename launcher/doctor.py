@@ -6,6 +6,7 @@ figures. `diagnose` is pure: text of Slurm in, findings out.
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from jobs import ledger, rundir
 from jobs.contract import Event, Exit
 from jobs.errors import HoldfastError, SubmitError
 from jobs.settings import Job, format_minutes, parse_minutes
+from launcher import machine
 from slurm.client import Slurm
 
 # Slurm sends the warning up to so many seconds before the time that was asked for.
 _EARLY_S = 60
+# How long a node is waited for that could say what it has.
+_NODE_WAIT_S = 15
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,42 @@ def _qos(slurm: Slurm, job: Job, partition: Mapping[str, str], config: Mapping[s
     return {}
 
 
-def examine(words: Sequence[str], environ: Mapping[str, str], cwd: Path, as_json: bool) -> int:
+def ask_a_node(slurm: Slurm, job: Job, executable: str, wait_s: int = _NODE_WAIT_S) -> tuple[dict[str, Any] | None, str]:
+    """What one node of the partition has (`launcher.machine`), by a short srun; or None and the reason why there is no answer."""
+    gpus = {"gpus-per-node": ["--gpus-per-node=1"], "gres": ["--gres=gpu:1"]}.get(job.gpu_request if job.device != "cpu" else "none", [])
+    where = [f"--{name}={getattr(job, name)}" for name in ("partition", "account", "qos", "constraint", "reservation") if getattr(job, name)]
+    text = (Path(__file__).parent / "machine.py").read_text()
+    command = ["srun", "--nodes=1", "--ntasks=1", f"--immediate={wait_s}", "--time=2", "--quiet", "--job-name=holdfast-doctor", *where, *gpus, job.node_python or executable, "-c", text]
+    try:
+        said = slurm.run(*command)
+        found = json.loads(said.strip().splitlines()[-1])
+    except SubmitError as err:
+        return None, f"no node could be asked: {err}"
+    except (ValueError, IndexError):
+        return None, f"a node answered something else: {' '.join(said.split())[:120] or 'nothing'}"
+    return found, ""
+
+
+def of_node(found: Mapping[str, Any] | None, why_not: str, job: Job, here: Mapping[str, str]) -> list[Finding]:
+    """The findings about one node; `here` are the versions of the libraries on this machine."""
+    if found is None:
+        return [Finding("note", "a node", why_not)]
+    libraries = dict(found.get("libraries", {}))
+    gpus = list(found.get("gpus", []))
+    has = f"{len(gpus)} x {gpus[0]}, driver {found['driver']}" if gpus else f"no GPU ({found.get('driver') or 'none asked for'})"
+    findings = [Finding("ok", "a node", f"{found.get('node')}: {has}"), Finding("ok", "its Python", f"{found.get('python')} ({found.get('executable')}); " + ", ".join(f"{name} {version}" for name, version in libraries.items()))]
+    if job.container_image:
+        return [*findings, Finding("note", "container", "training runs in its own image; these are the versions outside of it")]
+    missing = [name for name in ("torch", "accelerate") if name not in libraries]
+    if missing:
+        findings.append(Finding("fault", "node", f"{' and '.join(missing)} cannot be found by {found.get('executable')}; set NODE_PYTHON to the Python of an environment that every node sees"))
+    other = [f"{name} {here[name]} here, {libraries[name]} there" for name in libraries if name in here and here[name] != libraries[name]]
+    if other:
+        findings.append(Finding("warning", "versions", "; ".join(other)))
+    return findings
+
+
+def examine(words: Sequence[str], environ: Mapping[str, str], cwd: Path, as_json: bool, ask_node: bool = True) -> int:
     """The command. Returns 0, or 1 when there is a fault."""
     from launcher.prepare import resolve_here
 
@@ -229,10 +268,12 @@ def examine(words: Sequence[str], environ: Mapping[str, str], cwd: Path, as_json
     slurm = Slurm(environ)
     site = read_site(slurm, job)
     findings = diagnose(site, job, measured(cwd / job.runs_dir))
+    node, why_not = ask_a_node(slurm, job, sys.executable) if ask_node else (None, "not asked (--no-node)")
+    findings += of_node(node, why_not, job, dict(machine.facts()["libraries"]))  # type: ignore[call-overload]
     failed = any(finding.level == "fault" for finding in findings)
     if as_json:
         policy = asdict(policy_of(site)) | {"warning_s": policy_of(site).warning_s}
-        print(json.dumps({"cluster": site.config.get("ClusterName", ""), "version": site.config.get("SLURM_VERSION", ""), "partition": site.partition.get("PartitionName", ""), "preemption": policy, "findings": [asdict(f) for f in findings], "ok": not failed}, indent=1))
+        print(json.dumps({"cluster": site.config.get("ClusterName", ""), "version": site.config.get("SLURM_VERSION", ""), "partition": site.partition.get("PartitionName", ""), "preemption": policy, "node": node, "findings": [asdict(f) for f in findings], "ok": not failed}, indent=1))
         return Exit.FAILED if failed else Exit.DONE
     print(f"Slurm {site.config.get('SLURM_VERSION', '?')} on {site.config.get('ClusterName', '?')}, partition {site.partition.get('PartitionName', '?')}")
     for finding in findings:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from jobs.contract import Event
+from jobs.contract import Event, RankEnv
 from jobs.rundir import RunDir
 from jobs.settings import Job
 from launcher.preflight import Report, check, read_reports
@@ -54,7 +54,47 @@ def checked(run: RunDir, job: Job, attempt: int, nodes: list[str], environ: Mapp
         except (OSError, subprocess.TimeoutExpired) as err:
             print(f"holdfast: the checks of the nodes did not end well: {err}", file=sys.stderr)
         reports = read_reports(run, attempt, nodes)
-    return _faults(reports, nodes)
+    bad = _faults(reports, nodes)
+    if not bad and under_slurm and (job.preflight_allreduce == "on" or (job.preflight_allreduce == "auto" and gpus and len(nodes) > 1)):
+        return linked(run, job, attempt, nodes, environ)
+    return bad
+
+
+def linked(run: RunDir, job: Job, attempt: int, nodes: list[str], environ: Mapping[str, str]) -> dict[str, str]:
+    """What the all-reduce over all processes says against a node: node -> fault. It bounds itself to `preflight_s`.
+
+    A slow network that cannot be laid at a node's door is said and no more: the attempt goes on, slowly or not."""
+    python = job.node_python or sys.executable
+    command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={job.world_size}", f"--ntasks-per-node={job.gpus_per_node}", "--kill-on-bad-exit=0", "--wait=5", "--quiet"]
+    command += [python, "-m", "train.allreduce", "--seconds", str(job.preflight_s), "--floor", str(job.preflight_gb_s), "--device", job.device]
+    # Not the port of the training that comes after it.
+    env = {**os.environ, **environ, RankEnv.MASTER_PORT: str(int(environ[RankEnv.MASTER_PORT]) + 1), "OMP_NUM_THREADS": "1"}
+    try:
+        subprocess.run(command, env=env, timeout=job.preflight_s + 15, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    except (OSError, subprocess.TimeoutExpired) as err:
+        print(f"holdfast: the all-reduce before the start did not end well: {err}", file=sys.stderr)
+    try:
+        result = json.loads(run.attempt(attempt).allreduce.read_text())
+    except (OSError, ValueError):
+        result = None
+    bad, remark = judged(result, {node for node in nodes if run.attempt(attempt).joined(node).exists()}, nodes, job.preflight_gb_s)
+    if remark:
+        print(f"holdfast: {remark}", file=sys.stderr)
+    return bad
+
+
+def judged(result: Mapping[str, Any] | None, joined: set[str], nodes: list[str], floor: float) -> tuple[dict[str, str], str]:
+    """(node -> fault, a remark) from what the all-reduce left behind: its result, if it came to one, and who took part."""
+    if result is not None:
+        if result["gb_s"] >= floor:
+            return {}, ""
+        said = f"{result['gb_s']:.2f} GB/s in an all-reduce over {result['ranks']} processes, at least {floor:g} are wanted (PREFLIGHT_GB_S)"
+        return {node: f"is slow with all its neighbours: {said}" for node in result["slow"]}, "" if result["slow"] else f"WARNING: {said}; no node stands out"
+    # A first all-reduce ends for all or for none, or for most while one hangs: only a minority can be at fault.
+    away = [node for node in nodes if node not in joined]
+    if away and 2 * len(away) < len(nodes):
+        return {node: "did not take part in an all-reduce before the start" for node in away}, ""
+    return {}, "WARNING: the all-reduce before the start came to no end; training will show whether the network works"
 
 
 def _faults(reports: Mapping[str, Report], nodes: list[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ Only the standard library is imported: it runs on every node of every attempt.
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -27,6 +28,15 @@ _LEAST_MEMORY_GB = 0.5
 _LEAST_DISK_GB = 0.05
 _CLOCK_S = 60.0
 _SMI_S = 20.0
+_DMESG_S = 5.0
+# `[ 1234.567] NVRM: Xid (PCI:0000:65:00): 79, pid=..., GPU has fallen off the bus.`
+_XID = re.compile(r"^\[\s*(\d+\.\d+)\] NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)", re.M)
+# Those that speak of the hardware; 13, 31, 43, 45 and the like are what a program did.
+_XID_HARDWARE = {
+    48: "double bit memory error", 62: "internal micro-controller halted", 64: "row of memory could not be remapped", 74: "NVLink error", 79: "fallen off the bus",
+    92: "many single bit memory errors", 95: "uncontained memory error", 119: "GSP does not answer", 120: "GSP error", 136: "link training failed", 140: "unrecovered memory error", 143: "GPU failed to initialise",
+}  # fmt: skip
+_XID_FORGIVEN_S = 3600.0
 
 
 @dataclass
@@ -48,6 +58,7 @@ def check(run: RunDir, attempt: int, node: str, gpus: int) -> Report:
     report = Report(node)
     if gpus:
         _gpus(report, gpus)
+        _kernel_log(report)
     _memory(report)
     _disk(report, run, attempt)
     report.seconds = round(time.monotonic() - begun, 3)
@@ -96,6 +107,35 @@ def _gpus(report: Report, wanted: int) -> None:
                 report.node_faults.append(f"GPU at {bus} could not remap a bad row of memory")
             elif len(states) == 2 and states[0] in ("1", "yes"):
                 report.remarks.append(f"GPU at {bus} waits for a reset to remap a row of memory")
+
+
+def _kernel_log(report: Report) -> None:
+    """What the driver complained of in the kernel's log, where this user may read it. A fault that is an hour old has been seen to,
+    or shows elsewhere: it is said and forgiven."""
+    try:
+        done = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=_DMESG_S, errors="replace")
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError):
+        return
+    if done.returncode:
+        return
+    for number, bus, age in xids(done.stdout, uptime):
+        meaning = _XID_HARDWARE.get(number)
+        if meaning is None:
+            continue
+        said = f"GPU at {bus}: Xid {number} ({meaning}) {age / 60:.0f} min ago"
+        if age <= _XID_FORGIVEN_S:
+            report.node_faults.append(said)
+        else:
+            report.remarks.append(said)
+
+
+def xids(log: str, uptime_s: float) -> list[tuple[int, str, float]]:
+    """(Xid, bus, seconds ago) of every line of the driver in a kernel log; the newest of each kind."""
+    found: dict[tuple[int, str], float] = {}
+    for stamp, bus, number in _XID.findall(log):
+        found[int(number), bus] = max(uptime_s - float(stamp), 0.0)
+    return [(number, bus, age) for (number, bus), age in found.items()]
 
 
 def _memory(report: Report) -> None:

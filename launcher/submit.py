@@ -22,6 +22,7 @@ from jobs.contract import Event
 from jobs.errors import SubmitError
 from jobs.rundir import RunDir
 from jobs.settings import Job
+from launcher.queued import lost_answer, taken_over
 from slurm.client import Slurm, clean_environment, explain
 
 
@@ -57,15 +58,24 @@ def to_slurm(run: RunDir, job: Job, environ: Mapping[str, str], members: int = 0
     """Submits a run (or the array in its directory). Returns Slurm's job id. Raises SubmitError with sbatch's own words."""
     if shutil.which("srun") is None or shutil.which("sbatch") is None:
         raise SubmitError("sbatch and srun are not on this machine; is this a login node of the cluster? `holdfast submit --local` needs no Slurm")
+    if job.run_id is not None and not members:
+        # The person may be saying it for the second time, because the first answer was lost.
+        queued = taken_over(run, Slurm(environ))
+        if queued is not None:
+            return queued
     run.submitit.mkdir(exist_ok=True)
     # submitit prints what sbatch said before it raises; it is said once, in our message.
     with _environment(clean_environment(environ)), contextlib.redirect_stderr(io.StringIO()):
         executor = ScriptExecutor(run, job)
         try:
             jobs = executor.submit_array([_Call(str(run.member(i).path)) for i in range(members)]) if members > 1 else [executor.submit(train_run, str(run.path))]
+            job_id = jobs[0].job_id.partition("_")[0]
         except (FailedJobError, FailedSubmissionError) as err:
-            raise SubmitError(explain("sbatch", _words_of(err))) from err
-    job_id = jobs[0].job_id.partition("_")[0]
+            refused = SubmitError(explain("sbatch", _words_of(err)))
+            made = lost_answer(run.member(0) if members else run, Slurm(environ), refused)
+            if made is None:
+                raise refused from err
+            job_id = made.partition("_")[0]
     if members:
         for index in range(members):
             ledger.append(run.member(index).ledger, Event.SUBMITTED, attempt=0, job_id=f"{job_id}_{index}", by="submitit")

@@ -186,6 +186,30 @@ class Slurm:
                 return {}
             raise
 
+    def named(self, name: str, comment: str, folder: Path) -> list[tuple[str, str]]:
+        """(id, state) of this user's jobs that carry this name or comment and write their log below `folder`, in any state that
+        squeue shows. A site may change one of the two; two runs in different folders may have the same name. Raises SubmitError."""
+        found = []
+        for line in self.run("squeue", "-h", "-r", "--me", "-o", "%i|%T|%j|%k").splitlines():
+            job_id, _, rest = line.strip().partition("|")
+            state, _, words = rest.partition("|")
+            if name not in words.split("|") and comment not in words.split("|"):
+                continue
+            try:
+                log = next((record.get("StdOut", "") for record in parse_scontrol(self.run("scontrol", "-o", "show", "job", job_id))), "")
+            except SubmitError as err:
+                if "Invalid job id" in str(err):
+                    continue
+                log = ""  # no scontrol here: the name must do
+            if not log or log.startswith(f"{folder}/"):
+                found.append((job_id, state))
+        return found
+
+    @staticmethod
+    def unsure(err: SubmitError) -> bool:
+        """Whether a command that changes something may have done so although it failed."""
+        return unreachable(err)
+
     def accounting(self, job_id: str) -> list[AccountingRow]:
         """All runs of a job and their steps, requeued ones included; [] where the site keeps no accounting."""
         try:

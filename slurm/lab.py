@@ -20,6 +20,7 @@ All nodes share one port space and one host name: jobs tell nodes apart by SLURM
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -205,7 +206,7 @@ class Lab:
         lab_host.write(root / "hosts", lab_conf.hosts(known, host_names, config.node_names))
         lab_host.write(self.conf, lab_conf.slurm_conf(config, root, self.base_port, user, host))
         lab_host.write(root / "gres.conf", lab_conf.gres_conf(config, root))
-        lab_host.write(root / "cgroup.conf", lab_conf.CGROUP_CONF)
+        lab_host.write(root / "cgroup.conf", lab_conf.cgroup_conf(config))
         if config.accounting:
             # slurmdbd refuses a file that others may read.
             lab_host.write(root / "slurmdbd.conf", lab_conf.slurmdbd_conf(root, self.base_port, user), 0o600)
@@ -383,9 +384,18 @@ class Lab:
         if left:
             names = ", ".join(f"{p.name}({p.pid})" for p in left)
             raise LabError(f"lab in {self.root}: still running after SIGKILL: {names}")
+        if self.config.memory_cgroup:
+            self._remove_cgroups()
         for name in self.daemon_names:
             self._pid_file(name).unlink(missing_ok=True)
         (self.root / "run" / "munge.sock").unlink(missing_ok=True)
+
+    def _remove_cgroups(self) -> None:
+        """The folders that its slurmds made among the kernel's memory limits; one that is still in use stays."""
+        for name in self.config.node_names:
+            for folder, _, _ in os.walk(lab_conf.MEMORY_CGROUPS / f"slurm_{name}", topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
 
     def _job_processes(self) -> list[lab_proc.Process]:
         return [p for group in lab_proc.of_lab(self.root).jobs.values() for p in group]

@@ -11,8 +11,10 @@ from jobs.errors import LabError
 CLUSTER = "lab"
 MAX_NODES = 200
 PREEMPT_MODES = ("REQUEUE", "CANCEL")
-# No plugin of the lab uses cgroups, yet a slurmd that is left to find out their version gives up where it cannot.
-CGROUP_CONF = "CgroupPlugin=cgroup/v1\n"
+# Hardly a lab uses cgroups, yet a slurmd that is left to find out their version gives up where it cannot.
+_CGROUP_CONF = "CgroupPlugin=cgroup/v1\n"
+# Where cgroup v1 is mounted; a slurmd that limits memory keeps a folder of its own there.
+MEMORY_CGROUPS = Path("/sys/fs/cgroup/memory")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class LabConfig:
     base_port: int | None = None  # None: a block of ports that is free on 127.0.0.1
     preempt_mode: str = "REQUEUE"
     user_signal: bool = False  # a preempted job first gets the signal it asked for with --signal
+    memory_cgroup: bool = False  # memory limits by the kernel (cgroup v1, as root): one such lab per machine
     real_gpus: bool = False  # this machine's NVIDIA devices, dealt out to the nodes in order
     extra_conf: str = ""  # lines appended to slurm.conf; of two lines with the same key Slurm takes the later
 
@@ -91,7 +94,7 @@ def slurm_conf(config: LabConfig, root: Path, base_port: int, user: str, host: s
         "MailProg=/bin/true",
         # cgroups would need write access to the host's tree; a plain walk over parents needs nothing.
         "ProctrackType=proctrack/linuxproc",
-        "TaskPlugin=task/none",
+        f"TaskPlugin={'task/cgroup' if config.memory_cgroup else 'task/none'}",
         "MpiDefault=none",
         "ReturnToService=2",
         # The nodes claim more CPUs and memory than the machine has, and Slurm is told to believe them.
@@ -147,6 +150,10 @@ def slurm_conf(config: LabConfig, root: Path, base_port: int, user: str, host: s
         config.extra_conf,
     ]
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def cgroup_conf(config: LabConfig) -> str:
+    return _CGROUP_CONF + (f"CgroupMountpoint={MEMORY_CGROUPS.parent}\nConstrainRAMSpace=yes\nAllowedRAMSpace=100\n" if config.memory_cgroup else "")
 
 
 def gres_conf(config: LabConfig, root: Path) -> str:

@@ -167,14 +167,17 @@ def _directives(job: Job, script: Script) -> Iterator[tuple[str, Any]]:
 
 
 def _train_command(job: Job, script: Script) -> list[Any]:
-    """The command of one training process, with the container around it where there is one."""
-    inside = [job.container_python if job.container_image else script.python, "-u"]
+    """The command of one task of srun, with the container around it where there is one."""
+    command: list[Any] = [job.container_python if job.container_image else script.python, "-u"]
+    if job.launch == "accelerate":
+        config = ["--config", job.accelerate_config] if job.accelerate_config else []
+        command += ["-m", "train.node", "--nodes", job.nodes, "--per-node", job.gpus_per_node, *config, "--"]
     if job.entry is None:
-        command: list[Any] = [*inside, "-m", "train", "--run-dir", Quoted(f'"${RankEnv.RUN_DIR.value}"')]
+        command += ["-m", "train", "--run-dir", Quoted(f'"${RankEnv.RUN_DIR.value}"')]
     elif job.entry.startswith("-m "):
-        command = [*inside, "-m", job.entry[3:].strip(), *job.entry_args]
+        command += ["-m", job.entry[3:].strip(), *job.entry_args]
     else:
-        command = [*inside, job.entry, *job.entry_args]
+        command += [job.entry, *job.entry_args]
     if not job.container_image or job.container_runtime == "pyxis":
         return command
     binds = [part for mount in _mounts(job, script) for part in ("--bind", mount)]

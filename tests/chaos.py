@@ -27,13 +27,14 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
 
+import save_sweep
 from conftest import REPOSITORY, SMALL, Cluster, losses, until, weights_sha
 
 from jobs import goodput, ledger
 from jobs.contract import Event
 from jobs.rundir import RunDir
 from launcher.local import pid_of_rank
-from slurm import lab, lab_proc
+from slurm import lab, lab_conf, lab_proc
 
 # Two nodes with one rank each: the least that has a network between the ranks.
 PAIR = {"NODES": "2", "GPUS_PER_NODE": "1", "MAX_STEPS": "120", "EVAL_EVERY": "60"}
@@ -296,6 +297,11 @@ def row_12(stage: Stage) -> Row:
     return stage.ended(Row("out of memory (OverMemoryKill)", "out_of_memory"), run)
 
 
+def row_12b(stage: Stage) -> Row:
+    run = stage.submit(fault="eat:60:1", MEM_GB="1")
+    return stage.ended(Row("out of memory (memory cgroup, the kernel kills)", "out_of_memory"), run)
+
+
 def row_13(stage: Stage) -> Row:
     run = stage.submit(MAX_STEPS="300", EVAL_EVERY="150")
     stage.cluster.at_step(run, 25)
@@ -513,6 +519,26 @@ def slow_save(save_s: float, after_s: float) -> Callable[[Stage], Row]:
     return row
 
 
+def row_27s(stage: Stage) -> Row:
+    return swept(save_sweep.sweep(save_sweep.points()))
+
+
+def swept(found: list[save_sweep.Point]) -> Row:
+    """One row for many stops: what fits into the grace may lose nothing, the rest two intervals at most; all end identically."""
+    fitting, others = [point for point in found if point.fits], [point for point in found if not point.fits]
+    shares = ", ".join(f"{share:g}" for share in save_sweep.SHARES)
+    row = Row(f"TERM at every {save_sweep.APART_S * 1000:.0f} ms of a save of {shares} times the grace, KILL after it ({save_sweep.GRACE_S:g} s): {len(found)} points", "-")
+    row.sent = "TERM and KILL from the test itself"
+    row.causes = sorted({point.causes[0] for point in found})
+    row.lost = max((point.lost for point in fitting), default=0)
+    worst = max((point.lost for point in others), default=0)
+    row.identical = "yes" if all(point.identical and point.causes[-1] == "finished" for point in found) and worst <= 2 * save_sweep.INTERVAL else "NO"
+    row.note = f"{len(fitting)} points whose saves fit lost {row.lost} steps; of the {len(others)} others the worst lost {worst}, two intervals are {2 * save_sweep.INTERVAL}"
+    assert not any(unbalanced(attempt) for point in found for attempt in point.attempts)
+    row.spent = [{name: round(sum(attempt[name] for point in found for attempt in point.attempts), 3) for name in found[0].attempts[0]}]
+    return row
+
+
 # ------------------------------------------------------------------------------------------------------------ around them
 
 
@@ -557,6 +583,9 @@ def staged(config: lab.LabConfig) -> Iterator[Stage]:
 
 PLAIN = lab.LabConfig()
 ACCOUNTING = lab.LabConfig(accounting=True, extra_conf="JobAcctGatherParams=OverMemoryKill")
+CGROUP = lab.LabConfig(accounting=True, memory_cgroup=True)
+# Limits by the kernel can be set as root where cgroup v1 has them; elsewhere that row is left out.
+CAN_LIMIT = os.access(lab_conf.MEMORY_CGROUPS, os.W_OK) and os.geteuid() == 0
 SHORT_WAIT = lab.LabConfig(kill_wait_s=4)
 TABLE: list[tuple[str, lab.LabConfig, Callable[[Stage], Row]]] = [
     ("2", PLAIN, row_2), ("5", PLAIN, row_5), ("6", PLAIN, row_6), ("7", PLAIN, row_7), ("8", PLAIN, row_8), ("9", PLAIN, row_9), ("9b", PLAIN, row_9b),
@@ -564,8 +593,9 @@ TABLE: list[tuple[str, lab.LabConfig, Callable[[Stage], Row]]] = [
     ("16", PLAIN, row_16), ("17", PLAIN, row_17), ("18", PLAIN, row_18), ("19", PLAIN, row_19), ("20", PLAIN, row_20), ("21", PLAIN, row_21), ("22", PLAIN, row_22),
     ("23", PLAIN, row_23), ("23b", PLAIN, row_23b), ("24", PLAIN, row_24), ("26", PLAIN, row_26), ("26b", PLAIN, row_26b),
     ("1", lab.LabConfig(grace_s=5), row_1), ("3", lab.LabConfig(grace_s=5, user_signal=True), row_3), ("4", lab.LabConfig(preempt_mode="CANCEL"), row_4),
-    ("12", ACCOUNTING, row_12), ("14", ACCOUNTING, row_14), ("14b", ACCOUNTING, row_14b), ("14c", ACCOUNTING, row_14c), ("25", ACCOUNTING, row_25),
+    ("12", ACCOUNTING, row_12), *([("12b", CGROUP, row_12b)] if CAN_LIMIT else []), ("14", ACCOUNTING, row_14), ("14b", ACCOUNTING, row_14b), ("14c", ACCOUNTING, row_14c), ("25", ACCOUNTING, row_25),
     *((f"27{letter}", SHORT_WAIT, slow_save(save_s, after_s)) for letter, save_s, after_s in (("a", 0.4, 0.0), ("b", 0.4, 0.2), ("c", 1.6, 0.05), ("d", 1.6, 1.0), ("e", 6.0, 0.05), ("f", 6.0, 2.0), ("g", 12.0, 1.0))),
+    ("27s", SHORT_WAIT, row_27s),
 ]  # fmt: skip
 
 

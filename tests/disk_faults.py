@@ -95,3 +95,18 @@ def compilation_that_hangs():
         return real(self, *args, **kwargs)
 
     gpt.GPT.forward = forward
+
+
+def slow_first_saves():
+    """Every save of the first attempt takes SLOW_SAVE_S more before it is complete."""
+    from train import commit
+
+    if os.environ["HOLDFAST_ATTEMPT"] != "1":
+        return
+    finish = commit.Commit.finish
+
+    def slowly(self, *args, **kwargs):
+        time.sleep(float(os.environ["SLOW_SAVE_S"]))
+        return finish(self, *args, **kwargs)
+
+    commit.Commit.finish = slowly

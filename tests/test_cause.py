@@ -5,7 +5,7 @@ The texts are as Slurm 22.05.8 wrote them; docs/preemption.md has the table."""
 import copy
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs.contract import Cause
@@ -44,8 +44,9 @@ NCCL_PEER = failed(0, "DistBackendError", "NCCL error in: NCCLUtils.cpp:77, remo
 # name: (evidence, cause)
 TABLE: dict[str, tuple[dict[str, object], Cause]] = {
     "finished": ({"code": 0, "markers": finished(0, 1)}, Cause.FINISHED),
-    "a rank is not heard of although srun says 0": ({"code": 0, "markers": finished(0)}, Cause.UNKNOWN),
-    "finished, but srun was killed over it": ({"code": 137, "markers": finished(0, 1)}, Cause.KILLED),
+    "rank 0 finished, the other one was too slow to leave": ({"code": 137, "markers": finished(0)}, Cause.FINISHED),
+    "finished, but srun was killed over it": ({"code": 137, "markers": finished(0, 1)}, Cause.FINISHED),
+    "rank 0 is not heard of although srun says 0": ({"code": 0, "markers": finished(1)}, Cause.UNKNOWN),
     # preemption
     "preempted, grace 0": ({"code": 75, "markers": stopped("TERM"), "signals": ["TERM"], "log": PREEMPTION, "job": job("COMPLETING", end_time="Unknown")}, Cause.PREEMPTED),
     "preempted, grace 12: no reason in the log yet": ({"code": 75, "markers": stopped("TERM"), "log": line(), "job": job(preempted_at="2026-11-21T23:43:00")}, Cause.PREEMPTED),
@@ -178,6 +179,7 @@ _evidence = st.builds(
 
 
 @given(_evidence)
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_classifying_is_pure_and_total(seen: Evidence) -> None:
     before = copy.deepcopy(seen)
     first = classify(seen)
@@ -186,13 +188,9 @@ def test_classifying_is_pure_and_total(seen: Evidence) -> None:
 
 
 @given(_evidence)
-def test_a_run_is_finished_only_when_every_rank_says_so(seen: Evidence) -> None:
-    if classify(seen)[0] is Cause.FINISHED:
-        assert seen.code == 0
-        if seen.own_script and not seen.markers:
-            return
-        assert {rank for rank, marker in seen.markers.items() if marker.get("reason") == "finished"} == set(seen.markers)
-        assert len(seen.markers) == seen.world
+def test_a_run_is_finished_only_when_rank_0_says_so_behind_the_barrier_of_all(seen: Evidence) -> None:
+    if classify(seen)[0] is Cause.FINISHED and not (seen.own_script and seen.code == 0):
+        assert seen.markers[0].get("reason") == "finished" and not seen.own_script
 
 
 @given(_evidence)

@@ -194,7 +194,7 @@ def in_private_mount(script: str, folder: Path, options: str) -> str:
     mount = f"mount -t tmpfs -o {options} none {folder}"
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("may not mount here")
-    done = subprocess.run(["unshare", "-m", "sh", "-ec", f"{mount}\n{script}"], capture_output=True, text=True, timeout=60, cwd=Path(crash.__file__).parent)
+    done = subprocess.run(["unshare", "-m", "sh", "-ec", f"{mount}\n{script}"], capture_output=True, text=True, timeout=150, cwd=Path(crash.__file__).parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

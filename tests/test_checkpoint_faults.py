@@ -331,3 +331,44 @@ def test_a_run_on_a_disk_that_fills_up_keeps_every_complete_checkpoint_and_ends_
     code, good, failed, rest = out.partition("RESULT ")[2].split(" ", 3)
     assert int(good) >= 2 and int(failed) >= 5, out
     assert int(code) == Exit.FAILED and "storage" in rest and rest.strip().endswith("True"), out
+
+
+READ_ONLY = """
+import subprocess, sys
+sys.path.insert(0, {tests!r})
+from training import Farm, events, logs, result, saved
+from launcher import local
+from pathlib import Path
+from jobs import ckpt_format, ledger
+farm = Farm(Path(sys.argv[1]))
+local._spawn = farm.spawn
+settings = dict(MAX_STEPS="80", CHECKPOINT_EVERY="10", EVAL_EVERY="0", MAX_STORAGE="0")
+plain = farm.finished(**settings)
+run = farm.prepare(**settings)
+run.checkpoints.mkdir()
+subprocess.run(["mount", "-t", "tmpfs", "none", str(run.checkpoints)], check=True)
+def becomes_read_only(farm, run):
+    assert saved(run, 10)
+    # Refused while a save has a file open.
+    while subprocess.run(["mount", "-o", "remount,ro", str(run.checkpoints)], capture_output=True).returncode:
+        pass
+code = farm.train(run, becomes_read_only)
+good = [ckpt_format.verify(path).step for path in ckpt_format.complete(run.checkpoints)]
+failed = {{event["errno"] for event in events(run, "save_failed")}}
+print("RESULT", int(code), bool(good), failed, events(run, "end")[-1]["cause"], "Read-only file system" in logs(run), flush=True)
+subprocess.run(["mount", "-o", "remount,rw", str(run.checkpoints)], check=True)
+ledger.append(run.ledger, "submitted", attempt=0, job_id="again", by="resume")
+print("AGAIN", int(farm.train(run)), events(run, "resumed")[-1]["step"] in good, result(run) == result(plain), flush=True)
+farm.close()
+"""
+
+
+def test_a_checkpoint_folder_that_becomes_read_only_ends_the_run_for_storage_and_harms_nothing(tmp_path: Path) -> None:
+    from test_checkpoint_commit import in_private_mount
+
+    mount = tmp_path / "runs"
+    mount.mkdir()
+    (tmp_path / "ro.py").write_text(READ_ONLY.format(tests=str(Path(__file__).parent)))
+    out = in_private_mount(f"{sys.executable} {tmp_path / 'ro.py'} {mount}", mount, "size=64m")
+    assert "RESULT 1 True {'EROFS'} storage True" in out, out
+    assert "AGAIN 0 True True" in out, out

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,39 @@ def test_a_given_run_id_is_submitted_once(cluster: Cluster, tmp_path: Path) -> N
     first, second = (json.loads(cluster.holdfast("submit", *words).stdout) for _ in range(2))
     assert first["job_id"] == second["job_id"]
     cluster.finished(RunDir(Path(first["path"])))
+
+
+def queued(cluster: Cluster, run: RunDir) -> list[str]:
+    return cluster.slurm("squeue", "-h", "-n", run.id, "-o", "%i").split()
+
+
+@pytest.mark.slurm
+def test_a_job_that_the_ledger_does_not_know_is_found_before_a_second_one_is_submitted(cluster: Cluster, tmp_path: Path) -> None:
+    # The launcher was killed between sbatch and the ledger.
+    words = [f"RUNS_DIR={tmp_path}/runs", "RUN_ID=lost", *pairs(ONE), "SBATCH_OPTIONS=hold="]
+    run = RunDir(Path(json.loads(cluster.holdfast("submit", "--json", *words).stdout)["path"]))
+    (job_id,) = queued(cluster, run)
+    run.ledger.unlink()
+    assert f"in the queue already, as job {job_id}" in cluster.holdfast("resume", str(run.path)).stdout
+    run.ledger.unlink()
+    assert json.loads(cluster.holdfast("submit", "--json", *words).stdout)["job_id"] == job_id
+    # The same name in another folder is another run.
+    other = RunDir(Path(json.loads(cluster.holdfast("submit", "--json", *words, f"RUNS_DIR={tmp_path}/others").stdout)["path"]))
+    assert len(queued(cluster, run)) == 2 and other.id == run.id
+    cluster.slurm("scancel", *queued(cluster, run))
+
+
+@pytest.mark.slurm
+def test_an_sbatch_whose_answer_was_lost_has_submitted_all_the_same(cluster: Cluster, tmp_path: Path) -> None:
+    tool = tmp_path / "bin" / "sbatch"
+    tool.parent.mkdir()
+    # It queues the job and then reports what a client says when slurmctld answers too late.
+    tool.write_text(f'#!/bin/bash\n"{shutil.which("sbatch")}" "$@" || exit\n[[ " $* " = *" --test-only "* ]] && exit 0\necho "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2\nexit 1\n')
+    tool.chmod(0o755)
+    words = ["--json", f"RUNS_DIR={tmp_path}/runs", *pairs(ONE), "SBATCH_OPTIONS=hold="]
+    answer = json.loads(cluster.holdfast("submit", *words, PATH=f"{tool.parent}:{cluster.env['PATH']}").stdout)
+    assert queued(cluster, RunDir(Path(answer["path"]))) == [answer["job_id"]]
+    cluster.slurm("scancel", answer["job_id"])
 
 
 def test_run_trains_in_the_foreground_and_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:

@@ -52,9 +52,13 @@ def test_the_lists_of_text_settings_are_whole() -> None:
 # -- into the run directory --------------------------------------------------------------------------------------------
 
 
+# What a setting has no meaning without.
+NEEDS = {"accelerate_config": {"launch": "accelerate", "entry": "a.py"}}
+
+
 def carried(folder: Path, name: str, value: object) -> object:
     """The value of a setting as a node reads it, from a job file that gave it. Raises HoldfastError."""
-    (folder / "given.yaml").write_text(dump_yaml({name: value}), "ascii")
+    (folder / "given.yaml").write_text(dump_yaml({**NEEDS.get(name, {}), name: value}), "ascii")
     resolved = resolve(["given.yaml"], {}, folder, lambda word: sitefile.find(word, folder))
     (folder / "job.yaml").write_text(dump_yaml(resolved.job.model_dump(mode="json")))
     return getattr(load(folder / "job.yaml"), name)

@@ -57,6 +57,25 @@ def test_a_run_at_its_time_limit_is_warned_requeued_and_ends_with_identical_weig
     assert_same_result(run, reference)
 
 
+def test_accelerate_launch_keeps_the_contract_and_leads_to_the_same_weights(cluster: Cluster, undisturbed: RunDir) -> None:
+    config = cluster.runs / "accelerate.yaml"
+    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: bf16\nuse_cpu: false\ndebug: false\nnum_machines: 9\nnum_processes: 9\n")
+    own = cluster.submit(LAUNCH="accelerate", NODES="2", GPUS_PER_NODE="1", ENTRY=str(REPOSITORY / "tests" / "own_script.py"), ENTRY_ARGS="patient", ACCELERATE_CONFIG=str(config))
+    run = cluster.submit(LAUNCH="accelerate", **TWO_BY_TWO)
+    cluster.at_step(run, 25)
+    until(lambda: (own.path / "count.0").exists(), 60, "the first steps of the other script")
+    cluster.slurm("sbatch", "-p", "high", "-N4", "--exclusive", "--wrap", "sleep 1", "-o", "/dev/null")
+    attempts = cluster.finished(run, 180)
+    assert [attempt.cause.value for attempt in attempts if attempt.cause] == ["preempted", "finished"], cluster.logs(run)
+    assert attempts[0].lost_steps == 0 and attempts[1].start_step == attempts[0].step
+    assert_same_result(run, undisturbed)
+    # Its code is the rank's own, which the launcher that comes with Accelerate would have turned into 1.
+    assert {event["exit_code"] for event in ledger.read(run.ledger) if event["event"] == "end"} == {75, 0}
+    attempts = cluster.finished(own, 180)
+    assert [attempt.cause.value for attempt in attempts if attempt.cause] == ["preempted", "finished"], cluster.logs(own)
+    assert "in bf16" in own.log(attempts[1].job_id, 0).read_text()
+
+
 def test_scontrol_requeue_loses_nothing(cluster: Cluster, undisturbed: RunDir) -> None:
     run = cluster.submit(**TWO_BY_TWO)
     cluster.at_step(run, 45)

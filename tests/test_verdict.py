@@ -473,6 +473,14 @@ class Histories(RuleBasedStateMachine):
             cause = Cause(recorded[-1]["cause"])
             assert len({event["attempt"] for event in recorded if event["cause"] == cause}) > self.budgets.of(cause)
 
+    @invariant()
+    def the_time_of_every_attempt_is_accounted_for_whatever_the_clocks_did(self) -> None:
+        if not hasattr(self, "run"):
+            return
+        for event in ledger.read(self.run.ledger):
+            if event["event"] == Event.END:
+                assert event["seconds"] >= 0 and abs(sum(event["parts"].values()) - event["seconds"]) <= 0.01 * event["seconds"] + 0.01, event
+
     def to_the_end(self) -> None:
         """Whatever happened before: left to itself, the run finishes, is queued no more and says why, or waits for a person
         who is told so."""
