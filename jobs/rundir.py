@@ -144,6 +144,11 @@ class AttemptDir:
         return self.path / "clock.json"
 
     @property
+    def trace(self) -> Path:
+        """What the profiler saw on rank 0, where PROFILE_STEPS asks for it."""
+        return self.path / "trace.json.gz"
+
+    @property
     def owner(self) -> Path:
         """Which job this attempt belongs to."""
         return self.path / "owner.json"

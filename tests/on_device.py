@@ -17,7 +17,7 @@ from jobs import ledger
 from jobs.precision import MODES, Precision
 from jobs.rundir import RunDir
 from jobs.settings import Job
-from train import checkpoint, loop, optim, runtime
+from train import build, checkpoint, loop, optim, runtime
 from train.data.order import rank_slice
 from train.data.sources import open_data
 from train.numerics import LossScale, OverflowGuard
@@ -74,7 +74,7 @@ class Training:
         self.run.path.mkdir(parents=True, exist_ok=True)
         self.data = open_data("synthetic", seq_len=self.job.seq_len, split="train", vocab_size=256)
         seed_everything(self.job.seed, 0)
-        self.model, context = loop._build(self.job, self.data, self.rt, self.said.append)  # type: ignore[arg-type]
+        self.model, context = build.build(self.job, self.data, self.rt, self.said.append)  # type: ignore[arg-type]
         self.optimizer = optim.build(self.job, self.model)
         scale = LossScale.of(self.job)
         self.guard = OverflowGuard(self.job, scale)
@@ -160,7 +160,7 @@ def gradients_of(job: Job, rt: Any, case: str) -> dict[str, torch.Tensor]:
     data = open_data("synthetic", seq_len=LENGTH, split="train", vocab_size=256)
     seed_everything(0, 0)
     torch.set_float32_matmul_precision(MODES[Precision.FP32].matmul_precision)
-    inner, context = loop._build(job, data, rt, lambda text: None)  # type: ignore[arg-type]
+    inner, context = build.build(job, data, rt, lambda text: None)  # type: ignore[arg-type]
     model = inner if is_sharded(inner) or rt.world == 1 else rt.accelerator.prepare_model(inner)
     stepper = Stepper(job, rt, model, inner, optim.build(job, inner), context, None)
     batch = global_batch(case)

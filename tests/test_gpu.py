@@ -2,7 +2,9 @@
 
 The helpers are those of tests/test_on_device.py, which a CPU runs."""
 
+import gzip
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from conftest import REPOSITORY
 from on_device import CASES, One, Training, falls, gradient_job, gradients_of, gradients_over_ranks, job_of, largest_gap
 
 from jobs import metrics
+from jobs.peaks import peak_of
 from jobs.precision import MODES, Precision, runs_on
 from train import runtime, switches
 from train.autocast import TOLERANCE
@@ -190,13 +193,18 @@ def test_cudnn_times_its_convolutions_where_shapes_are_fixed() -> None:
 def test_the_ordinary_entry_point_names_the_gpu_and_logs_finite_numbers(tmp_path: Path) -> None:
     from benchmarks.hardware import train
 
-    words = ["MODEL=nano", "SEQ_LEN=64", "BATCH_SIZE=8", "MAX_STEPS=20", "EVAL_EVERY=10", "EVAL_SAMPLES=16", "CHECKPOINT_EVERY=10", "LOG_EVERY=1", "DEVICE=cuda", "NODES=1", "GPUS_PER_NODE=1", "SITE=generic"]
+    words = ["MODEL=nano", "SEQ_LEN=64", "BATCH_SIZE=8", "MAX_STEPS=20", "EVAL_EVERY=10", "EVAL_SAMPLES=16", "CHECKPOINT_EVERY=10", "LOG_EVERY=1", "DEVICE=cuda", "NODES=1", "GPUS_PER_NODE=1", "SITE=generic", "PROFILE_STEPS=3-4"]
     run = train(tmp_path, "gpu", words)
     text = "\n".join(path.read_text() for path in run.logs.glob("*.0.out"))
     gpu = torch.cuda.get_device_properties(0)
     assert gpu.name in text and f"sm_{gpu.major}{gpu.minor}" in text and "GiB" in text
     lines = metrics.read(run.metrics)
     assert [line["step"] for line in lines] == list(range(1, 21)) and lines[-1]["loss"] < lines[0]["loss"]
+    assert all(line["tflops"] > 0 and line["gpu_memory_gib"] > 0 for line in lines)
+    # A small model is far from the peak, and no share may be above it.
+    assert all(0 < line.get("peak_pct", 0) < 100 for line in lines) == (peak_of(gpu.name, Precision.BF16) is not None)
+    kernels = [event for event in json.loads(gzip.decompress(run.attempt(1).trace.read_bytes()))["traceEvents"] if event.get("cat") == "kernel"]
+    assert kernels
 
 
 def test_the_first_line_of_a_run_describes_this_gpu() -> None:
