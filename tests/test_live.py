@@ -20,7 +20,8 @@ from jobs.peaks import peak_of
 from jobs.precision import Precision
 from jobs.settings import Job
 from train.clock import Clock
-from train.live import Live, Work, progress_text
+from train.flops import flops_per_sample
+from train.live import Live, progress_text
 from train.models.registry import build_model
 from train.tracer import Tracer
 
@@ -38,13 +39,13 @@ def batch_of(length: int) -> dict[str, torch.Tensor]:
 
 def test_the_built_in_model_counts_by_its_own_formula_others_by_6_n_and_images_not_at_all() -> None:
     gpt = build_model("nano", vocab_size=256, seq_len=64)
-    work = Work.of(job_of(), gpt, batch_of(64))
-    assert work.flops_per_step == gpt.flops_per_token(64) * 64 * 8 and "6 N + 6 L d T" in work.formula
+    flops, formula = flops_per_sample(gpt, batch_of(64))
+    assert flops == gpt.flops_per_token(64) * 64 and "6 N + 6 L d T" in formula
     other = nn.Linear(10, 10, bias=False)
-    work = Work.of(job_of(), other, batch_of(32))
-    assert work.flops_per_step == 6 * 100 * 32 * 8 and "600 FLOP per token = 6 N " in work.formula
-    none = Work.of(job_of(), other, {"images": torch.zeros(2, 1, 8, 8)})
-    assert none.flops_per_step is None and "not counted" in none.formula
+    flops, formula = flops_per_sample(other, batch_of(32))
+    assert flops == 6 * 100 * 32 and "600 FLOP per token = 6 N " in formula
+    flops, formula = flops_per_sample(other, {"images": torch.zeros(2, 1, 8, 8)})
+    assert flops is None and "not counted" in formula
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_a_gpu_that_is_not_in_the_table_has_no_peak(name: str) -> None:
 def test_a_line_covers_the_time_since_the_one_before() -> None:
     now = [100.0]
     clock = Clock(now=lambda: now[0])
-    live = Live(job_of(), One(CPU), Work(4e9, "x"), clock)  # type: ignore[arg-type]
+    live = Live(job_of(), One(CPU), (5e8, "x"), clock)  # type: ignore[arg-type]
     clock.enter(Part.DATA_WAIT)
     now[0] += 0.25
     clock.enter(Part.SAVE_STALL)

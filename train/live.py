@@ -3,11 +3,9 @@
 A line covers the time since the line before, or since a validation, whose time it leaves out."""
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from jobs.goodput import Part
 from jobs.peaks import Peak, peak_of
@@ -16,34 +14,14 @@ from train.clock import Clock
 from train.runtime import Runtime
 
 
-@dataclass(frozen=True)
-class Work:
-    """Model FLOPs of one optimizer step over all ranks, by a formula; None where there is none that would be right."""
-
-    flops_per_step: float | None
-    formula: str
-
-    @classmethod
-    def of(cls, job: Job, model: nn.Module, batch: dict[str, torch.Tensor]) -> "Work":
-        """`batch`: one micro-batch, for the length of its samples. Recomputed activations are not counted, padding is."""
-        tokens = batch.get("tokens")
-        if tokens is None or tokens.ndim != 2:
-            return cls(None, "not counted: samples are no rows of tokens, and a weight may be used any number of times for one")
-        length = tokens.shape[1]
-        if hasattr(model, "flops_per_token"):
-            per_token = float(model.flops_per_token(length))
-            formula = "6 N + 6 L d T (N: blocks and head; causal attention)"
-        else:
-            per_token = 6.0 * sum(p.numel() for p in model.parameters())
-            formula = "6 N (N: all parameters; attention not counted)"
-        return cls(per_token * length * job.batch_size, f"{_engineering(per_token)}FLOP per token = {formula}")
-
-
 class Live:
     """The values of a run's log lines that are about its speed."""
 
-    def __init__(self, job: Job, rt: Runtime, work: Work, clock: Clock):
-        self._rt, self._work, self._clock = rt, work, clock
+    def __init__(self, job: Job, rt: Runtime, flops: tuple[float | None, str], clock: Clock):
+        """`flops`: of one sample, and the formula (train/flops.py)."""
+        self._rt, self._clock = rt, clock
+        per_sample, self._formula = flops
+        self._flops_per_step = per_sample * job.batch_size if per_sample else None
         name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else ""
         self.peak: Peak | None = peak_of(name, job.precision) if name else None
         self._device = name or "a CPU"
@@ -52,7 +30,7 @@ class Live:
     def lines(self) -> list[str]:
         """What the figures mean, for the first lines of a run."""
         share = f"% of {self.peak.tflops:,.0f} TFLOP/s, the {self.peak.kind} peak of {self.peak.gpu}" if self.peak else f"no % of peak: the table has no entry for {self._device}"
-        return [f"model FLOPs: {self._work.formula}" + (f"; {share}" if self._work.flops_per_step else "")]
+        return [f"model FLOPs: {self._formula}" + (f"; {share}" if self._flops_per_step else "")]
 
     def restart(self) -> None:
         self._begun = time.monotonic()
@@ -68,8 +46,8 @@ class Live:
         """For the log line, over the time since the last call. Times are those of rank 0."""
         seconds = max(time.monotonic() - self._begun, 1e-9)
         line: dict[str, Any] = {"tokens_per_s": round(self._targets / seconds, 1)}
-        if self._work.flops_per_step:
-            tflops = self._work.flops_per_step * self._steps / seconds / self._rt.world / 1e12
+        if self._flops_per_step:
+            tflops = self._flops_per_step * self._steps / seconds / self._rt.world / 1e12
             line["tflops"] = float(f"{tflops:.4g}")
             if self.peak:
                 line["peak_pct"] = round(100 * tflops / self.peak.tflops, 2)
@@ -104,11 +82,3 @@ def progress_text(line: dict[str, Any], max_steps: int) -> str:
     if "val_bits_per_byte" in line:
         parts.append(f"{line['val_bits_per_byte']:.3f} bits/byte")
     return " · ".join(parts)
-
-
-def _engineering(number: float) -> str:
-    """7.73 G for 7,730,000,000."""
-    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if number >= limit:
-            return f"{number / limit:.3g} {letter}"
-    return f"{number:,.0f} "

@@ -32,8 +32,9 @@ from train.clock import Clock
 from train.data.sources import Dataset
 from train.evaluate import evaluate
 from train.feed import Feed, ValidationFeed
+from train.flops import flops_per_sample
 from train.interval import Rhythm
-from train.live import Live, Work, progress_text
+from train.live import Live, progress_text
 from train.metrics import MetricsLog
 from train.numerics import GradientOverflow, LossScale, OverflowGuard, first_bad, forward_context
 from train.parallel import is_sharded
@@ -118,7 +119,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
     stepper = Stepper(job, rt, prepared, inner, optimizer, context, scale)
     val_feed = ValidationFeed(job, val_data)
     first_batch = feed.first(resumed or 0)
-    live = Live(job, rt, Work.of(job, inner, first_batch), clock)
+    live = Live(job, rt, flops_per_sample(inner, first_batch), clock)
     for text in live.lines():
         say("  " + text)
     tracer = Tracer(job, run.attempt(rt.attempt).trace, say, enabled=rt.is_main)
