@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs import goodput, ledger, metrics, rundir, sources
+from jobs import goodput, ledger, memory, metrics, rundir, sources
 from jobs.contract import Cause, Event
 from jobs.errors import HoldfastError, SubmitError
 from jobs.rundir import RunDir
@@ -78,6 +78,9 @@ def explain(resolved: Resolved, as_json: bool) -> None:
         value = _masked(name, job)
         table.add_row(Text(name), Text((value or "-") + (unit if value else "")), Text(resolved.origins[name]), Text(help_of(name)))
     _print(table)
+    expected = memory.estimate(job)
+    if expected:
+        print(f"\n{expected.line()} (an estimate; jobs/memory.py says of what)")
 
 
 def not_default(resolved: Resolved) -> str:
