@@ -12,6 +12,7 @@
 """
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -181,6 +182,15 @@ class AttemptDir:
 
     def error(self, rank: int) -> Path:
         return self.path / f"error.{rank}.txt"
+
+
+def origins(run: RunDir) -> dict[str, str]:
+    """Where each setting of a run came from; nothing where that was not written down."""
+    try:
+        found = json.loads(run.origins.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def new_id() -> str:

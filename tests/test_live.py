@@ -19,6 +19,7 @@ from jobs.goodput import Part
 from jobs.peaks import peak_of
 from jobs.precision import Precision
 from jobs.settings import Job
+from train import runtime
 from train.clock import Clock
 from train.flops import flops_per_sample
 from train.live import Live, progress_text
@@ -140,8 +141,10 @@ def test_a_run_that_ends_inside_the_range_still_leaves_its_trace(tmp_path: Any) 
     assert not (tmp_path / "other.json.gz").exists()
 
 
-def test_the_runtime_names_what_it_runs_on() -> None:
-    from train import runtime
+def test_the_first_line_says_precision_reason_weights_scale_and_hardware() -> None:
+    def said(**settings: Any) -> str:
+        return runtime.describe(job_of(**settings), SimpleNamespace(device=CPU, world=2), "command line")  # type: ignore[arg-type]
 
-    said = runtime.describe(job_of(precision="fp32"), SimpleNamespace(device=CPU, world=2))  # type: ignore[arg-type]
-    assert "precision fp32" in said and "2 x CPU, 1 thread per process" in said
+    assert said(precision="fp32") == "precision fp32 (command line): ieee fp32; weights fp32, no loss scaling · 2 x CPU, 1 thread per process"
+    assert "bf16 O2 (command line)" in said(amp_opt_level="O2") and "matrices bfloat16 with fp32 masters" in said(amp_opt_level="O2")
+    assert "loss scaled by 65536 at first, x2 after 2000 good steps, x0.5 at an overflow" in said(precision="fp16")

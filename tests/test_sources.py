@@ -300,6 +300,14 @@ def test_headings_may_stand_under_headings(desk: Desk) -> None:
     assert resolved.origins["warmup_steps"].endswith("training, optimizer")
 
 
+def test_flags_win_over_the_amp_words_of_a_training_block(desk: Desk) -> None:
+    desk.job("training: {use_amp: true, amp_dtype: bfloat16}")
+    assert desk().job.precision == "bf16"
+    assert desk("--amp_dtype", "float16").job.precision == "fp16" and desk("--amp-dtype=float16").job.precision == "fp16"
+    assert desk("--use_amp", "false").job.precision == "fp32" and desk("USE_AMP=false").job.precision == "fp32"
+    assert desk(USE_AMP="false").job.precision == "fp32" and desk("PRECISION=tf32").job.precision == "tf32"
+
+
 def test_both_warm_up_words_in_one_layer_are_refused(desk: Desk) -> None:
     (line,) = desk.job("warmup_steps: 7\nwarmup_pct: 0.3").refused()
     assert "WARMUP_STEPS (job.yaml) and WARMUP_PCT (job.yaml)" in line

@@ -22,7 +22,7 @@ from jobs.errors import ImpossibleJobError
 from jobs.goodput import Part
 from jobs.precision import Precision
 from jobs.rules import schedule_of
-from jobs.rundir import AttemptDir, RunDir
+from jobs.rundir import AttemptDir, RunDir, origins
 from jobs.schedule import describe, lr_at
 from jobs.settings import Job
 from train import checkpoint, optim, runtime, switches
@@ -82,7 +82,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
     rt = runtime.start(job)
     say = _Speaker(rt.is_main)
     say(f"attempt {rt.attempt} of run {run.id}")
-    say("  " + runtime.describe(job, rt))
+    say("  " + runtime.describe(job, rt, origins(run).get("precision", "default")))
 
     schedule = schedule_of(job)
     for line in describe(schedule):
