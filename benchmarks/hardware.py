@@ -3,11 +3,13 @@
     python -m benchmarks.hardware precisions [--steps 200]     one table row per precision, on one GPU
     python -m benchmarks.hardware matrix                       saved in one precision, resumed in every other
     python -m benchmarks.hardware spread                       DDP and FSDP2 on two GPUs beside one GPU
+    python -m benchmarks.hardware memory                       the estimate of `holdfast explain` beside the measured peak
 
 The built-in 124m preset on the source text of Python's standard library; through the same code as `holdfast run`.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -181,9 +183,38 @@ def spread(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def memory(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
+    """What torch had allocated at most over six steps, and what `holdfast explain` had said."""
+    from jobs.memory import estimate
+    from jobs.sources import load
+
+    rows: list[dict[str, Any]] = []
+    shapes = {"124m": ["MODEL=124m", "SEQ_LEN=1024", "BATCH_SIZE=16"], "1b": ["MODEL=1b", "SEQ_LEN=2048", "BATCH_SIZE=8"]}
+    ways = {"eager": [], "compiled": ["COMPILE=true"], "recomputed": ["GRAD_CHECKPOINTING=true"]}
+    names = available([name for name in ("fp32", "bf16", "bf16 O2", "fp16", "fp8 te current", "fp8 torchao tensorwise") if not args.only or any(word in name for word in args.only.split(","))])
+    for shape, way, name in itertools.product(shapes, ways, names):
+        # fp8 by torchao is not meant to run without a compiler, and fp32 of 1b is no way to train it.
+        if (way, name) == ("eager", "fp8 torchao tensorwise") or (shape, name) == ("1b", "fp32"):
+            continue
+        row: dict[str, Any] = {"model": shape, "way": way, "precision": name}
+        try:
+            run = train(runs, "-".join((shape, way, name)).replace(" ", "-"), [*MODEL, *shapes[shape], *ways[way], *PRECISIONS[name], "DATA=synthetic", "MAX_STEPS=6", "EVAL_EVERY=0", "EVAL_SAMPLES=8", "CHECKPOINT_EVERY=6"])
+        except (RuntimeError, subprocess.TimeoutExpired) as err:
+            row["error"] = str(err)[-600:]
+        else:
+            expected = estimate(load(run.job_yaml))
+            assert expected
+            measured = lines_of(run)[5]["gpu_memory_gib"] * 2**30
+            row |= {"measured GB": round(measured / 1e9, 2), "estimate GB": round(expected.peak / 1e9, 2), "estimate / measured": round(expected.peak / measured, 3)}
+            shutil.rmtree(run.checkpoints)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["precisions", "matrix", "spread"])
+    parser.add_argument("what", choices=["precisions", "matrix", "spread", "memory"])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", help="precisions: those whose name has one of these words, such as fp32,te")
     parser.add_argument("--compile", default="false")
@@ -197,7 +228,7 @@ def main() -> None:
     print(f"{gpu} x {torch.cuda.device_count()}, torch {torch.__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}", flush=True)
     with tempfile.TemporaryDirectory(prefix="hf-hardware-") as folder:
         os.environ.setdefault("XDG_CACHE_HOME", folder)
-        rows = {"precisions": precisions, "matrix": matrix, "spread": spread}[args.what](args, Path(folder))
+        rows = {"precisions": precisions, "matrix": matrix, "spread": spread, "memory": memory}[args.what](args, Path(folder))
     if args.json:
         args.json.write_text(json.dumps({"gpu": gpu, "torch": torch.__version__, "rows": rows}, indent=1))
 

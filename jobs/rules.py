@@ -6,7 +6,7 @@ from typing import Any
 from jobs.errors import SettingError
 from jobs.precision import FP8_RECIPES, MODES, MXFP8_ARCH, Precision, arch_number, nearest_that_runs, runs_on
 from jobs.schedule import Schedule, warmup_steps_from_pct
-from jobs.settings import Job
+from jobs.settings import Job, step_range
 
 
 def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:
@@ -38,6 +38,8 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
         problems.append(f"{said('accelerate_config')} is read by accelerate launch for a script of your own: give LAUNCH=accelerate and ENTRY. The built-in training has settings of its own for all that it says.")
     if job.stop_lead_s >= job.time_limit * 60:
         problems.append(f"{said('stop_lead_s')} seconds of warning do not fit into {said('time_limit')}.")
+    if job.profile_steps and step_range(job.profile_steps)[0] > job.max_steps:
+        problems.append(f"{said('profile_steps')} lies behind {said('max_steps')}.")
     if job.warmup_steps is not None and job.warmup_steps > job.max_steps:
         problems.append(f"{said('warmup_steps')} is more than {said('max_steps')}.")
     else:

@@ -12,6 +12,7 @@
 """
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -144,6 +145,11 @@ class AttemptDir:
         return self.path / "clock.json"
 
     @property
+    def trace(self) -> Path:
+        """What the profiler saw on rank 0, where PROFILE_STEPS asks for it."""
+        return self.path / "trace.json.gz"
+
+    @property
     def owner(self) -> Path:
         """Which job this attempt belongs to."""
         return self.path / "owner.json"
@@ -185,6 +191,15 @@ class AttemptDir:
 
     def error(self, rank: int) -> Path:
         return self.path / f"error.{rank}.txt"
+
+
+def origins(run: RunDir) -> dict[str, str]:
+    """Where each setting of a run came from; nothing where that was not written down."""
+    try:
+        found = json.loads(run.origins.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def new_id() -> str:

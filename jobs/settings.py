@@ -143,9 +143,27 @@ def _interval(value: Any) -> Any:
     return steps
 
 
+def step_range(text: str) -> tuple[int, int]:
+    """First and last step of `10-14`, or of `10` alone. Raises ValueError for anything else."""
+    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text.strip())
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise ValueError("is not a range of steps; write it like 10-14, counted from 1")
+    if last - first >= _MOST_PROFILED:
+        raise ValueError(f"is more than {_MOST_PROFILED} steps: no viewer opens such a trace")
+    return first, last
+
+
+def _step_range(value: Any) -> Any:
+    step_range(str(value))
+    return str(value).strip()
+
+
 def _scalar_text(value: Any) -> str:
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
+
+_MOST_PROFILED = 50
 
 Text = Annotated[str, AfterValidator(_storable)]
 Line = Annotated[str, AfterValidator(_storable), AfterValidator(_one_line)]
@@ -158,6 +176,9 @@ Arguments = Annotated[tuple[Command, ...], BeforeValidator(_items, list[str] | s
 Pairs = Annotated[dict[str, Line], BeforeValidator(_pairs, dict[str, _Scalar] | str | None)]
 Minutes = Annotated[int, BeforeValidator(parse_minutes, int | str), Field(ge=1)]
 Interval = Annotated[int | Literal["auto"], BeforeValidator(_interval, Annotated[int, Field(ge=1)] | Literal["auto"])]
+
+
+Steps = Annotated[str, BeforeValidator(_step_range, int | str)]
 
 
 class Job(BaseModel):
@@ -284,6 +305,7 @@ class Job(BaseModel):
     keep_every: int = setting(0, "also keep the checkpoints of each N-th step, for good; 0 keeps none for that reason", group="loop", unit="steps", ge=0)
     keep_best: int = setting(0, "also keep this many checkpoints with the lowest validation loss, and save one at each new best", group="loop", ge=0)
     log_samples: bool = setting(False, "write down which samples each step uses, for holdfast verify data", group="loop")
+    profile_steps: Steps | None = setting(None, "steps to trace with torch's profiler, such as 10-14; the trace is in the attempt's folder, those steps are slower", group="loop")
     parallel: Literal["ddp", "fsdp"] = setting("ddp", "how the model is spread over GPUs: ddp copies it, fsdp shards it", group="loop")
     cpu_threads: int = setting(1, "threads per process on a CPU; part of the arithmetic, so it is a setting", group="loop", ge=1)
 

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from jobs import advice, rules
+from jobs import advice, misplaced, rules
 from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
 from jobs.precision import AUTO, Precision
 from jobs.settings import JOB_WORD, NAME_ALIASES, Job, names
@@ -36,7 +36,7 @@ MAKE_WORDS = frozenset({"HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM", "HOLDFAST_L
 # Two words of other tools that together mean one setting here.
 _AMP_WORDS = ("use_amp", "amp_dtype")
 # YAML keys that are headings only: what stands under them is read as if it stood at the top.
-_HEADINGS = frozenset({"training", "run", "slurm", "site", "retries", "model", "data", "batch", "optimizer", "precision", "loop"})
+HEADINGS = frozenset({"training", "run", "slurm", "site", "retries", "model", "data", "batch", "optimizer", "precision", "loop"})
 _MAPPINGS = frozenset({"node_env", "sbatch_options", "model_options", "data_options", "lr_scheduler_params"})
 
 LoadSite = Callable[[str], tuple[Path, str]]
@@ -75,7 +75,8 @@ class _Layer:
     def add(self, word: str, value: Any, origin: str) -> None:
         name = setting_name(word)
         if name is None:
-            self.faults.append(f"{_word(word)} is not a setting ({origin}).{_hint(word)}")
+            where = misplaced.belongs(word)
+            self.faults.append(f"{_word(word)} is not a setting ({origin}).{f' {where}' if where else _hint(word)}")
         else:
             self.given.append(Given(name, value, origin))
 
@@ -329,7 +330,9 @@ def amend(values: Mapping[str, Any], origins: Mapping[str, str], words: Iterable
     command_line = _Layer(faults=faults)
     for key, value in pairs:
         command_line.add(key, value, "command line")
-    frozen = _Layer([Given(name, value, origins.get(name, "default")) for name, value in values.items()])
+    # Beside warmup_steps the share counted for nothing, wherever it came from.
+    void = {"warmup_pct"} if values.get("warmup_steps") is not None else set()
+    frozen = _Layer([Given(name, value, origins.get(name, "default")) for name, value in values.items() if name not in void])
     return _combine([frozen, command_line], default_name=str(values["job_name"]), notes=_alias_notes(pairs))
 
 
@@ -349,17 +352,23 @@ def _environment_layer(environ: Mapping[str, str]) -> _Layer:
 
 def _file_layer(content: Mapping[str, Any], shown: str) -> _Layer:
     layer = _Layer()
-    for key, value in content.items():
-        is_block = isinstance(value, dict) and setting_name(key) not in _MAPPINGS
-        if is_block and key in _HEADINGS:
-            for inner, inner_value in value.items():
-                layer.add(str(inner), inner_value, f"{shown}, {key}")
-        else:
-            layer.add(key, value, shown)
+    _add_block(layer, content, shown)
     for name in sorted({given.name for given in layer.given}):
         if sum(given.name == name for given in layer.given) > 1:
             layer.faults.append(f"{name.upper()} is given twice, under two words for it ({shown}); give one.")
     return layer
+
+
+def _add_block(layer: _Layer, content: Mapping[Any, Any], shown: str) -> None:
+    for key, value in content.items():
+        key = str(key)
+        is_block = isinstance(value, dict) and setting_name(key) not in _MAPPINGS
+        if is_block and key in HEADINGS:
+            _add_block(layer, value, f"{shown}, {key}")
+        elif is_block and setting_name(key) is None:
+            layer.faults.append(misplaced.unknown_block(_word(key), value, shown, HEADINGS))
+        else:
+            layer.add(key, value, shown)
 
 
 def _combine(layers: list[_Layer], default_name: str, notes: tuple[str, ...], cwd: Path | None = None) -> Resolved:
@@ -371,12 +380,17 @@ def _combine(layers: list[_Layer], default_name: str, notes: tuple[str, ...], cw
         for given in layer.given:
             values[given.name], origins[given.name], rank[given.name] = _plain(given), given.origin, index
     _merge_amp_words(values, origins, rank, faults)
+    for name in sorted(_MAPPINGS & set(values)):
+        faults += misplaced.inside(name, values[name], origins[name])
+    _merge_warmup(values, origins, rank, faults)
     # Two words for one thing: the higher layer's wins, and only within one layer is it a contradiction.
     if values.get("warmup_steps") is not None and values.get("warmup_pct") is not None:
         if rank["warmup_steps"] == rank["warmup_pct"]:
             faults.append(f"WARMUP_STEPS ({origins['warmup_steps']}) and WARMUP_PCT ({origins['warmup_pct']}) say the same thing twice; give one.")
         elif rank["warmup_steps"] < rank["warmup_pct"]:
             values["warmup_steps"] = None
+    if values.get("warmup_steps") is not None:
+        values["warmup_pct"], origins["warmup_pct"] = None, "derived"
     values.setdefault("job_name", _slug_of(default_name))
     origins.setdefault("job_name", "derived")
     taken: tuple[str, ...] = ()
@@ -419,6 +433,23 @@ def _take_advice(values: dict[str, Any], origins: dict[str, str], faults: list[s
         if name == "precision" or name not in values:
             values[name], origins[name] = value, f"auto: measured on {found.device}, {found.date}"
     return (str(found.path),)
+
+
+def _merge_warmup(values: dict[str, Any], origins: dict[str, str], rank: dict[str, int], faults: list[str]) -> None:
+    """Moves the warm-up out of lr_scheduler_params, where it may stand too, to the setting of that name; the higher layer's counts."""
+    params = values.get("lr_scheduler_params")
+    if not isinstance(params, dict) or params.get("warmup_steps") is None:
+        return
+    at = rank["lr_scheduler_params"]
+    others = [name for name in ("warmup_steps", "warmup_pct") if values.get(name) is not None]
+    values["lr_scheduler_params"] = {name: value for name, value in params.items() if name != "warmup_steps"}
+    same = [name for name in others if rank[name] == at]
+    if same:
+        faults.append(f"warmup_steps under lr_scheduler_params and {same[0].upper()} ({origins[same[0]]}) say the same thing twice; give one.")
+    elif all(rank[name] < at for name in others):
+        values["warmup_steps"] = params["warmup_steps"]
+        origins["warmup_steps"] = f"{origins['lr_scheduler_params']}: lr_scheduler_params"
+        rank["warmup_steps"] = at
 
 
 def _merge_amp_words(values: dict[str, Any], origins: dict[str, str], rank: dict[str, int], faults: list[str]) -> None:

@@ -61,6 +61,7 @@ def explain(
     ctx: typer.Context,
     as_json: Json = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a job file.")] = False,
+    curve: Annotated[bool, typer.Option("--curve", help="Draw the learning rate over the run instead; with FILE.png behind it, into that file.")] = False,
 ) -> None:
     """Show every setting, its value, where it comes from, and what it means."""
     from launcher import show
@@ -69,7 +70,15 @@ def explain(
     if schema:
         print(show.schema())
         return
-    resolved = resolve_here(_words(ctx), os.environ, Path.cwd())
+    words = _words(ctx)
+    if curve:
+        from launcher import lr_curve
+
+        pictures = [word for word in words if word.lower().endswith(lr_curve.PICTURES) and "=" not in word]
+        resolved = resolve_here([word for word in words if word not in pictures], os.environ, Path.cwd())
+        lr_curve.show(resolved.job, Path(pictures[0]) if pictures else None, as_json)
+        return
+    resolved = resolve_here(words, os.environ, Path.cwd())
     show.explain(resolved, as_json)
 
 

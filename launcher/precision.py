@@ -23,6 +23,7 @@ from rich.text import Text
 from jobs import advice
 from jobs.contract import Exit
 from jobs.errors import HoldfastError
+from jobs.peaks import peak_of
 from jobs.precision import FP8_RECIPES, MODES, MXFP8_ARCH, Precision, runs_on
 from jobs.settings import Job
 from jobs.sources import dump_yaml
@@ -198,7 +199,9 @@ def _measure(row: Row, job: Job, folder: Path, cwd: Path, steps: int, largest: b
     seconds = found["step_ms"] / 1000
     row.per_s = found["samples"] * found["targets_per_sample"] / seconds
     row.step_ms, row.step_ms_p95, row.first_step_s = round(found["step_ms"], 2), round(found["step_ms_p95"], 2), found["first_step_s"]
-    row.tflops = found["flops_per_sample"] * found["samples"] / seconds / 1e12
+    row.tflops = found["flops_per_sample"] * found["samples"] / seconds / 1e12 or None
+    peak = peak_of(found["device"], Precision(found["precision"]))
+    row.peak_share = row.tflops / peak.tflops if row.tflops and peak else None
     row.memory_gb, row.largest_micro_batch = found["memory_gb"], found.get("largest_micro_batch")
     row.losses, row.overflows, row.culprit, row.cosine = found["losses"], found["overflows"], found["culprit"], found["cosine"]
 

@@ -25,7 +25,7 @@ _FREE_GROUPS = frozenset({"run", "slurm", "site", "retries", "precision"})
 _FREE = frozenset({
     "micro_batch_size", "grad_accum_steps", "grad_checkpointing", "compile", "log_every", "eval_every", "eval_samples",
     "checkpoint_every", "async_save", "keep_last", "keep_every", "keep_best", "log_samples", "parallel", "cpu_threads",
-    "num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "cudnn_benchmark",
+    "num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "cudnn_benchmark", "profile_steps",
 })  # fmt: skip
 # What follows from the size of the job unless a person gave it.
 _DERIVED = ("micro_batch_size", "grad_accum_steps")

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs import goodput, ledger, metrics, rundir, sources
+from jobs import goodput, ledger, memory, metrics, rundir, sources
 from jobs.contract import Cause, Event
 from jobs.errors import HoldfastError, SubmitError
 from jobs.rundir import RunDir
-from jobs.settings import Job, group_of, help_of, names, unit_of
+from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, unit_of
 from jobs.sources import Resolved
 from jobs.verdict import judge
 from launcher.attempt import LOCAL, budgets_of, clock_record
@@ -52,8 +52,16 @@ class RunStatus:
 
 
 def schema() -> str:
-    """The JSON schema of a job file."""
-    return json.dumps(Job.model_json_schema(), indent=1)
+    """The JSON schema of a job file: the settings, the words of other tools for them, and headings with settings under them."""
+    made = Job.model_json_schema()
+    properties = made["properties"]
+    for word, name in NAME_ALIASES.items():
+        properties[word] = {**{key: value for key, value in properties[name].items() if key != "default"}, "description": f"the same as {name}"}
+    properties["use_amp"] = {"type": "boolean", "description": "with amp_dtype: another way to say precision"}
+    properties["amp_dtype"] = {"enum": ["bfloat16", "float16", "bf16", "fp16"], "description": "with use_amp: another way to say precision"}
+    for heading in sorted(sources.HEADINGS - set(names())):
+        properties[heading] = {"$ref": "#", "description": "a heading: what stands under it is read as if it stood at the top"}
+    return json.dumps(made, indent=1)
 
 
 def explain(resolved: Resolved, as_json: bool) -> None:
@@ -70,6 +78,9 @@ def explain(resolved: Resolved, as_json: bool) -> None:
         value = _masked(name, job)
         table.add_row(Text(name), Text((value or "-") + (unit if value else "")), Text(resolved.origins[name]), Text(help_of(name)))
     _print(table)
+    expected = memory.estimate(job)
+    if expected:
+        print(f"\n{expected.line()} (an estimate; jobs/memory.py says of what)")
 
 
 def not_default(resolved: Resolved) -> str:

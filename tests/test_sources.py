@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
 from jobs.settings import Job
-from jobs.sources import Resolved, dump_yaml, find_job_file, load, read_yaml, resolve, split_words, words_from_make
+from jobs.sources import Resolved, amend, dump_yaml, find_job_file, load, read_yaml, resolve, split_words, words_from_make
 from slurm import sitefile
 
 REPO = Path(__file__).resolve().parents[1]
@@ -255,6 +255,57 @@ def test_the_warm_up_word_of_the_higher_layer_counts(desk: Desk) -> None:
     assert (desk("WARMUP_PCT=0.5").job.warmup_steps, desk("WARMUP_PCT=0.5").job.warmup_pct) == (None, 0.5)
     desk.job("warmup_pct: 0.3")
     assert desk(WARMUP_STEPS="3").job.warmup_steps == 3
+
+
+def test_warm_up_under_lr_scheduler_params_is_the_setting_and_the_higher_layer_counts(desk: Desk) -> None:
+    desk.job("lr_scheduler_params: {warmup_steps: 9, eta_min: 1e-5}")
+    resolved = desk()
+    assert (resolved.job.warmup_steps, resolved.job.warmup_pct, resolved.job.lr_scheduler_params) == (9, None, {"eta_min": 1e-5})
+    assert resolved.origins["warmup_steps"].endswith("lr_scheduler_params")
+    assert desk("WARMUP_STEPS=5").job.warmup_steps == 5
+    assert (desk("WARMUP_PCT=0.5").job.warmup_steps, desk("WARMUP_PCT=0.5").job.warmup_pct) == (None, 0.5)
+    assert desk("LR_SCHEDULER_PARAMS=warmup_steps=2").job.warmup_steps == 2
+    (line,) = desk.job("warmup_steps: 7\nlr_scheduler_params: {warmup_steps: 9}").refused()
+    assert "lr_scheduler_params" in line and "WARMUP_STEPS" in line and "give one" in line
+
+
+def test_a_run_with_warmup_steps_can_be_resumed_with_other_settings(desk: Desk) -> None:
+    desk.job("warmup_pct: 0.3")
+    first = desk("WARMUP_STEPS=9")
+    for values in (first.job.model_dump(mode="json"), {**first.job.model_dump(mode="json"), "warmup_pct": 0.3}):
+        assert amend(values, first.origins, ["NODES=2", "BATCH_SIZE=64"]).job.warmup_steps == 9
+        assert amend(values, first.origins, ["WARMUP_PCT=0.1"]).job.warmup_steps is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("scheduler: {warmup_steps: 5}", ["scheduler is neither a setting nor a heading", "training", "WARMUP_STEPS"]),
+        ("model_options: {warmup_steps: 5}", ["warmup_steps has no meaning under model_options", "training: or optimizer:", "WARMUP_STEPS"]),
+        ("data_options: {warmup-pct: 0.1}", ["has no meaning under data_options", "WARMUP_PCT"]),
+        ("sbatch_options: {warmup_steps: 5}", ["has no meaning under sbatch_options", "WARMUP_STEPS"]),
+        ("lr_scheduler_params: {warmup_pct: 0.1}", ["has no meaning under lr_scheduler_params", "WARMUP_PCT"]),
+        ("T_0: 100", ["T_0 is not a setting", "lr_scheduler_params: (or LR_SCHEDULER_PARAMS=T_0=...)"]),
+        ("training: {eta_min: 0.1}", ["eta_min is not a setting", "training", "lr_scheduler_params"]),
+    ],
+)
+def test_a_word_of_the_schedule_in_the_wrong_block_is_told_where_it_belongs(desk: Desk, text: str, said: list[str]) -> None:
+    (line,) = desk.job(text).refused()
+    assert all(part in line for part in said), line
+
+
+def test_headings_may_stand_under_headings(desk: Desk) -> None:
+    resolved = desk.job("training:\n  optimizer: {warmup_steps: 3}\n  precision: {use_amp: true, amp_dtype: bfloat16}")()
+    assert resolved.job.warmup_steps == 3 and resolved.job.precision == "bf16"
+    assert resolved.origins["warmup_steps"].endswith("training, optimizer")
+
+
+def test_flags_win_over_the_amp_words_of_a_training_block(desk: Desk) -> None:
+    desk.job("training: {use_amp: true, amp_dtype: bfloat16}")
+    assert desk().job.precision == "bf16"
+    assert desk("--amp_dtype", "float16").job.precision == "fp16" and desk("--amp-dtype=float16").job.precision == "fp16"
+    assert desk("--use_amp", "false").job.precision == "fp32" and desk("USE_AMP=false").job.precision == "fp32"
+    assert desk(USE_AMP="false").job.precision == "fp32" and desk("PRECISION=tf32").job.precision == "tf32"
 
 
 def test_both_warm_up_words_in_one_layer_are_refused(desk: Desk) -> None:

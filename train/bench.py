@@ -26,6 +26,7 @@ from jobs.sources import load
 from train import optim, runtime, switches
 from train.build import build, open_split
 from train.feed import Feed
+from train.flops import flops_per_sample
 from train.numerics import LossScale, first_bad
 from train.runtime import Runtime
 from train.seeds import seed_everything
@@ -89,7 +90,8 @@ def measure(job: Job, steps: int, warm_up: int) -> tuple[Measurement, "np.ndarra
         parameters=sum(p.numel() for p in model.parameters()),
         layers=said,
     )
-    found.flops_per_sample, found.flops_formula = flops_per_sample(model, job, found.targets_per_sample)
+    flops, found.flops_formula = flops_per_sample(model, batch)
+    found.flops_per_sample = flops or 0.0
     sums, clock, gradient = [], _Clock(rt), np.zeros(0, dtype=np.float32)
     step = 0
     while step < steps:
@@ -133,15 +135,6 @@ def fits(job: Job) -> bool:
     except torch.OutOfMemoryError:
         return False
     return True
-
-
-def flops_per_sample(model: nn.Module, job: Job, targets: int) -> tuple[float, str]:
-    """Model FLOPs of one sample, forward and backward, and the formula behind them."""
-    counted = getattr(model, "flops_per_token", None)
-    if counted is not None:
-        return float(counted(job.seq_len) * job.seq_len), "6 N + 6 L d T per token (N without the embedding table)"
-    # Exact for what multiplies each weight once per token; a convolution uses its weights once per pixel.
-    return 6.0 * sum(p.numel() for p in model.parameters()) * (job.seq_len if targets > 1 else 1), "6 N per token"
 
 
 def weights_of(model: nn.Module) -> list[torch.Tensor]:

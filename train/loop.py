@@ -22,7 +22,7 @@ from jobs.errors import ImpossibleJobError
 from jobs.goodput import Part
 from jobs.precision import Precision
 from jobs.rules import schedule_of
-from jobs.rundir import AttemptDir, RunDir
+from jobs.rundir import AttemptDir, RunDir, origins
 from jobs.schedule import describe, lr_at
 from jobs.settings import Job
 from train import checkpoint, optim, runtime, switches
@@ -32,7 +32,9 @@ from train.clock import Clock
 from train.data.sources import Dataset
 from train.evaluate import evaluate
 from train.feed import Feed, ValidationFeed
+from train.flops import flops_per_sample
 from train.interval import Rhythm
+from train.live import Live, progress_text
 from train.metrics import MetricsLog
 from train.numerics import GradientOverflow, LossScale, OverflowGuard, first_bad, forward_context
 from train.parallel import is_sharded
@@ -41,6 +43,7 @@ from train.saver import Saver
 from train.seeds import seed_everything
 from train.step import Stepper
 from train.stop import StopFlag, name_of
+from train.tracer import Tracer
 
 # Seconds that a rank waits for its samples before it listens for a stop again.
 _LISTEN_S = 0.2
@@ -79,7 +82,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
     rt = runtime.start(job)
     say = _Speaker(rt.is_main)
     say(f"attempt {rt.attempt} of run {run.id}")
-    say("  " + runtime.describe(job, rt))
+    say("  " + runtime.describe(job, rt, origins(run).get("precision", "default")))
 
     schedule = schedule_of(job)
     for line in describe(schedule):
@@ -115,11 +118,16 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
     feed = Feed(job, rt, data, run.attempt(rt.attempt).samples(rt.rank) if job.log_samples else None)
     stepper = Stepper(job, rt, prepared, inner, optimizer, context, scale)
     val_feed = ValidationFeed(job, val_data)
-    stepper.settle(feed.first(resumed or 0))
+    first_batch = feed.first(resumed or 0)
+    live = Live(job, rt, flops_per_sample(inner, first_batch), clock)
+    for text in live.lines():
+        say("  " + text)
+    tracer = Tracer(job, run.attempt(rt.attempt).trace, say, enabled=rt.is_main)
+    stepper.settle(first_batch)
+    live.restart()
     saver = Saver(run, job, rt, say, sharded=is_sharded(inner), saved=resumed)
     rhythm = Rhythm(job, ledger.read(run.ledger), say)
     tokens_per_step = loaded.tokens // loaded.step if loaded and loaded.step else 0
-    window = _Window()
     step = resumed or 0
     stopped_by = 0
     log_every = 1 if job.debug else job.log_every
@@ -181,7 +189,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
     def log(line: dict[str, Any]) -> None:
         if metrics is not None:
             metrics.write(**line)
-        say(_progress_text(line, job.max_steps))
+        say(progress_text(line, job.max_steps))
 
     def validate() -> dict[str, float] | None:
         assert job.micro_batch_size is not None
@@ -210,6 +218,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
         lr = lr_at(schedule, step)
         optim.set_lr(optimizer, lr)
         seed_everything(job.seed, step, rt.rank)
+        tracer.before(step + 1)
         done = stepper.run(feed.of_step(step))
         if done.overflow:
             # The same step again, with a smaller scale or in bf16: schedule and data order do not notice.
@@ -220,8 +229,9 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
         progress.set(step)
         clock.finished_step()
         progress.enter("step")
+        tracer.after(step)
         tokens_per_step = tokens_per_step or int(rt.total(done.targets.clone()).item())
-        window.add(tokens_per_step)
+        live.add(tokens_per_step)
         saver.poll()
         if step == (resumed or 0) + 1:
             flag.busy()
@@ -230,7 +240,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
         due_eval = step == job.max_steps or (job.eval_every > 0 and step % job.eval_every == 0)
         if due_eval or step % log_every == 0 or step == 1:
             total, count = rt.total(torch.stack([done.loss_sum.double(), done.targets])).tolist()
-            line: dict[str, Any] = {"step": step, "loss": total / count, "lr": lr, "grad_norm": done.norm.item(), "tokens": step * tokens_per_step, "tokens_per_s": window.rate(), "attempt": rt.attempt, "time": round(time.time(), 3)}
+            line: dict[str, Any] = {"step": step, "loss": total / count, "lr": lr, "grad_norm": done.norm.item(), "tokens": step * tokens_per_step, **live.values(), "attempt": rt.attempt, "time": round(time.time(), 3)}
             if stepper.scale is not None:
                 line |= {"loss_scale": stepper.scale.scale, "growth_tracker": stepper.scale.good_steps}
             if not math.isfinite(total) or not math.isfinite(line["grad_norm"]):
@@ -245,7 +255,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
                     break
                 line |= values
                 validated = (step, values["val_loss"])
-                window.restart()
+                live.restart()
             log(line)
         new_best = job.keep_best > 0 and validated is not None and validated[0] == step and (best is None or validated[1] < best)
         if new_best and validated is not None:
@@ -264,6 +274,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
             save(must=True)
         say(f"stopped by {name_of(stopped_by)} at step {step:,}; saved, nothing is lost")
     saver.join()
+    tracer.close()
     feed.close()
     val_feed.close()
     # No rank leaves before rank 0 has saved: its exit could otherwise end the step while rank 0 still writes.
@@ -314,24 +325,6 @@ def _resume(job: Job, run: RunDir, rt: Runtime, model: nn.Module, optimizer: tor
     return state
 
 
-class _Window:
-    """Targets per second since the last logged line."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self._begun, self._targets = time.monotonic(), 0
-
-    def add(self, targets: int) -> None:
-        self._targets += targets
-
-    def rate(self) -> float:
-        rate = self._targets / max(time.monotonic() - self._begun, 1e-9)
-        self.restart()
-        return round(rate, 1)
-
-
 class _Speaker:
     """Prints on rank 0."""
 
@@ -343,15 +336,6 @@ class _Speaker:
             # The log lies on the disk that may be full: no word is worth the training.
             with suppress(OSError):
                 print(text, flush=True)
-
-
-def _progress_text(line: dict[str, Any], max_steps: int) -> str:
-    parts = [f"step {line['step']:,}/{max_steps:,}", f"loss {line['loss']:.4f}", f"lr {line['lr']:.2e}", f"{line['tokens_per_s']:,.0f} tok/s"]
-    if "val_loss" in line:
-        parts.append(f"val loss {line['val_loss']:.4f}")
-    if "val_bits_per_byte" in line:
-        parts.append(f"{line['val_bits_per_byte']:.3f} bits/byte")
-    return " · ".join(parts)
 
 
 def _versions() -> dict[str, str]:

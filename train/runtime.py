@@ -118,16 +118,23 @@ def start(job: Job, environ: Mapping[str, str] = os.environ) -> Runtime:
     return Runtime(accelerator, accelerator.device, rank, world, int(environ.get(RankEnv.ATTEMPT, "0")), job_id, control)
 
 
-def describe(job: Job, runtime: Runtime) -> str:
-    """One line: precision with its reason, and the hardware it runs on."""
+def describe(job: Job, runtime: Runtime, origin: str = "default") -> str:
+    """One line: precision, who chose it, what it means for weights and loss, and the hardware it runs on."""
     mode = MODES[job.precision]
     if runtime.device.type == "cuda":
         gpu = torch.cuda.get_device_properties(runtime.device)
         where = f"{gpu.name} (sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB)"
     else:
         where = f"CPU, {job.cpu_threads} thread{'s' if job.cpu_threads > 1 else ''} per process"
-    scaling = "dynamic loss scaling" if mode.loss_scaling else "no loss scaling"
-    return f"precision {mode.name}: {mode.compute}; weights {mode.weights}, {scaling} · {runtime.world} x {where}"
+    scaling = "no loss scaling"
+    if mode.loss_scaling:
+        scaling = f"loss scaled by {job.grad_scaler_init:g} at first, x{job.grad_scaler_growth:g} after {job.grad_scaler_growth_interval} good steps, x{job.grad_scaler_backoff:g} at an overflow"
+    level, weights = "", f"weights {mode.weights}"
+    if job.amp_opt_level is not None:
+        level = f" {job.amp_opt_level}"
+    if job.amp_opt_level == "O2":
+        weights = f"matrices {mode.autocast} with fp32 masters, vectors fp32"
+    return f"precision {mode.name}{level} ({origin}): {mode.compute}; {weights}, {scaling} · {runtime.world} x {where}"
 
 
 def _use_cpu(job: Job, environ: Mapping[str, str]) -> bool:

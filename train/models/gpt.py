@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from jobs.errors import SettingError
-from train.models.loss import DEFAULT_CHUNK, Terms, chunk_terms, chunked_loss_sum
+from jobs.presets import LOSS_CHUNK_TOKENS
+from train.models.loss import Terms, chunk_terms, chunked_loss_sum
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     tie_embeddings: bool = False
-    loss_chunk_tokens: int = DEFAULT_CHUNK
+    loss_chunk_tokens: int = LOSS_CHUNK_TOKENS
     checkpoint_blocks: bool = False
 
     def __post_init__(self) -> None:

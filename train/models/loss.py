@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from jobs.presets import LOSS_CHUNK_TOKENS
 from train.models.contract import IGNORE
-
-DEFAULT_CHUNK = 4096  # tokens: 0.5 GB of fp32 logits at a vocabulary of 32,000, and still a large matrix product
 
 Terms = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -84,7 +83,7 @@ def chunked_loss_sum(
     targets: Tensor,
     loss_mask: Tensor | None = None,
     *,
-    chunk_tokens: int = DEFAULT_CHUNK,
+    chunk_tokens: int = LOSS_CHUNK_TOKENS,
     terms: Terms = chunk_terms,
 ) -> Tensor:
     """Sum of token cross entropies of `hidden @ weight.T`, an fp32 scalar in nats.

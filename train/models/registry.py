@@ -1,6 +1,6 @@
 """Models by name: the presets, and `build_model`, which turns the setting `model` into a module.
 
-    nano 124m 350m 1b 3b 8b    presets of the built-in language model; options are fields of GPTConfig
+    nano 124m 350m 1b 3b 8b    presets of the built-in language model (jobs/presets.py); options are fields of GPTConfig
     convnet                    a small image classifier; options num_classes, channels, width
     hf:PATH                    a local transformers folder or config.json; options are fields of its config
     package.module:build       your own: a callable (vocab_size=, seq_len=, **options) -> nn.Module
@@ -12,36 +12,14 @@ from typing import Any
 
 from torch import nn
 
+from jobs import presets
 from jobs.errors import SettingError
 from jobs.names import call_with_accepted, import_callable, unknown
 from train.models.contract import MeanLossModel
 from train.models.convnet import ConvNet
 from train.models.gpt import GPT, GPTConfig
 
-# Widths and vocabularies are multiples of 128: tensor cores fill their tiles, and fp8 needs multiples of 16.
-# 124m and 350m have GPT-2's sizes and tie their embeddings as it does; heads of 128 channels, because 64 cost attention
-# speed. 3b and 8b have grouped key/value heads; 8b is the shape of Llama-3-8B.
-PRESETS: Mapping[str, GPTConfig] = {
-    # init_std: 0.02 is too little for this width; the larger one is worth a quarter of a bit per byte at step 200.
-    "nano": GPTConfig(vocab_size=256, seq_len=128, d_model=128, n_layers=2, n_heads=4, d_ff=384, init_std=0.06),
-    "124m": GPTConfig(
-        vocab_size=50304, seq_len=1024, d_model=768, n_layers=12, n_heads=6, d_ff=2048, tie_embeddings=True
-    ),
-    "350m": GPTConfig(
-        vocab_size=50304, seq_len=1024, d_model=1024, n_layers=24, n_heads=8, d_ff=2816, tie_embeddings=True
-    ),
-    "1b": GPTConfig(
-        vocab_size=32000, seq_len=2048, d_model=2048, n_layers=22, n_heads=16, d_ff=5632, loss_chunk_tokens=8192
-    ),
-    "3b": GPTConfig(
-        vocab_size=32000, seq_len=4096, d_model=3072, n_layers=28, n_heads=24, n_kv_heads=8, d_ff=8192,
-        loss_chunk_tokens=8192,
-    ),
-    "8b": GPTConfig(
-        vocab_size=128256, seq_len=8192, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=8, d_ff=14336,
-        rope_theta=500_000.0, loss_chunk_tokens=2048,
-    ),
-}  # fmt: skip
+PRESETS: Mapping[str, GPTConfig] = {name: GPTConfig(**fields) for name, fields in presets.PRESETS.items()}
 
 SPECS = (*PRESETS, "convnet", "hf:PATH", "package.module:build")
 _VOCAB_MULTIPLE = 128

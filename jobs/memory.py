@@ -1,0 +1,150 @@
+"""How much GPU memory a job of the built-in model will need, before it is queued: a count, without torch.
+
+What is held is exact: weights, moments, gradients, and what the forward pass keeps for the backward pass when nothing is
+compiled (a test compares all of it with what torch holds). What is estimated: what a compiler keeps and what it computes
+again, the copies that fp8 libraries make, and that nothing else is alive at the peak. It was not compared with a GPU yet;
+`python -m benchmarks.hardware memory` does that. The allocator's gaps (4 to 8 %) and what CUDA takes for itself (about
+1.5 GB, NCCL 1 GB more) come on top.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.precision import MODES, Precision
+from jobs.presets import LOSS_CHUNK_TOKENS, PRESETS
+from jobs.settings import Job
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The built-in model as far as memory depends on it. q, k: channels of all query heads, of all key/value heads."""
+
+    vocab: int
+    d: int
+    layers: int
+    heads: int
+    q: int
+    k: int
+    f: int
+    tied: bool
+    chunk: int
+    checkpointed: bool
+
+    @classmethod
+    def of(cls, job: Job) -> "Shape | None":
+        """None for another model than the built-in one, or options that are no numbers."""
+        if job.model not in PRESETS:
+            return None
+        options: dict[str, Any] = {**PRESETS[job.model], **job.model_options}
+        try:
+            heads = int(options["n_heads"])
+            channels = int(options.get("head_dim") or options["d_model"] // heads)
+            return cls(
+                int(options["vocab_size"]), int(options["d_model"]), int(options["n_layers"]), heads, heads * channels, int(options.get("n_kv_heads") or heads) * channels,
+                int(options["d_ff"]), bool(options.get("tie_embeddings", False)), int(options.get("loss_chunk_tokens", LOSS_CHUNK_TOKENS)), bool(options.get("checkpoint_blocks", job.grad_checkpointing)),
+            )  # fmt: skip
+        except (TypeError, ValueError, ZeroDivisionError):
+            return None
+
+    @property
+    def block_matrices(self) -> int:
+        """Parameters of all linear layers of all blocks."""
+        return self.layers * (self.d * (self.q + 2 * self.k) + self.q * self.d + 3 * self.d * self.f)
+
+    @property
+    def table(self) -> int:
+        """Parameters of the embedding table, or of the head."""
+        return self.vocab * self.d
+
+    @property
+    def vectors(self) -> int:
+        """Gains of the norms."""
+        return (2 * self.layers + 1) * self.d
+
+    @property
+    def matrices(self) -> int:
+        return self.block_matrices + self.table * (1 if self.tied else 2)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one GPU. weights: fp32 masters included. copies: of weights, in the type of the products. activations: kept for
+    the backward pass. loss: logits and gradient of the head while the loss is made. peak: the most that is alive at once."""
+
+    weights: int
+    moments: int
+    gradients: int
+    copies: int
+    activations: int
+    loss: int
+    peak: int
+    when: str
+
+    def line(self) -> str:
+        parts = {"weights": self.weights, "moments": self.moments, "gradients": self.gradients, "copies of weights": self.copies, "activations": self.activations, "loss": self.loss}
+        return f"about {gb(self.peak)} GB of GPU memory at the peak, {self.when}: " + ", ".join(f"{name} {gb(size)}" for name, size in parts.items() if size)
+
+
+def estimate(job: Job) -> Estimate | None:
+    """None where it cannot be told: another model than the built-in one, or training on a CPU."""
+    s = Shape.of(job)
+    if s is None or job.device == "cpu":
+        return None
+    element = 2 if MODES[job.precision].autocast else 4
+    shards = job.world_size if job.parallel == "fsdp" else 1
+    count = s.matrices + s.vectors
+    tokens = (job.micro_batch_size or job.batch_size // job.world_size or 1) * job.seq_len
+    o2 = job.amp_opt_level == "O2"
+    weights = 6 * s.matrices + 4 * s.vectors if o2 else 4 * count // shards
+    moments = 8 * count // shards
+    # O2: a 16-bit gradient, and the fp32 one that the optimizer sees.
+    gradients = 6 * s.matrices + 4 * s.vectors if o2 else 4 * count // shards
+    copies = _copies(job, s, element, shards)
+    kept = activations(s, tokens, element, compiled=job.compile, residual=element if job.precision is not Precision.FP16 else 4)
+    head = 4 * s.table
+    chunk = min(s.chunk, tokens)
+    # Eager: fp32 logits, their gradient and one more; a compiler keeps one fp32 pass.
+    logits = chunk * s.vocab * (element + (4 if job.compile else 12))
+    weight_gradient = chunk * s.vocab * element + (element + 4) * s.table
+    low = element * s.table if element < 4 else 0
+    loss = head + low + max(logits, weight_gradient) + 2 * tokens * s.d * element
+    held = weights + moments
+    # Gradients are there while activations are when windows are added up, and where DDP keeps its buckets.
+    early = gradients if (job.grad_accum_steps or 1) > 1 or (job.parallel == "ddp" and job.world_size > 1) else 0
+    forward = held + early + copies + kept + loss
+    # The head's gradient twice, scaled and as it was.
+    backward = held + early + copies + kept + 2 * head
+    end = held + gradients
+    peak = max(forward, backward, end)
+    when = "at the end of a step" if peak == end else "where the backward pass begins"
+    return Estimate(weights, moments, gradients, copies, kept, loss, peak, when)
+
+
+def activations(s: Shape, tokens: int, element: int, *, compiled: bool, residual: int) -> int:
+    """Bytes that the forward pass of the blocks and the last norm keep. `element`: bytes of a number in the products.
+
+    `residual`: bytes of a number between the blocks."""
+    norm = 8 * s.d + element * s.d + 4  # its input and the normed one in fp32, its output, and 1 / rms
+    attention = element * (3 * s.q + 3 * s.k) + 4 * s.heads  # packed q, k, v; q and k turned; output; log-sum-exp
+    feed_forward = element * 4 * s.f  # gate and up, silu(gate), their product
+    eager = 2 * norm + attention + feed_forward
+    # A compiler keeps what it cannot compute again from its neighbours without a product.
+    lean = element * (2 * s.d + 2 * s.q + 2 * s.k + 2 * s.f) + 4 * s.heads
+    block = lean if compiled else eager
+    blocks = s.layers * residual * s.d + block if s.checkpointed else s.layers * block
+    return tokens * (blocks + norm)
+
+
+def _copies(job: Job, s: Shape, element: int, shards: int) -> int:
+    if job.parallel == "fsdp" and shards > 1:
+        return element * (s.matrices + s.vectors)  # gathered once a step, and kept until its end
+    if job.precision is Precision.FP8:
+        # Transformer Engine: each weight in fp8, and transposed; torchao: in bf16, and in fp8 from that.
+        return s.block_matrices * (2 if job.fp8_backend == "te" else 3)
+    if job.amp_opt_level == "O2" or element == 4:
+        return 0
+    return element * s.block_matrices
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.1f}" if size < 99.95e9 else f"{size / 1e9:.0f}"

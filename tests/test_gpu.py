@@ -1,0 +1,224 @@
+"""Every precision, overflow, checkpoints, compilation and two ranks on a real GPU: `make test-gpu`.
+
+The helpers are those of tests/test_on_device.py, which a CPU runs."""
+
+import gzip
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from on_device import CASES, One, Training, falls, gradient_job, gradients_of, gradients_over_ranks, job_of, largest_gap
+
+from jobs import metrics
+from jobs.peaks import peak_of
+from jobs.precision import MODES, Precision, runs_on
+from train import runtime, switches
+from train.autocast import TOLERANCE
+from train.data.sources import open_data
+from train.data.synthetic import AffineTokens
+from train.feed import Feed
+from train.models.convnet import ConvNet
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"), pytest.mark.timeout(600)]
+GPU = torch.device("cuda")
+
+# Name -> settings, the package that is needed, and the compute capability where it is more than the precision's own.
+MODES_HERE: dict[str, tuple[dict[str, Any], str, int]] = {
+    "fp32": ({}, "torch", 0),
+    "tf32": ({}, "torch", 0),
+    "bf16": ({}, "torch", 0),
+    "bf16 O2": ({"amp_opt_level": "O2"}, "torch", 0),
+    "fp16": ({}, "torch", 0),
+    "fp16 O2": ({"amp_opt_level": "O2"}, "torch", 0),
+    "fp8 te current": ({"fp8_recipe": "current"}, "transformer_engine", 89),
+    "fp8 te delayed": ({"fp8_recipe": "delayed"}, "transformer_engine", 89),
+    "fp8 te block": ({"fp8_recipe": "block"}, "transformer_engine", 90),
+    "fp8 torchao tensorwise": ({"fp8_backend": "torchao", "fp8_recipe": "tensorwise"}, "torchao", 89),
+    "fp8 torchao rowwise": ({"fp8_backend": "torchao", "fp8_recipe": "rowwise"}, "torchao", 90),
+}
+# fp8 may leave another path after some steps; so many are compared.
+STEPS = 25
+
+
+def unavailable(name: str) -> str:
+    """Why a mode cannot run here, or nothing."""
+    settings, package, arch = MODES_HERE[name]
+    major, minor = torch.cuda.get_device_capability()
+    here = major * 10 + minor
+    if not runs_on(MODES[Precision(name.split()[0])], here) or here < arch:
+        return f"{name} needs sm_{max(arch, MODES[Precision(name.split()[0])].min_arch or 0)}, this GPU is sm_{here}"
+    return "" if importlib.util.find_spec(package) else f"{name} needs {package}"
+
+
+def training(folder: Path, name: str, **settings: Any) -> Training:
+    reason = unavailable(name)
+    if reason:
+        pytest.skip(reason)
+    return Training(job_of(name.split()[0], "cuda", **{**MODES_HERE[name][0], **settings}), GPU, folder)
+
+
+@pytest.mark.parametrize("name", MODES_HERE)
+def test_every_precision_falls_like_fp32(tmp_path: Path, name: str) -> None:
+    """Parity: the tolerances of train.autocast, relative to fp32's loss at the same step (below 1 nat: to 1 nat)."""
+    run = training(tmp_path / "run", name).train(STEPS)
+    reference = training(tmp_path / "fp32", "fp32").train(STEPS)
+    assert falls(run) and falls(reference)
+    # Two runs of fp32 differ too: sums on a GPU are not taken in a fixed order.
+    assert largest_gap(run, reference) <= (1e-3 if name == "fp32" else TOLERANCE[run.job.precision]), (run.losses, reference.losses)
+
+
+@pytest.mark.parametrize("name", ["fp16", "fp16 O2"])
+def test_fp16_that_overflows_is_recorded_step_by_step_and_survived(tmp_path: Path, name: str) -> None:
+    run = training(tmp_path / "fp16", name, grad_scaler_init=2.0**36).train(STEPS)
+    events = run.overflows()
+    assert len(events) > 3 and events[0]["step"] == 0
+    assert [event["scale"] for event in events] == [2.0 ** (36 - n) for n in range(len(events))]
+    assert all(event["first"] in dict(run.model.named_parameters()) for event in events)
+    assert falls(run) and run.stepper.scale and run.stepper.scale.scale == events[-1]["scale"] / 2
+
+
+@pytest.mark.parametrize("source", MODES_HERE)
+def test_a_checkpoint_of_every_precision_goes_on_in_every_other(tmp_path: Path, source: str) -> None:
+    """The weights are the same bits, and the next loss is that of the precision that goes on, within its tolerance."""
+    saved = training(tmp_path / "source", source).train(8)
+    saved.save()
+    straight = training(tmp_path / "fp32", "fp32")
+    straight.load(saved)
+    straight.train(1)
+    tried = []
+    for n, name in enumerate(MODES_HERE):
+        if unavailable(name):
+            continue
+        target = training(tmp_path / str(n), name)
+        target.load(saved)
+        assert all(torch.equal(tensor, saved.weights()[key]) for key, tensor in target.weights().items()), name
+        assert target.step == 8
+        target.train(2)
+        assert largest_gap_at_first(target, straight) <= max(TOLERANCE[target.job.precision], 1e-3), name
+        tried.append(name)
+    assert {"fp32", "fp16"} <= set(tried)
+
+
+def largest_gap_at_first(target: Training, straight: Training) -> float:
+    return abs(target.losses[0] - straight.losses[0]) / max(straight.losses[0], 1.0)
+
+
+@pytest.mark.parametrize("name", ["bf16 O2", "fp16 O2"])
+def test_o2_holds_16_bit_matrices_and_fp32_masters_on_the_gpu(tmp_path: Path, name: str) -> None:
+    run = training(tmp_path / "run", name).train(3)
+    dtype = torch.bfloat16 if name.startswith("bf16") else torch.float16
+    assert {p.dtype for p in run.model.parameters() if p.ndim >= 2} == {dtype}
+    assert {p.dtype for p in run.model.parameters() if p.ndim < 2} == {torch.float32}
+    assert {tensor.dtype for group in run.optimizer.param_groups for tensor in group["params"]} == {torch.float32}
+    assert run.optimizer.defaults["fused"] and all(tensor.device.type == "cuda" for group in run.optimizer.param_groups for tensor in group["params"])
+
+
+_PRODUCTS = """
+import sys, torch
+from on_device import job_of
+from train import runtime
+runtime.start(job_of(sys.argv[1], "cuda"))
+g = torch.Generator().manual_seed(0)
+a, b = (torch.randn(512, 512, generator=g, dtype=torch.float64) for _ in range(2))
+x, w = torch.randn(4, 64, 32, 32, generator=g, dtype=torch.float64), torch.randn(64, 64, 3, 3, generator=g, dtype=torch.float64)
+def error(got, exact):
+    return float((got.double().cpu() - exact).norm() / exact.norm())
+print(error(a.float().cuda() @ b.float().cuda(), a @ b), error(torch.nn.functional.conv2d(x.float().cuda(), w.float().cuda()), torch.nn.functional.conv2d(x, w)))
+"""
+
+
+@pytest.mark.parametrize("name", ["fp32", "tf32"])
+def test_tf32_is_really_off_and_really_on(name: str) -> None:
+    """Relative error of products against fp64: 23 bits of mantissa leave below 1e-5, 10 bits some 3e-4."""
+    if unavailable(name):
+        pytest.skip(unavailable(name))
+    env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", _PRODUCTS, name], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors = [float(word) for word in done.stdout.split()[-2:]]
+    assert all(error > 5e-5 for error in errors) if name == "tf32" else all(error < 1e-5 for error in errors), errors
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp8 te current", "fp8 torchao tensorwise"])
+def test_compiled_blocks_train_like_eager_ones(tmp_path: Path, name: str) -> None:
+    eager = training(tmp_path / "eager", name).train(10)
+    compiled = training(tmp_path / "compiled", name, compile=True).train(10)
+    assert largest_gap(compiled, eager) <= TOLERANCE[compiled.job.precision]
+
+
+def test_a_save_in_the_background_goes_through_pinned_memory_and_holds_its_step(tmp_path: Path) -> None:
+    run = training(tmp_path / "run", "bf16").train(3)
+    run.saver.reserve(run.model, run.optimizer)
+    assert run.saver._memory._slab.is_pinned()
+    before = run.weights()
+    run.save(must=False)
+    run.train(3)
+    run.saver.join()
+    other = training(tmp_path / "other", "bf16")
+    other.load(run)
+    assert other.step == 3 and all(torch.equal(tensor, before[name]) for name, tensor in other.weights().items())
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_reach_the_gpu_and_are_pinned_where_asked(pinned: bool, workers: int) -> None:
+    job = job_of("bf16", "cuda", pin_memory=pinned, num_workers=workers, max_steps=3)
+    feed = Feed(job, One(GPU), open_data("synthetic", seq_len=job.seq_len, split="train", vocab_size=256))  # type: ignore[arg-type]
+    try:
+        assert feed.ready(0, wait_s=60)
+        assert all(tensor.is_pinned() == pinned for batch in feed._steps[0].result() for tensor in batch.values())
+        assert all(tensor.device.type == "cuda" for step in range(3) for batch in feed.of_step(step) for tensor in batch.values())
+    finally:
+        feed.close()
+
+
+def test_cudnn_times_its_convolutions_where_shapes_are_fixed() -> None:
+    model, data = ConvNet().to(GPU), AffineTokens(seq_len=8, vocab_size=16, split="train")
+    before = torch.backends.cudnn.benchmark
+    try:
+        (line,) = switches.apply(job_of("fp32", "cuda", cudnn_benchmark=True), model, data, GPU)
+        assert torch.backends.cudnn.benchmark and not line.startswith("warning")
+        model(images=torch.rand(8, 1, 8, 8, device=GPU), targets=torch.zeros(8, dtype=torch.int64, device=GPU)).backward()
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def test_the_ordinary_entry_point_names_the_gpu_and_logs_finite_numbers(tmp_path: Path) -> None:
+    from benchmarks.hardware import train
+
+    words = ["MODEL=nano", "SEQ_LEN=64", "BATCH_SIZE=8", "MAX_STEPS=20", "EVAL_EVERY=10", "EVAL_SAMPLES=16", "CHECKPOINT_EVERY=10", "LOG_EVERY=1", "DEVICE=cuda", "NODES=1", "GPUS_PER_NODE=1", "SITE=generic", "PROFILE_STEPS=3-4"]
+    run = train(tmp_path, "gpu", words)
+    text = "\n".join(path.read_text() for path in run.logs.glob("*.0.out"))
+    gpu = torch.cuda.get_device_properties(0)
+    assert gpu.name in text and f"sm_{gpu.major}{gpu.minor}" in text and "GiB" in text
+    lines = metrics.read(run.metrics)
+    assert [line["step"] for line in lines] == list(range(1, 21)) and lines[-1]["loss"] < lines[0]["loss"]
+    assert all(line["tflops"] > 0 and line["gpu_memory_gib"] > 0 for line in lines)
+    # A small model is far from the peak, and no share may be above it.
+    assert all(0 < line.get("peak_pct", 0) < 100 for line in lines) == (peak_of(gpu.name, Precision.BF16) is not None)
+    kernels = [event for event in json.loads(gzip.decompress(run.attempt(1).trace.read_bytes()))["traceEvents"] if event.get("cat") == "kernel"]
+    assert kernels
+
+
+def test_the_first_line_of_a_run_describes_this_gpu() -> None:
+    gpu = torch.cuda.get_device_properties(0)
+    said = runtime.describe(job_of("bf16", "cuda"), One(GPU))  # type: ignore[arg-type]
+    assert gpu.name in said and f"sm_{gpu.major}{gpu.minor}" in said and f"{gpu.total_memory / 2**30:.0f} GiB" in said
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs two CUDA devices, this machine has {torch.cuda.device_count()}")
+def test_gradients_of_two_gpus_under_ddp_and_fsdp_equal_those_of_one(tmp_path: Path) -> None:
+    """fp32 without TF32; kernels add in no fixed order, so 1e-4 of the largest gradient of a weight."""
+    over_two = gradients_over_ranks(2, "cuda", tmp_path / "two", timeout=400)
+    for case in CASES:
+        one = gradients_of(gradient_job("cuda", 1), One(GPU), case)
+        for name, expected in one.items():
+            for way in ("ddp", "fsdp"):
+                torch.testing.assert_close(over_two[f"{way} {case}"][name], expected, rtol=0, atol=1e-4 * float(expected.abs().max()), msg=lambda text, name=name, way=way: f"{name}, {way}: {text}")

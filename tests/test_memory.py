@@ -1,0 +1,139 @@
+"""The memory estimate against what torch holds on a CPU: weights, moments, gradients and saved activations to the byte.
+
+Run: pytest tests/test_memory.py"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from on_device import One
+
+from jobs.memory import Shape, activations, estimate
+from jobs.precision import MODES, Precision
+from jobs.settings import Job
+from train import optim
+from train.models.registry import PRESETS, build_model
+from train.numerics import LossScale, forward_context
+from train.step import Stepper
+
+CPU = torch.device("cpu")
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {"n_layers": 3, "d_model": 64, "n_heads": 4, "d_ff": 160},
+    "grouped heads, tied": {"n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96, "tie_embeddings": True},
+    "other head size": {"n_layers": 2, "d_model": 64, "n_heads": 2, "head_dim": 16, "d_ff": 96},
+}
+
+
+def job_of(precision: str, shape: dict[str, Any], **settings: Any) -> Job:
+    return Job(**{"job_name": "t", "model": "nano", "model_options": shape, "seq_len": 32, "batch_size": 4, "micro_batch_size": 4, "grad_accum_steps": 1, "precision": precision, **settings})
+
+
+def batch_of(job: Job) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, 256, (job.batch_size, job.seq_len + 1), generator=torch.Generator().manual_seed(0))
+    return {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+
+
+def bytes_of(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t.ndim)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_count_of_parameters_is_that_of_the_model(name: str) -> None:
+    with torch.device("meta"):
+        model = build_model(name, seq_len=128)
+    shape = Shape.of(Job(job_name="t", model=name, seq_len=128))
+    assert shape and shape.matrices + shape.vectors == sum(p.numel() for p in model.parameters())
+    assert shape.block_matrices == sum(p.numel() for key, p in model.named_parameters() if key.startswith("blocks") and p.ndim == 2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("precision", "level"), [("fp32", None), ("bf16", None), ("bf16", "O2")])
+def test_weights_moments_and_gradients_are_exact(shape: str, precision: str, level: str | None) -> None:
+    job = job_of(precision, SHAPES[shape], amp_opt_level=level)
+    model = build_model("nano", vocab_size=256, seq_len=32, overrides=SHAPES[shape])
+    if level == "O2":
+        optim.use_16_bit_parameters(job, model)
+    stepper = Stepper(job, One(CPU), model, model, optim.build(job, model), forward_context(job.precision, CPU), LossScale.of(job))  # type: ignore[arg-type]
+    stepper.run([batch_of(job)])
+    found = estimate(job)
+    assert found
+    masters = {id(t): t for p in model.parameters() for t in (p, optim.fp32_of(p))}
+    assert found.weights == bytes_of(masters.values())
+    assert found.moments == bytes_of(optim.state_by_name(stepper.optimizer, model).values())
+    assert found.gradients == bytes_of(t.grad for t in masters.values() if t.grad is not None)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_an_eager_forward_pass_keeps_is_exact(shape: str, precision: str, checkpointed: bool) -> None:
+    options = {**SHAPES[shape], "checkpoint_blocks": checkpointed}
+    job = job_of(precision, options)
+    model = build_model("nano", vocab_size=256, seq_len=32, overrides=options)
+    ours = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    batch = batch_of(job)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), forward_context(Precision(precision), CPU)():
+        model(**batch)
+    found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in ours)
+    s, expected = Shape.of(job), estimate(job)
+    assert s and expected
+    element, tokens = (2 if MODES[Precision(precision)].autocast else 4), 4 * 32
+    # Beside them: the head's gradient, made in the forward pass; token numbers; copies of the weights, when not made again.
+    rest = 4 * s.table + 8 * tokens + (0 if checkpointed else expected.copies)
+    # The last norm's output is not kept, the gradient of the same size by it is. Recomputation keeps no block's insides.
+    assert found - rest == kept_by(s, element, tokens) - (insides_of_a_block(s, element, tokens) if checkpointed else 0)
+
+
+def kept_by(s: Shape, element: int, tokens: int) -> int:
+    return activations(s, tokens, element, compiled=False, residual=element)
+
+
+def insides_of_a_block(s: Shape, element: int, tokens: int) -> int:
+    """What is there only while a block is computed again."""
+    again, plain = (replace(s, layers=0, checkpointed=checkpointed) for checkpointed in (True, False))
+    return kept_by(again, element, tokens) - kept_by(plain, element, tokens)
+
+
+def test_sharding_recomputation_and_accumulation_change_what_they_should() -> None:
+    base = {"model": "1b", "seq_len": 2048, "batch_size": 16, "micro_batch_size": 16, "job_name": "t"}
+    plain = estimate(Job(**base))
+    assert plain and plain.peak > plain.weights + plain.moments + plain.activations
+    recomputed, compiled = estimate(Job(**base, grad_checkpointing=True)), estimate(Job(**base, compile=True))
+    assert recomputed and compiled and recomputed.activations < plain.activations / 5 and compiled.activations < plain.activations / 2
+    two = estimate(Job(**{**base, "micro_batch_size": 8}, gpus_per_node=2, parallel="fsdp"))
+    assert two and (two.weights, two.moments, two.gradients) == (plain.weights // 2, plain.moments // 2, plain.gradients // 2)
+    accumulated = estimate(Job(**{**base, "micro_batch_size": 8}, grad_accum_steps=2))
+    assert accumulated and accumulated.activations == plain.activations // 2
+    # The known sum of a 1.26 B model: 4 + 8 bytes per parameter for weights and moments.
+    assert plain.weights + plain.moments == 12 * 1_261_529_088
+    # Long windows of a compiled step end with the table of predictions in docs (34 GB of activations), within a tenth.
+    assert compiled.activations == pytest.approx(34.0e9, rel=0.1)
+
+
+def test_other_models_and_cpus_have_no_estimate() -> None:
+    assert estimate(Job(job_name="t", model="hf:/somewhere")) is None and estimate(Job(job_name="t", model="convnet")) is None
+    assert estimate(Job(job_name="t", model="1b", device="cpu")) is None
+    assert estimate(Job(job_name="t", model="nano", model_options={"n_heads": "many"})) is None
+
+
+def test_explain_tells_it_where_it_can() -> None:
+    def explain(*words: str) -> str:
+        env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY)}
+        return subprocess.run([sys.executable, "-m", "launcher.cli", "explain", *words], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    line = explain("jobs/gpt_1b_h100.yaml").rstrip().splitlines()[-1]
+    assert line.startswith("about ") and " GB of GPU memory at the peak" in line and "weights 5.0, moments 10.1, gradients 5.0" in line
+    assert "GPU memory at the peak" not in explain("jobs/gpt_1b_h100.yaml", "SITE=lab")
+    assert isinstance(json.loads(explain("--json")), list)

@@ -1,0 +1,101 @@
+"""What tests/test_gpu.py does on a GPU, as far as a CPU can: the same helpers, and gradients over several processes.
+
+Run: pytest tests/test_on_device.py"""
+
+from pathlib import Path
+
+import on_device
+import pytest
+import torch
+from on_device import CASES, SMALL_SHAPE, One, Training, falls, gradient_job, gradients_of, gradients_over_ranks, job_of, largest_gap
+
+from train.autocast import TOLERANCE
+
+CPU = torch.device("cpu")
+
+
+def training(folder: Path, precision: str, **settings: object) -> Training:
+    """Smaller than on a GPU: 16-bit products are slow on most CPUs."""
+    return Training(job_of(precision, "cpu", **{"model_options": {**SMALL_SHAPE, "n_layers": 1}, "seq_len": 16, "lr": 1e-2, **settings}), CPU, folder)
+
+
+def test_sixteen_bit_training_falls_with_fp32(tmp_path: Path) -> None:
+    reference = training(tmp_path / "fp32", "fp32").train(25)
+    assert falls(reference)
+    for name, settings in (("bf16", {}), ("bf16 O2", {"amp_opt_level": "O2"}), ("fp16", {})):
+        other = training(tmp_path / name, name.split()[0], **settings).train(25)
+        assert falls(other) and not other.overflows()
+        assert 0 < largest_gap(other, reference) <= TOLERANCE[other.job.precision], name
+
+
+def test_fp16_that_overflows_is_recorded_step_by_step_and_survived(tmp_path: Path) -> None:
+    run = training(tmp_path / "fp16", "fp16", grad_scaler_init=2.0**36).train(25)
+    events = run.overflows()
+    assert len(events) > 3 and events[0]["step"] == 0
+    # Halved each time; the last ones may come later, where the scale sits at the edge.
+    assert [event["scale"] for event in events] == [2.0 ** (36 - n) for n in range(len(events))]
+    assert all(event["first"] in dict(run.model.named_parameters()) for event in events)
+    assert falls(run) and run.stepper.scale and run.stepper.scale.scale == events[-1]["scale"] / 2
+
+
+def test_a_policy_of_fallback_goes_on_in_bf16_without_a_scale(tmp_path: Path) -> None:
+    run = training(tmp_path / "fp16", "fp16", grad_scaler_init=2.0**60, on_overflow="fallback", max_overflows=2).train(3)
+    assert run.stepper.scale is None and len(run.overflows()) == 3 and any("going on in bf16" in line for line in run.said)
+
+
+MODES_HERE = [("fp32", {}), ("bf16", {}), ("bf16", {"amp_opt_level": "O2"}), ("fp16", {})]
+
+
+def test_a_checkpoint_of_every_precision_goes_on_in_every_other(tmp_path: Path) -> None:
+    sources = [training(tmp_path / f"from-{n}", precision, **settings).train(4) for n, (precision, settings) in enumerate(MODES_HERE)]
+    for n, source in enumerate(sources):
+        source.save()
+        weights = source.weights()
+        source.train(1)
+        for m, (precision, settings) in enumerate(MODES_HERE):
+            target = training(tmp_path / f"{n}-{m}", precision, **settings)
+            target.load(source)
+            assert all(torch.equal(tensor, weights[name]) for name, tensor in target.weights().items())
+            target.train(1)
+            assert target.losses[0] == pytest.approx(source.losses[4], rel=3e-2)
+            if n == m:
+                assert target.losses[0] == source.losses[4]
+
+
+def test_a_save_in_the_background_holds_the_step_that_it_was_asked_at(tmp_path: Path) -> None:
+    run = training(tmp_path / "run", "fp32").train(3)
+    run.saver.reserve(run.model, run.optimizer)
+    before = run.weights()
+    run.save(must=False)
+    run.train(3)
+    run.saver.join()
+    other = training(tmp_path / "other", "fp32")
+    other.load(run)
+    assert other.step == 3 and all(torch.equal(tensor, before[name]) for name, tensor in other.weights().items())
+
+
+def test_gradients_of_two_ranks_equal_those_of_one_and_of_one_whole_batch(tmp_path: Path) -> None:
+    """One step of 8 samples: 1 rank x 1 x 8, 1 rank x 4 x 2, 2 ranks x 2 x 2 under DDP and FSDP2; also with a last window of
+    few targets and ranks of unequal numbers. fp32 sums in another order: 2e-6 of the largest gradient of a weight."""
+    over_two = gradients_over_ranks(2, "cpu", tmp_path / "two")
+    for case in CASES:
+        job = gradient_job("cpu", 1)
+        whole = gradients_of(job.model_copy(update={"micro_batch_size": 8, "grad_accum_steps": 1}), One(CPU), case)
+        accumulated = gradients_of(job, One(CPU), case)
+        for name, expected in whole.items():
+            assert float(expected.abs().max()) > 0, name
+            for other in (accumulated[name], over_two[f"ddp {case}"][name], over_two[f"fsdp {case}"][name]):
+                torch.testing.assert_close(other, expected, rtol=0, atol=2e-6 * float(expected.abs().max()), msg=lambda text, name=name, case=case: f"{name}, {case}: {text}")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_like_eager_ones(tmp_path: Path) -> None:
+    eager, compiled = (training(tmp_path / str(flag), "fp32", compile=flag).train(8) for flag in (False, True))
+    assert compiled.losses == pytest.approx(eager.losses, rel=1e-4)
+
+
+def test_the_programs_of_ranks_say_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(on_device, "__file__", str(tmp_path / "nothing.py"))
+    with pytest.raises(AssertionError, match="nothing.py"):
+        gradients_over_ranks(1, "cpu", tmp_path / "ranks")
