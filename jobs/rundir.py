@@ -130,6 +130,11 @@ class AttemptDir:
         return self.path / "env.sh"
 
     @property
+    def log_sizes(self) -> Path:
+        """Sizes of the job's logs when the attempt began: there its own words begin."""
+        return self.path / "log_sizes.json"
+
+    @property
     def progress(self) -> Path:
         """The last optimizer step that rank 0 finished, as text."""
         return self.path / "progress"

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from jobs import rules
+from jobs import plain_yaml, rules
 from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
 from jobs.settings import JOB_WORD, NAME_ALIASES, Job, names
 
@@ -125,7 +125,7 @@ def read_yaml(path: Path, shown: str) -> dict[str, Any]:
         raise NotFoundError(f"{shown}: cannot be read: {err.strerror}") from err
     try:
         # _Loader derives from SafeLoader: it builds plain values only.
-        content = yaml.load(text, _Loader)
+        content = plain_yaml.read(text) or yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as err:
         mark = err.problem_mark
         where = f"{shown}:{mark.line + 1}" if mark else shown

@@ -106,13 +106,14 @@ def status(ctx: typer.Context, as_json: Json = False, every: Annotated[bool, typ
 def logs(
     ctx: typer.Context,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing until the run is over.")] = False,
-    rank: Annotated[str, typer.Option("--rank", help="Whose log: a rank, or batch for the script's.")] = "0",
+    rank: Annotated[str, typer.Option("--rank", metavar="0|3|batch|all", help="Whose log: a rank, batch for the script's, or all with the rank before each line.")] = "0",
+    attempt: Annotated[str | None, typer.Option("--attempt", metavar="N|all", help="Which attempt; the newest when left out, and with -f all that come after it.")] = None,
 ) -> None:
-    """Print the log of a run's newest attempt."""
-    from launcher.commands import print_logs
+    """Print what a run's newest attempt wrote; with -f, go on over requeues until the run is over."""
+    from launcher.logs import print_logs
     from launcher.prepare import find_run
 
-    print_logs(find_run(_words(ctx), os.environ, Path.cwd()), follow, rank)
+    print_logs(find_run(_words(ctx), os.environ, Path.cwd()), rank, attempt, follow)
 
 
 @app.command(context_settings=_SETTINGS, options_metavar=_RUN_HINT)

@@ -1,4 +1,4 @@
-"""The commands that do something: submit, run, logs, cancel, resume."""
+"""The commands that do something: submit, run, cancel, resume."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jobs import ledger, rundir
 from jobs.contract import Cause, Event, Exit
-from jobs.errors import NotFoundError, SettingError, SubmitError
+from jobs.errors import SettingError, SubmitError
 from jobs.rundir import RunDir
 from jobs.settings import Job
 from jobs.sources import Resolved, load, setting_name
@@ -67,9 +67,9 @@ def submit_job(words: Sequence[str], cwd: Path, *, local: bool, test_only: bool,
         _say_job(resolved, estimate, members, as_json)
         print(f"submitted job {job_id} as {'array' if members else 'run'} {run.id}  ->  {show.near(run.path)}/")
         if members:
-            print("follow it with: holdfast status")
+            print("follow it with: holdfast watch")
         else:
-            print(f"follow it with: holdfast logs -f {run.id}    or: holdfast status")
+            print(f"follow it with: holdfast logs -f {run.id}    or: holdfast watch")
     if wait:
         return wait_for([run.member(i) for i in range(len(members))] or [run], slurm if not local else None)
     return Exit.DONE
@@ -132,32 +132,6 @@ def cancel_run(run: RunDir) -> None:
         return
     Slurm().cancel(state.job_id)
     print(f"cancelled job {state.job_id} of run {run.id}; holdfast resume {run.id} goes on from its last checkpoint")
-
-
-def print_logs(run: RunDir, follow: bool, rank: str) -> None:
-    """The log of the newest attempt; with `follow`, until the run is over, over requeues too."""
-    shown: Path | None = None
-    position = 0
-    while True:
-        attempts = ledger.attempts(ledger.read(run.ledger))
-        path = run.log(attempts[-1].job_id, rank) if attempts else None
-        if path is not None and path.exists():
-            if path != shown:
-                shown, position = path, 0
-            with open(path, "rb") as file:
-                file.seek(position)
-                new = file.read()
-                position = file.tell()
-            sys.stdout.buffer.write(new)
-            sys.stdout.flush()
-        elif not follow:
-            which = f"attempt {attempts[-1].number} has written no log of rank {rank} yet" if attempts else "no attempt has started yet"
-            raise NotFoundError(f"run {run.id}: {which}. Logs are in {show.near(run.logs)}/")
-        if not follow:
-            return
-        if show.collect([run], show.ask_queue()[0])[0].state not in ("running", "waiting"):
-            return
-        time.sleep(_POLL_S)
 
 
 def wait_for(runs: Sequence[RunDir], slurm: Slurm | None) -> int:
