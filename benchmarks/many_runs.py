@@ -30,6 +30,7 @@ def make(folder: Path, runs: int, lines: int = 500, seed: int = 0, first_job: in
     resolved = resolve_here([f"MAX_STEPS={steps}", "CHECKPOINT_EVERY=500"], {}, Path("/nowhere"))
     settings = dump_yaml(resolved.job.model_dump(mode="json"))
     now = time.time()
+    text = _metrics(lines, now - 7200, rng)
     ids = itertools.cycle(_ENDS)
     made = []
     for index in range(runs):
@@ -42,7 +43,7 @@ def make(folder: Path, runs: int, lines: int = 500, seed: int = 0, first_job: in
         begun = now - 7200 + index
         _write_ledger(run, str(first_job + index), begun, last_step, end)
         if last_step:
-            _write_metrics(run, begun, last_step, rng)
+            run.metrics.write_text("".join(text[: last_step // _STEPS_PER_LINE]))
             run.attempt(3).path.mkdir(parents=True)
             run.attempt(3).progress.write_text(f"{last_step:<12d}")
         made.append(run)
@@ -71,13 +72,14 @@ def _write_ledger(run: RunDir, job_id: str, begun: float, last_step: int, end: C
     run.ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _write_metrics(run: RunDir, begun: float, last_step: int, rng: random.Random) -> None:
+def _metrics(lines: int, begun: float, rng: random.Random) -> list[str]:
     text = []
-    for step in range(_STEPS_PER_LINE, last_step + 1, _STEPS_PER_LINE):
+    for step in range(_STEPS_PER_LINE, lines * _STEPS_PER_LINE + 1, _STEPS_PER_LINE):
         loss = 5.5 * math.exp(-step / 800) + 1.6 + rng.gauss(0, 0.05)
-        line = {"step": step, "loss": loss, "lr": 1e-3, "grad_norm": rng.random(), "tokens": step * 4096, "tokens_per_s": round(51_000 + rng.gauss(0, 500), 1), "attempt": 1, "time": round(begun + step, 3)}
+        rate = round(51_000 + rng.gauss(0, 500), 1)
+        line = {"step": step, "loss": loss, "lr": 1e-3, "grad_norm": rng.random(), "tokens": step * 4096, "tokens_per_s": rate, "attempt": 1, "time": round(begun + step, 3)}
         text.append(json.dumps(line) + "\n")
-    run.metrics.write_text("".join(text))
+    return text
 
 
 def main() -> None:

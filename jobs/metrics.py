@@ -10,16 +10,11 @@ _BLOCK = 1024
 
 def read(path: Path) -> list[dict[str, Any]]:
     """All whole lines, in order."""
-    lines = []
     try:
-        text = path.read_text()
+        lines = path.read_bytes().split(b"\n")
     except OSError:
         return []
-    for line in text.splitlines():
-        values = _values(line)
-        if values is not None:
-            lines.append(values)
-    return lines
+    return [values for line in lines if (values := _values(line)) is not None]
 
 
 def tail(path: Path, count: int = 1) -> list[dict[str, Any]]:
@@ -67,7 +62,7 @@ def sample(path: Path, points: int) -> list[dict[str, Any]]:
     return [*lines, *tail(path)]
 
 
-def _values(line: str | bytes) -> dict[str, Any] | None:
+def _values(line: bytes) -> dict[str, Any] | None:
     try:
         values = json.loads(line)
     except ValueError:

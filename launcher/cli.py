@@ -103,6 +103,19 @@ def status(ctx: typer.Context, as_json: Json = False, every: Annotated[bool, typ
 
 
 @app.command(context_settings=_SETTINGS, options_metavar=_RUN_HINT)
+def watch(
+    ctx: typer.Context,
+    once: Annotated[bool, typer.Option("--once", help="One plain table, as where there is no terminal.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also runs that ended more than a day ago.")] = False,
+) -> None:
+    """Watch the runs live; keys read logs, cancel and resume."""
+    from launcher.prepare import which_run
+    from launcher.watch import watch as watch_runs
+
+    watch_runs(*which_run(_words(ctx), os.environ, Path.cwd()), once, every)
+
+
+@app.command(context_settings=_SETTINGS, options_metavar=_RUN_HINT)
 def logs(
     ctx: typer.Context,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing until the run is over.")] = False,

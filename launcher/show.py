@@ -130,7 +130,7 @@ def status(runs_dir: Path, word: str | None, as_json: bool, every: bool) -> None
     queue, trouble = ask_queue()
     rows = collect(runs, queue)
     if not word and not every and not as_json:
-        rows = [row for row in rows if row.state in ("running", "waiting") or _touched(row) > time.time() - _DAY_S]
+        rows = [row for row in rows if is_recent(row)]
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return
@@ -232,17 +232,18 @@ def _state(run: RunDir, job: Job, events: list[dict[str, object]], attempts: lis
         if state == "PENDING":
             return "waiting", "; ".join(filter(None, [f"{last.cause.value.replace('_', ' ')}, queued again" if last and last.cause else "", in_words(queued[1])]))
         return "running", history
+    verdict = judge(events, budgets_of(job))
+    gone = ("stopped", f"job {job_id} is gone from the queue; holdfast resume {run.id}") if verdict.reason != "cancelled" else ("cancelled", f"holdfast resume {run.id} goes on")
     if last and last.cause is None:
         if last.job_id.startswith(LOCAL):
             return ("running", history) if _alive(last.job_id) else ("stopped", f"its process is gone; holdfast resume {run.id}")
-        return ("running", history) if queue is None else ("stopped", f"job {job_id} is gone from the queue; holdfast resume {run.id}")
+        return ("running", history) if queue is None else gone
     if last is None:
         if queue is None and not job_id.startswith(LOCAL):
             return "waiting", ""
-        return ("waiting", "") if job_id.startswith(LOCAL) else ("stopped", f"job {job_id} is gone from the queue; holdfast resume {run.id}" if job_id else "never submitted")
+        return ("waiting", "") if job_id.startswith(LOCAL) else gone if job_id else ("stopped", "never submitted")
     if last.cause is Cause.CANCELLED:
         return "cancelled", f"holdfast resume {run.id} goes on"
-    verdict = judge(events, budgets_of(job))
     if verdict.again:
         return "stopped", f"{last.cause.value.replace('_', ' ') if last.cause else ''}; holdfast resume {run.id}"
     return "failed", f"{last.evidence} (holdfast logs {run.id})"
@@ -264,6 +265,11 @@ def _alive(job_id: str) -> bool:
     except (OSError, ValueError):
         return False
     return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def is_recent(row: RunStatus) -> bool:
+    """Whether a run goes on, or something happened to it within a day."""
+    return row.state in ("running", "waiting") or _touched(row) > time.time() - _DAY_S
 
 
 def _touched(row: RunStatus) -> float:

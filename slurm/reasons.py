@@ -3,7 +3,7 @@
 # squeue(1), "JOB REASON CODES". Limits (QOSMaxJobsPerUserLimit, AssocGrpGRES...) are read by their parts below.
 _WORDS: dict[str, str] = {
     "Priority": "jobs of higher priority are before it",
-    "Resources": "first in line, until enough nodes are free",
+    "Resources": "not enough nodes are free yet",
     "Dependency": "waits for another job to end",
     "DependencyNeverSatisfied": "the job it waits for can no longer end as it should: cancel it and submit anew",
     "BeginTime": "waits for its begin time; after a requeue Slurm pauses it for some seconds",
