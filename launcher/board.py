@@ -170,7 +170,7 @@ def _fitting(rows: Sequence[RunStatus], view: View) -> list[tuple[_Column, int]]
     for title in ("", "curve", "run", "note"):
         for column in widths:
             if column.title == title:
-                most = column.most if title != "run" else max((len(row.run) for row in rows), default=0)
+                most = column.most if title != "run" else min(max((len(row.run) for row in rows), default=0), 40)
                 more = max(min(left, most - widths[column]), 0)
                 widths[column] += more
                 left -= more

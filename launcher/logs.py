@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -136,13 +136,9 @@ class _Reader:
             if self._current is not None and attempt.number < self._current:
                 continue
             later = self.known[index + 1 :]
-            for stream, path in self._streams(attempt, sizes):
-                begin, end = self._border(attempt, stream), sizes[path]
-                for follower in later:
-                    if follower.job_id == attempt.job_id:
-                        end = min(end, self._border(follower, stream))
-                        break
-                position = max(self._at.get(path, 0), begin)
+            for stream, path in self._streams(attempt):
+                end = self._end(attempt, stream, path, later, sizes)
+                position = max(self._at.get(path, 0), self._border(attempt, stream))
                 if position < end:
                     self._head(attempt, index)
                     self._copy(path, stream, position, end)
@@ -200,8 +196,15 @@ class _Reader:
             if self.rank in (ALL, _stream_of(path)):
                 yield path
 
-    def _streams(self, attempt: ledger.Attempt, sizes: dict[Path, int]) -> list[tuple[str, Path]]:
-        return [(stream, path) for stream, path in self._named(attempt) if path in sizes]
+    def _streams(self, attempt: ledger.Attempt) -> list[tuple[str, Path]]:
+        return [(stream, path) for stream, path in self._named(attempt) if self.rank in (ALL, stream)]
+
+    def _end(self, attempt: ledger.Attempt, stream: str, path: Path, later: Sequence[ledger.Attempt], sizes: Mapping[Path, int]) -> int:
+        """How far a file belongs to an attempt: up to the next one of its job, to its end where it has no next one."""
+        if not later:
+            return sizes.get(path, 0)
+        follower = next((other for other in later if other.job_id == attempt.job_id), None)
+        return self._border(follower, stream) if follower else path.stat().st_size
 
     def _named(self, attempt: ledger.Attempt) -> list[tuple[str, Path]]:
         """The logs of an attempt's job: the script's first, then by rank."""

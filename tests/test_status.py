@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
-from benchmarks import many_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import many_runs
 from jobs import ledger, metrics, plain_yaml, rundir, sources
 from jobs.contract import Event
 from jobs.rundir import RunDir
