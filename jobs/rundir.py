@@ -230,10 +230,15 @@ def all_runs(runs_dir: Path) -> list[RunDir]:
     for path in _children(runs_dir):
         run = RunDir(path.absolute())
         if run.has_members:
-            found += [RunDir(member.absolute()) for member in _children(run.members) if (member / "job.yaml").is_file()]
+            found += members_of(run)
         elif run.job_yaml.is_file():
             found.append(run)
     return sorted(found, key=lambda run: (run.job_yaml.stat().st_mtime_ns, run.path.parts))
+
+
+def members_of(array: RunDir) -> list[RunDir]:
+    """The runs of an array, in no order."""
+    return [RunDir(member.absolute()) for member in _children(array.members) if (member / "job.yaml").is_file()]
 
 
 def find(word: str | None, runs_dir: Path) -> RunDir:

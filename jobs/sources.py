@@ -176,13 +176,17 @@ def setting_name(word: str) -> str | None:
     return name if name in Job.model_fields or name in _AMP_WORDS else None
 
 
+def shipped_jobs() -> list[str]:
+    """Names of the job files that come with holdfast."""
+    return sorted(path.stem for path in Path(str(resources.files("jobs"))).glob("*.yaml"))
+
+
 def find_job_file(word: str, cwd: Path) -> tuple[Path, str]:
     """The job file that `word` names: a path, or the name of one that comes with holdfast. Raises NotFoundError."""
     path = cwd / word
     if _is_file(path):
         return path.resolve(), word
-    shipped = Path(str(resources.files("jobs")))
-    known = sorted(path.stem for path in shipped.glob("*.yaml"))
+    shipped, known = Path(str(resources.files("jobs"))), shipped_jobs()
     stem = Path(word).name.removesuffix(".yaml")
     if stem in known and word in (stem, f"{stem}.yaml", f"jobs/{stem}.yaml"):
         return shipped / f"{stem}.yaml", f"jobs/{stem}.yaml"

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -138,7 +138,7 @@ def cancel(ctx: typer.Context) -> None:
     cancel_run(find_run(_words(ctx), os.environ, Path.cwd()))
 
 
-@app.command(context_settings=_SETTINGS, options_metavar=_RUN_HINT)
+@app.command(context_settings=_SETTINGS, options_metavar=f"{_RUN_HINT} [KEY=value]...")
 def resume(
     ctx: typer.Context,
     local: Annotated[bool, typer.Option("--local", help="Here and now, in the foreground.")] = False,
@@ -237,6 +237,20 @@ def drill(ctx: typer.Context) -> None:
     from launcher.drill import drill as run_drill
 
     raise typer.Exit(run_drill(_words(ctx), os.environ, Path.cwd()))
+
+
+@app.command()
+def completion(
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="Which shell.")] = "bash",
+    line: Annotated[str | None, typer.Option("--line", hidden=True, help="A command line up to the cursor: print what may follow.")] = None,
+) -> None:
+    """Print the completion script of a shell: source <(holdfast completion bash)."""
+    from launcher import completion as words
+
+    if line is None:
+        print(words.script(shell), end="")
+    else:
+        words.answer(line)
 
 
 LabDir = Annotated[Path | None, typer.Argument(metavar="[DIR]", envvar="HOLDFAST_LAB", help="Directory of the lab; one per user in the temporary folder when left out.", show_default=False)]

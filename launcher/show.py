@@ -64,7 +64,7 @@ FIELDS: dict[str, str] = {
     "state": "waiting, running, finished, failed, cancelled, stopped (no job has it, resume goes on), or damaged (job.yaml cannot be read)",
     "job_id": "Slurm's id of its newest job, `123_4` for a task of an array, `local-` and a process for a run without Slurm",
     "attempt": "number of the newest attempt; 0 before the first",
-    "step": "optimizer steps done in that attempt",
+    "step": "the last optimizer step that was done",
     "max_steps": "optimizer steps of the whole run",
     "loss": "the last logged one, or null",
     "tokens_per_s": "the last logged rate, or null",
