@@ -18,7 +18,7 @@ from launcher import show
 from launcher.attempt import LOCAL
 from launcher.doctor import said_at_submit
 from launcher.local import gpus_here, run_attempts
-from launcher.prepare import prepare, resolve_here
+from launcher.prepare import prepare, resolve_here, resolve_members
 from launcher.refreeze import change
 from slurm.client import Slurm
 from slurm.render import run_dir_of, script_for
@@ -31,7 +31,7 @@ def submit_job(words: Sequence[str], cwd: Path, *, local: bool, test_only: bool,
     """Submits, says where and what next. Nothing is left behind when Slurm refuses. Returns the exit code."""
     grid = _grid(array)
     resolved = resolve_here(words, os.environ, cwd)
-    members = [resolve_here([*words, *point], os.environ, cwd) for point in grid]
+    members = resolve_members(words, grid, os.environ, cwd)
     _check_members(resolved, members)
     job = resolved.job
     slurm = Slurm()
