@@ -7,6 +7,7 @@ or a line that a person has changed to `precision: bf16`, is left to that parser
 
 import json
 import re
+from functools import lru_cache
 from typing import Any
 
 _LINE = re.compile(r"([a-z][a-z0-9_]*): (?=\S)")
@@ -23,17 +24,29 @@ def read(text: str) -> dict[str, Any] | None:
     for line in text.split("\n"):
         if not line:
             continue
-        start = _LINE.match(line)
-        if start is None:
+        pair = _scalar(line) or _pair(line)
+        if pair is None or pair[0] in values:
             return None
-        try:
-            value, end = _decoder.raw_decode(line, start.end())
-        except (ValueError, RecursionError):
-            return None
-        if end != len(line) or start[1] in values or start[1] in _NOT_KEYS:
-            return None
-        values[start[1]] = value
+        values[pair[0]] = pair[1]
     return values
+
+
+@lru_cache(maxsize=4096)
+def _scalar(line: str) -> tuple[str, Any] | None:
+    """Name and value of a line whose value can be shared, since nobody can change it: most lines are the same in every run."""
+    pair = None if line.endswith(("]", "}")) else _pair(line)
+    return None if pair is None or isinstance(pair[1], list | dict) else pair
+
+
+def _pair(line: str) -> tuple[str, Any] | None:
+    start = _LINE.match(line)
+    if start is None or start[1] in _NOT_KEYS:
+        return None
+    try:
+        value, end = _decoder.raw_decode(line, start.end())
+    except (ValueError, RecursionError):
+        return None
+    return (start[1], value) if end == len(line) else None
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -76,7 +76,12 @@ def draw(rows: Sequence[RunStatus], view: View) -> list[Text]:
     more = f"{view.top + 1}-{view.top + len(visible)} of {len(rows)}  " if len(rows) > view.room else ""
     keys = view.prompt or f"{more}{'up/down' if view.ascii_only else '↑↓'} select  l logs  c cancel  r resume  a all  q quit"
     lines.append(_cut(Text(keys, style="bold" if view.prompt else "dim"), view.width))
-    return lines[: view.height]
+    return [_plain(line) if view.ascii_only else line for line in lines[: view.height]]
+
+
+def _plain(line: Text) -> Text:
+    """A note may quote anything; a terminal that cannot show it must not end the watch."""
+    return line if line.plain.isascii() else Text(line.plain.encode("ascii", "replace").decode(), style=line.style)
 
 
 def counts(rows: Sequence[RunStatus]) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -274,7 +275,11 @@ def is_recent(row: RunStatus) -> bool:
 
 def _touched(row: RunStatus) -> float:
     run = RunDir(Path(row.path))
-    return max((path.stat().st_mtime for path in (run.ledger, run.job_yaml) if path.exists()), default=0.0)
+    touched = 0.0
+    for path in (run.ledger, run.job_yaml):
+        with suppress(OSError):  # taken away in the meantime
+            touched = max(touched, path.stat().st_mtime)
+    return touched
 
 
 def ago(then: float) -> str:

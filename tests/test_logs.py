@@ -193,6 +193,7 @@ def test_a_local_run_is_followed_over_its_attempts(tmp_path: Path) -> None:
     assert len(lines) == len(set(lines)), "a line came twice"
 
 
+@pytest.mark.slow
 def test_a_requeued_job_of_slurm_is_followed_over_its_attempts(cluster: Cluster, tmp_path: Path) -> None:
     script = cluster.runs.parent / "speaks.py"
     script.write_text(_SPEAKS)

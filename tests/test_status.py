@@ -65,6 +65,15 @@ def test_status_says_of_each_run_what_its_files_say(thousand: Path) -> None:
     assert rows["quickstart-0004"].queue_reason == "jobs of higher priority are before it" == rows["quickstart-0004"].note
 
 
+def test_slurm_is_asked_once_however_many_runs_there_are(thousand: Path, tmp_path: Path) -> None:
+    for name in ("sbatch", "srun", "squeue", "sacct", "scontrol"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/calls\n")
+        (tmp_path / name).chmod(0o755)
+    done = holdfast("status", "--json", f"RUNS_DIR={thousand}", PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert len(json.loads(done.stdout)) == 1000
+    assert (tmp_path / "calls").read_text() == "squeue\n"
+
+
 def test_only_the_end_of_metrics_is_read(thousand: Path, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     line = json.dumps({"step": 1, "loss": 1.0}) + "\n"
