@@ -67,7 +67,10 @@ def draw(rows: Sequence[RunStatus], view: View) -> list[Text]:
     """Exactly `view.height` lines of at most `view.width` characters; those after the runs that fit are frame."""
     visible = list(rows[view.top : view.top + view.room])
     columns = _fitting(rows, view)
-    lines = [_cut(Text(view.heading, style="bold"), view.width), _head(columns, view.width)]
+    heading = Text(view.heading, style="bold")
+    if view.trouble:
+        heading.append(f" - {view.trouble}", style="yellow")
+    lines = [_cut(heading, view.width), _head(columns, view.width)]
     lines += [_line(row, columns, view, view.top + index == view.selected) for index, row in enumerate(visible)]
     if not rows:
         lines.append(Text("no runs to show; a shows those that ended more than a day ago as well"))
@@ -206,9 +209,7 @@ def _line(row: RunStatus, columns: Sequence[tuple[_Column, int]], view: View, se
 
 
 def _details(row: RunStatus | None, view: View) -> list[Text]:
-    """Two lines about the selected run: what stands nowhere in full, and what Slurm's trouble is."""
-    if view.trouble:
-        return [Text(), _cut(Text(view.trouble, style="yellow"), view.width)]
+    """Two lines about the selected run, with what its row had to cut."""
     if row is None:
         return [Text(), Text()]
     job = f"job {row.job_id}" if row.job_id else "never submitted"
