@@ -131,6 +131,11 @@ class AttemptDir:
         return self.path / "env.sh"
 
     @property
+    def log_sizes(self) -> Path:
+        """Sizes of the job's logs when the attempt began: there its own words begin."""
+        return self.path / "log_sizes.json"
+
+    @property
     def progress(self) -> Path:
         """The last optimizer step that rank 0 finished, as text."""
         return self.path / "progress"
@@ -249,15 +254,26 @@ def discard(run: RunDir, with_parent: bool = False) -> None:
 
 
 def all_runs(runs_dir: Path) -> list[RunDir]:
-    """Every run under a runs directory, array members included, oldest first."""
-    found = []
+    """Every run under a runs directory, array members included, oldest first. One that is taken away meanwhile is left out."""
+    found: list[RunDir] = []
     for path in _children(runs_dir):
         run = RunDir(path.absolute())
-        if run.has_members:
-            found += [RunDir(member.absolute()) for member in _children(run.members) if (member / "job.yaml").is_file()]
-        elif run.job_yaml.is_file():
-            found.append(run)
-    return sorted(found, key=lambda run: (run.job_yaml.stat().st_mtime_ns, run.path.parts))
+        found += members_of(run) if run.has_members else [run]
+    made = [(time, run) for run in found if (time := _made(run)) is not None]
+    return [run for _, run in sorted(made, key=lambda pair: (pair[0], pair[1].path.parts))]
+
+
+def members_of(array: RunDir) -> list[RunDir]:
+    """The folders of an array's tasks, in no order."""
+    return [RunDir(path.absolute()) for path in _children(array.members)]
+
+
+def _made(run: RunDir) -> int | None:
+    """When a run was made; None where there is none."""
+    try:
+        return run.job_yaml.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def find(word: str | None, runs_dir: Path) -> RunDir:
@@ -284,6 +300,7 @@ def find(word: str | None, runs_dir: Path) -> RunDir:
 
 def _children(folder: Path) -> list[Path]:
     try:
-        return [path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir()]
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
     except OSError:
         return []

@@ -11,7 +11,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from jobs import advice, misplaced, rules
+from jobs import advice, misplaced, plain_yaml, rules
 from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
 from jobs.precision import AUTO, Precision
 from jobs.settings import JOB_WORD, NAME_ALIASES, Job, names
@@ -127,7 +127,7 @@ def read_yaml(path: Path, shown: str) -> dict[str, Any]:
         raise NotFoundError(f"{shown}: cannot be read: {err.strerror}") from err
     try:
         # _Loader derives from SafeLoader: it builds plain values only.
-        content = yaml.load(text, _Loader)
+        content = plain_yaml.read(text) or yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as err:
         mark = err.problem_mark
         where = f"{shown}:{mark.line + 1}" if mark else shown
@@ -159,9 +159,11 @@ def _flow(value: Any) -> str:
         return "{" + ", ".join(f"{'? ' if len(key) > _SIMPLE_KEY else ''}{key}: {item}" for key, item in pairs) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_flow, value)) + "]"
-    return _NOT_ASCII.sub(_yaml_escape, json.dumps(value, ensure_ascii=False))
+    text = _json(value)
+    return text if text.isascii() and text.isprintable() else _NOT_ASCII.sub(_yaml_escape, text)
 
 
+_json = json.JSONEncoder(ensure_ascii=False).encode
 # YAML 1.2, 7.4.2: a key without a mark has 1024 characters at most.
 _SIMPLE_KEY = 1000
 _NOT_ASCII = re.compile(r"[^\x20-\x7e]")
@@ -178,13 +180,17 @@ def setting_name(word: str) -> str | None:
     return name if name in Job.model_fields or name in _AMP_WORDS else None
 
 
+def shipped_jobs() -> list[str]:
+    """Names of the job files that come with holdfast."""
+    return sorted(path.stem for path in Path(str(resources.files("jobs"))).glob("*.yaml"))
+
+
 def find_job_file(word: str, cwd: Path) -> tuple[Path, str]:
     """The job file that `word` names: a path, or the name of one that comes with holdfast. Raises NotFoundError."""
     path = cwd / word
     if _is_file(path):
         return path.resolve(), word
-    shipped = Path(str(resources.files("jobs")))
-    known = sorted(path.stem for path in shipped.glob("*.yaml"))
+    shipped, known = Path(str(resources.files("jobs"))), shipped_jobs()
     stem = Path(word).name.removesuffix(".yaml")
     if stem in known and word in (stem, f"{stem}.yaml", f"jobs/{stem}.yaml"):
         return shipped / f"{stem}.yaml", f"jobs/{stem}.yaml"
@@ -270,6 +276,47 @@ def resolve(
     `load_site` finds a site file by name. `allocation` is what is already given (by Slurm to a script that was
     submitted by hand, by the machine to a run in the foreground), and wins over everything. Raises SettingError with one line per fault, NotFoundError, or ImpossibleJobError
     when each value is fine and their combination is not."""
+    gathered = _gather(words, environ, cwd, load_site, job_file)
+    layers = [*gathered.below, gathered.command_line]
+    if allocation:
+        layers.append(_Layer([Given(name, value, allocation_origin) for name, value in allocation.items()]))
+    resolved = _combine(layers, default_name=gathered.default_name, notes=gathered.notes, cwd=cwd)
+    return replace(resolved, files=(*gathered.files, *resolved.files))
+
+
+def resolve_each(words: Iterable[str], points: Iterable[Sequence[str]], environ: Mapping[str, str], cwd: Path, load_site: LoadSite) -> list[Resolved]:
+    """What `resolve` says to `words` with the words of each point behind them. Files and environment are read once.
+
+    Raises as `resolve` does, and SettingError for a point that names another job file or site."""
+    gathered = _gather(words, environ, cwd, load_site, None)
+    # Made plain once: the words of a mapping are YAML, and YAML takes its time.
+    below = [replace(layer, given=[replace(given, value=_plain(given)) for given in layer.given]) for layer in (*gathered.below, gathered.command_line)]
+    each = []
+    for point in points:
+        pairs, named, faults = split_words(point)
+        moved = [key for key, _ in pairs if setting_name(key) == "site"]
+        if named is not None or moved:
+            raise SettingError(f"{'SITE' if moved else 'JOB'} is the same for all runs that are submitted together (command line).")
+        command_line = replace(below[-1], given=list(below[-1].given), faults=[*below[-1].faults, *faults])
+        for key, value in pairs:
+            command_line.add(key, value, "command line")
+        resolved = _combine([*below[:-1], command_line], default_name=gathered.default_name, notes=(*gathered.notes, *_alias_notes(pairs)), cwd=cwd)
+        each.append(replace(resolved, files=(*gathered.files, *resolved.files)))
+    return each
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """All that words, environment and files say, lowest layer first; the command line apart, since more may be said there."""
+
+    below: list[_Layer]
+    command_line: _Layer
+    default_name: str
+    notes: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+def _gather(words: Iterable[str], environ: Mapping[str, str], cwd: Path, load_site: LoadSite, job_file: str | None) -> _Gathered:
     pairs, named, faults = split_words(words)
     asked = named or job_file or environ.get("HOLDFAST_JOB") or environ.get("JOB") or DEFAULT_JOB
     path, shown = find_job_file(asked, cwd)
@@ -279,11 +326,10 @@ def resolve(
         command_line.add(key, value, "command line")
     environment = _environment_layer(environ)
     file_layer = _file_layer(read_yaml(path, shown), shown)
-    upper = [file_layer, environment, command_line]
 
     site_word = "generic"
     site_origin = "default"
-    for layer in upper:
+    for layer in (file_layer, environment, command_line):
         for given in layer.given:
             if given.name == "site":
                 site_word, site_origin = str(given.value), given.origin
@@ -298,11 +344,8 @@ def resolve(
     except ValueError:
         pass  # NUL, or not encodable: the setting's own check says so below
 
-    layers = [site_layer, *upper]
-    if allocation:
-        layers.append(_Layer([Given(name, value, allocation_origin) for name, value in allocation.items()]))
-    resolved = _combine(layers, default_name=path.stem, notes=_alias_notes(pairs), cwd=cwd)
-    return replace(resolved, files=(str(cwd / asked), str(path), str(site_path), *resolved.files))
+    files = (str(cwd / asked), str(path), str(site_path))
+    return _Gathered([site_layer, file_layer, environment], command_line, path.stem, _alias_notes(pairs), files)
 
 
 def variables() -> list[str]:

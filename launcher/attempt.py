@@ -90,6 +90,7 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> dict[
     least_s = job.hang_after_s if job.entry is None else 0
     watch = {"world": job.world_size, "nodes": nodes, "per_node": job.gpus_per_node, "pace_key": pace_key, "least_s": least_s, "quiet_s": job.hang_quiet_s}
     attempt.watch.write_text(json.dumps(watch))
+    attempt.log_sizes.write_text(json.dumps(_log_sizes(run, job_id)))
     ledger.append(
         run.ledger,
         Event.START,
@@ -104,6 +105,12 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> dict[
     if bad:
         _turn_away(run, job, number, job_id, restarts, bad, slurm, environ)
     return values
+
+
+def _log_sizes(run: RunDir, job_id: str) -> dict[str, int]:
+    """`0`, `1`, `batch` -> bytes that the job's earlier attempts have written to that log."""
+    begin = len(job_id) + 1
+    return {path.name.removesuffix(".out")[begin:]: path.stat().st_size for path in run.logs.iterdir() if path.name.startswith(f"{job_id}.") and path.name.endswith(".out")}
 
 
 def _own(run: RunDir, job: Job, job_id: str, restarts: int, slurm: Slurm | None) -> tuple[int, list[dict[str, Any]]]:

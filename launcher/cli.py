@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -115,16 +115,30 @@ def status(ctx: typer.Context, as_json: Json = False, every: Annotated[bool, typ
 
 
 @app.command(context_settings=_SETTINGS, options_metavar=_RUN_HINT)
+def watch(
+    ctx: typer.Context,
+    once: Annotated[bool, typer.Option("--once", help="One plain table, as where there is no terminal.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also runs that ended more than a day ago.")] = False,
+) -> None:
+    """Watch the runs live; keys read logs, cancel and resume."""
+    from launcher.prepare import which_run
+    from launcher.watch import watch as watch_runs
+
+    watch_runs(*which_run(_words(ctx), os.environ, Path.cwd()), once, every)
+
+
+@app.command(context_settings=_SETTINGS, options_metavar=_RUN_HINT)
 def logs(
     ctx: typer.Context,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing until the run is over.")] = False,
-    rank: Annotated[str, typer.Option("--rank", help="Whose log: a rank, or batch for the script's.")] = "0",
+    rank: Annotated[str, typer.Option("--rank", metavar="0|3|batch|all", help="Whose log: a rank, batch for the script's, or all with the rank before each line.")] = "0",
+    attempt: Annotated[str | None, typer.Option("--attempt", metavar="N|all", help="Which attempt; the newest when left out, and with -f all that come after it.")] = None,
 ) -> None:
-    """Print the log of a run's newest attempt."""
-    from launcher.commands import print_logs
+    """Print what a run's newest attempt wrote; with -f, go on over requeues until the run is over."""
+    from launcher.logs import print_logs
     from launcher.prepare import find_run
 
-    print_logs(find_run(_words(ctx), os.environ, Path.cwd()), follow, rank)
+    print_logs(find_run(_words(ctx), os.environ, Path.cwd()), rank, attempt, follow)
 
 
 @app.command(context_settings=_SETTINGS, options_metavar=_RUN_HINT)
@@ -136,7 +150,7 @@ def cancel(ctx: typer.Context) -> None:
     cancel_run(find_run(_words(ctx), os.environ, Path.cwd()))
 
 
-@app.command(context_settings=_SETTINGS, options_metavar=_RUN_HINT)
+@app.command(context_settings=_SETTINGS, options_metavar=f"{_RUN_HINT} [KEY=value]...")
 def resume(
     ctx: typer.Context,
     local: Annotated[bool, typer.Option("--local", help="Here and now, in the foreground.")] = False,
@@ -266,6 +280,20 @@ def drill(ctx: typer.Context) -> None:
     from launcher.drill import drill as run_drill
 
     raise typer.Exit(run_drill(_words(ctx), os.environ, Path.cwd()))
+
+
+@app.command()
+def completion(
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="Which shell.")] = "bash",
+    line: Annotated[str | None, typer.Option("--line", hidden=True, help="A command line up to the cursor: print what may follow.")] = None,
+) -> None:
+    """Print the completion script of a shell: source <(holdfast completion bash)."""
+    from launcher import completion as words
+
+    if line is None:
+        print(words.script(shell), end="")
+    else:
+        words.answer(line)
 
 
 LabDir = Annotated[Path | None, typer.Argument(metavar="[DIR]", envvar="HOLDFAST_LAB", help="Directory of the lab; one per user in the temporary folder when left out.", show_default=False)]

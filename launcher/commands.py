@@ -1,4 +1,4 @@
-"""The commands that do something: submit, run, logs, cancel, resume."""
+"""The commands that do something: submit, run, cancel, resume."""
 
 import contextlib
 import itertools
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jobs import ledger, rundir
 from jobs.contract import Cause, Event, Exit
-from jobs.errors import NotFoundError, SettingError, SubmitError
+from jobs.errors import SettingError, SubmitError
 from jobs.rundir import RunDir
 from jobs.settings import Job
 from jobs.sources import Resolved, load, setting_name
@@ -19,7 +19,7 @@ from launcher import show
 from launcher.attempt import LOCAL
 from launcher.doctor import said_at_submit
 from launcher.local import gpus_here, run_attempts
-from launcher.prepare import prepare, resolve_here
+from launcher.prepare import prepare, resolve_here, resolve_members
 from launcher.queued import taken_over
 from launcher.refreeze import change
 from slurm.client import Slurm
@@ -33,7 +33,7 @@ def submit_job(words: Sequence[str], cwd: Path, *, local: bool, test_only: bool,
     """Submits, says where and what next. Nothing is left behind when Slurm refuses. Returns the exit code."""
     grid = _grid(array)
     resolved = resolve_here(words, os.environ, cwd)
-    members = [resolve_here([*words, *point], os.environ, cwd) for point in grid]
+    members = resolve_members(words, grid, os.environ, cwd)
     _check_members(resolved, members)
     job = resolved.job
     slurm = Slurm()
@@ -69,9 +69,9 @@ def submit_job(words: Sequence[str], cwd: Path, *, local: bool, test_only: bool,
         _say_job(resolved, estimate, members, as_json)
         print(f"submitted job {job_id} as {'array' if members else 'run'} {run.id}  ->  {show.near(run.path)}/")
         if members:
-            print("follow it with: holdfast status")
+            print("follow it with: holdfast watch")
         else:
-            print(f"follow it with: holdfast logs -f {run.id}    or: holdfast status")
+            print(f"follow it with: holdfast logs -f {run.id}    or: holdfast watch")
     if wait:
         return wait_for([run.member(i) for i in range(len(members))] or [run], slurm if not local else None)
     return Exit.DONE
@@ -141,32 +141,6 @@ def cancel_run(run: RunDir) -> None:
         return
     Slurm().cancel(state.job_id)
     print(f"cancelled job {state.job_id} of run {run.id}; holdfast resume {run.id} goes on from its last checkpoint")
-
-
-def print_logs(run: RunDir, follow: bool, rank: str) -> None:
-    """The log of the newest attempt; with `follow`, until the run is over, over requeues too."""
-    shown: Path | None = None
-    position = 0
-    while True:
-        attempts = ledger.attempts(ledger.read(run.ledger))
-        path = run.log(attempts[-1].job_id, rank) if attempts else None
-        if path is not None and path.exists():
-            if path != shown:
-                shown, position = path, 0
-            with open(path, "rb") as file:
-                file.seek(position)
-                new = file.read()
-                position = file.tell()
-            sys.stdout.buffer.write(new)
-            sys.stdout.flush()
-        elif not follow:
-            which = f"attempt {attempts[-1].number} has written no log of rank {rank} yet" if attempts else "no attempt has started yet"
-            raise NotFoundError(f"run {run.id}: {which}. Logs are in {show.near(run.logs)}/")
-        if not follow:
-            return
-        if show.collect([run], show.ask_queue()[0])[0].state not in ("running", "waiting"):
-            return
-        time.sleep(_POLL_S)
 
 
 def wait_for(runs: Sequence[RunDir], slurm: Slurm | None) -> int:

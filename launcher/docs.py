@@ -1,4 +1,4 @@
-"""What is generated and checked in: the settings page, the JSON schema of a job file, golden scripts, slurm/train.sbatch.
+"""What is generated and checked in: the pages of settings and commands, the JSON schema of a job file, golden scripts, slurm/train.sbatch.
 
     python -m launcher.docs            writes every file (`make golden`)
     python -m launcher.docs --check    says which are stale, and exits 1 if one is
@@ -16,7 +16,7 @@ from jobs.contract import Exit
 from jobs.precision import ALIASES, MODES
 from jobs.rundir import RunDir
 from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, unit_of
-from launcher import show
+from launcher import command_docs, show
 from launcher.prepare import resolve_here
 from slurm.render import render_by_hand, script_for
 
@@ -132,6 +132,7 @@ def generated() -> dict[str, str]:
     """Path in the repository -> the text that belongs there."""
     return {
         "docs/settings.md": settings_page(),
+        "docs/commands.md": command_docs.page(),
         "docs/job.schema.json": show.schema() + "\n",
         "slurm/train.sbatch": render_by_hand(Job()),
         **{f"{GOLDEN}/{name}": text for name, text in golden_scripts().items()},

@@ -4,9 +4,13 @@ import json
 import re
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,17 +23,21 @@ from jobs.rundir import RunDir
 from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, unit_of
 from jobs.sources import Resolved
 from jobs.verdict import judge
+from launcher import table
 from launcher.attempt import LOCAL, budgets_of, clock_record
 from slurm.client import Slurm
+from slurm.reasons import in_words
 from slurm.states import base
 
 _DAY_S = 86_400
+# Lines of metrics that say how fast a run is just now.
+_PACE_LINES = 8
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.I)
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run as `status` shows it. Times are Unix seconds; `state` is waiting, running, finished, failed, cancelled or stopped."""
+    """One run as `status` shows it; `status --json` prints these fields, and docs/commands.md lists them (`FIELDS`)."""
 
     run: str
     path: str
@@ -45,10 +53,38 @@ class RunStatus:
     checkpoint_step: int | None
     checkpoint_time: float | None
     note: str
+    queue_reason: str = ""
+    seconds_left: float | None = None
+    peak_share: float | None = None
     # Where the allocation went (jobs/goodput.py): seconds by part over all attempts, the wait outside of any, useful GPU share.
     time_s: dict[str, float] = field(default_factory=dict)
     queue_s: float = 0.0
     useful_share: float | None = None
+
+
+# What a program that reads `status --json` may rely on: fields are added, never renamed or taken away.
+FIELDS: dict[str, str] = {
+    "run": "id of the run",
+    "path": "its directory",
+    "state": "waiting, running, finished, failed, cancelled, stopped (no job has it, resume goes on), or damaged (job.yaml cannot be read)",
+    "job_id": "Slurm's id of its newest job, `123_4` for a task of an array, `local-` and a process for a run without Slurm",
+    "attempt": "number of the newest attempt; 0 before the first",
+    "step": "the last optimizer step that was done",
+    "max_steps": "optimizer steps of the whole run",
+    "loss": "the last logged one, or null",
+    "tokens_per_s": "the last logged rate, or null",
+    "lost_steps": "steps that were trained again after interruptions, over all attempts",
+    "causes": "why each attempt that is over ended, oldest first",
+    "checkpoint_step": "step of the newest checkpoint, or null",
+    "checkpoint_time": "when it was written, in Unix seconds, or null",
+    "note": "one remark for a person: interruptions, the reason of a failure, what to do next",
+    "queue_reason": "why Slurm lets it wait, in words; empty when it does not wait",
+    "seconds_left": "until max_steps at the pace of the last steps, while it runs, or null",
+    "peak_share": "share of the GPU's peak of matrix arithmetic that is reached (0.55 is 55 %), where training measures it, or null",
+    "time_s": "seconds by part over all attempts (docs/preemption.md): useful, start_up, restore, first_step, data_wait, save_stall, evaluation, lost, stop, hang, script, other",
+    "queue_s": "seconds outside of any allocation: before the first attempt and between attempts",
+    "useful_share": "useful GPU time over all GPU time of the run, or null",
+}
 
 
 def schema() -> str:
@@ -113,15 +149,19 @@ def status(runs_dir: Path, word: str | None, as_json: bool, every: bool) -> None
     queue, trouble = ask_queue()
     rows = collect(runs, queue)
     if not word and not every and not as_json:
-        rows = [row for row in rows if row.state in ("running", "waiting") or _touched(row) > time.time() - _DAY_S]
+        rows = [row for row in rows if is_recent(row)]
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return
     if trouble:
         print(trouble)
-    table = _table("run", "state", "job", "attempt", "step", "loss", "tok/s", "checkpoint", "note")
-    for row in rows:
-        table.add_row(
+    print_runs(rows)
+
+
+def print_runs(rows: Iterable[RunStatus]) -> None:
+    """The table of runs; in a pipe a row stays a line, so that grep and awk work."""
+    cells = [
+        (
             row.run,
             row.state,
             row.job_id,
@@ -129,10 +169,16 @@ def status(runs_dir: Path, word: str | None, as_json: bool, every: bool) -> None
             f"{row.step:,}/{row.max_steps:,}",
             "" if row.loss is None else f"{row.loss:.3f}",
             "" if row.tokens_per_s is None or row.state != "running" else f"{row.tokens_per_s:,.0f}",
+            "" if row.seconds_left is None else span(row.seconds_left),
             "" if row.checkpoint_time is None else f"step {row.checkpoint_step:,}, {ago(row.checkpoint_time)}",
             row.note,
         )
-    _print(table)
+        for row in rows
+    ]
+    console = Console(highlight=False)
+    text = table.lines(("run", "state", "job", "attempt", "step", "loss", "tok/s", "left", "checkpoint", "note"), cells, console.width if console.is_terminal else None)
+    console.print(Text(text[0], style="bold"), soft_wrap=True)
+    print("\n".join(text[1:]))
 
 
 def ask_queue() -> tuple[dict[str, tuple[str, str, str]] | None, str]:
@@ -160,11 +206,12 @@ def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> Ru
     if back and back[-1].get("successor") and attempts and attempts[-1].number == back[-1]["attempt"]:
         job_id = str(back[-1]["successor"])
     saves = [event for event in events if event["event"] == Event.CHECKPOINT]
-    lines = metrics.read(run.metrics)
+    state, note = _state(run, job, events, attempts, job_id, queue)
+    lines = metrics.tail(run.metrics, _PACE_LINES if state == "running" else 1)
     last = lines[-1] if lines else {}
     step = _progress(run, attempts, int(last.get("step", 0)))
-    state, note = _state(run, job, events, attempts, job_id, queue)
     spent = spent_by(run, events, running=state == "running")
+    pace = _pace(lines) if state == "running" else None
     return RunStatus(
         run=run.id,
         path=str(run.path),
@@ -180,6 +227,9 @@ def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> Ru
         checkpoint_step=int(saves[-1]["step"]) if saves else None,
         checkpoint_time=float(saves[-1]["time"]) if saves else None,
         note=note,
+        queue_reason=in_words(queue[job_id][1]) if queue and state == "waiting" and job_id in queue else "",
+        seconds_left=None if pace is None else max(job.max_steps - step, 0) * pace,
+        peak_share=last.get("peak_share") if state == "running" else None,
         time_s=spent.parts_s,
         queue_s=spent.queue_s,
         useful_share=spent.useful_share,
@@ -190,6 +240,12 @@ def spent_by(run: RunDir, events: list[dict[str, object]], *, running: bool) -> 
     """Where the time of a run went, an attempt that still runs included."""
     newest = max((attempt.number for attempt in ledger.attempts(events)), default=0)
     return goodput.account(events, now=time.time() if running else None, open_record=clock_record(run, newest) if running else None)
+
+
+def _pace(lines: list[dict[str, Any]]) -> float | None:
+    """Seconds per step between the last lines of metrics; the queue between two attempts does not count."""
+    pairs = [(old, new) for old, new in pairwise(lines) if old.get("attempt") == new.get("attempt") and "time" in old and "time" in new and new["step"] > old["step"]]
+    return median((new["time"] - old["time"]) / (new["step"] - old["step"]) for old, new in pairs) if pairs else None
 
 
 def _state(run: RunDir, job: Job, events: list[dict[str, object]], attempts: list[ledger.Attempt], job_id: str, queue: dict[str, tuple[str, str, str]] | None) -> tuple[str, str]:
@@ -203,19 +259,20 @@ def _state(run: RunDir, job: Job, events: list[dict[str, object]], attempts: lis
     if queued:
         state = base(queued[0])
         if state == "PENDING":
-            return "waiting", "; ".join(filter(None, [f"{last.cause.value.replace('_', ' ')}, queued again" if last and last.cause else "", f"Slurm: {queued[1]}"]))
+            return "waiting", "; ".join(filter(None, [f"{last.cause.value.replace('_', ' ')}, queued again" if last and last.cause else "", in_words(queued[1])]))
         return "running", history
+    verdict = judge(events, budgets_of(job))
+    gone = ("stopped", f"job {job_id} is gone from the queue; holdfast resume {run.id}") if verdict.reason != "cancelled" else ("cancelled", f"holdfast resume {run.id} goes on")
     if last and last.cause is None:
         if last.job_id.startswith(LOCAL):
             return ("running", history) if _alive(last.job_id) else ("stopped", f"its process is gone; holdfast resume {run.id}")
-        return ("running", history) if queue is None else ("stopped", f"job {job_id} is gone from the queue; holdfast resume {run.id}")
+        return ("running", history) if queue is None else gone
     if last is None:
         if queue is None and not job_id.startswith(LOCAL):
             return "waiting", ""
-        return ("waiting", "") if job_id.startswith(LOCAL) else ("stopped", f"job {job_id} is gone from the queue; holdfast resume {run.id}" if job_id else "never submitted")
+        return ("waiting", "") if job_id.startswith(LOCAL) else gone if job_id else ("stopped", "never submitted")
     if last.cause is Cause.CANCELLED:
         return "cancelled", f"holdfast resume {run.id} goes on"
-    verdict = judge(events, budgets_of(job))
     if verdict.again:
         return "stopped", f"{last.cause.value.replace('_', ' ') if last.cause else ''}; holdfast resume {run.id}"
     return "failed", f"{last.evidence} (holdfast logs {run.id})"
@@ -239,9 +296,18 @@ def _alive(job_id: str) -> bool:
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
+def is_recent(row: RunStatus) -> bool:
+    """Whether a run goes on, or something happened to it within a day."""
+    return row.state in ("running", "waiting") or _touched(row) > time.time() - _DAY_S
+
+
 def _touched(row: RunStatus) -> float:
     run = RunDir(Path(row.path))
-    return max((path.stat().st_mtime for path in (run.ledger, run.job_yaml) if path.exists()), default=0.0)
+    touched = 0.0
+    for path in (run.ledger, run.job_yaml):
+        with suppress(OSError):  # taken away in the meantime
+            touched = max(touched, path.stat().st_mtime)
+    return touched
 
 
 def ago(then: float) -> str:
@@ -254,6 +320,18 @@ def ago(then: float) -> str:
     if seconds < 2 * _DAY_S:
         return f"{seconds / 3600:.0f} h ago"
     return datetime.fromtimestamp(then).strftime("%Y-%m-%d")
+
+
+def span(seconds: float) -> str:
+    """45 s, 31 min, 5 h 20 min, 3 d 4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    if minutes < 1440:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
 def near(path: Path) -> str:

@@ -22,6 +22,7 @@ from jobs.contract import Event
 from jobs.errors import SubmitError
 from jobs.rundir import RunDir
 from jobs.settings import Job
+from launcher.prepare import in_parallel
 from launcher.queued import lost_answer, taken_over
 from slurm.client import Slurm, clean_environment, explain
 
@@ -77,8 +78,7 @@ def to_slurm(run: RunDir, job: Job, environ: Mapping[str, str], members: int = 0
                 raise refused from err
             job_id = made.partition("_")[0]
     if members:
-        for index in range(members):
-            ledger.append(run.member(index).ledger, Event.SUBMITTED, attempt=0, job_id=f"{job_id}_{index}", by="submitit")
+        in_parallel(lambda index: ledger.append(run.member(index).ledger, Event.SUBMITTED, attempt=0, job_id=f"{job_id}_{index}", by="submitit"), members)
     else:
         ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id, by="submitit")
     return job_id

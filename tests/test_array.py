@@ -1,0 +1,88 @@
+"""Many runs at once: an array means what its runs would mean one by one, and a thousand of them are one quick submission."""
+
+import json
+import resource
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from conftest import Cluster
+
+from jobs import ledger, rundir
+from jobs.errors import HoldfastError, SettingError
+from jobs.rundir import RunDir
+from jobs.sources import load
+from launcher import prepare
+from launcher.prepare import resolve_here, resolve_members
+
+_POINTS = [["SEED=1"], ["lr=3e-4", "SEED=2"], ["--seed", "3"], ["PRECISION=no"], ["MODEL_OPTIONS=n_layers=2", "NOTE=a b"], ["GRAD_CKPT=true"], ["WARMUP_PCT=0.1"], ["NOTE="], ["DATA=text:corpus"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "environ"),
+    [
+        ([], {}),
+        (["SITE=h100", "BATCH_SIZE=64", "MODEL_OPTIONS={n_layers: 1, d_model: 64}", "NODE_ENV=A=1,B=2"], {"LR": "1e-3", "HOLDFAST_SEED": "9"}),
+        (["jobs/gpt_124m_h100.yaml", "SEED=8", "use_amp=true", "amp_dtype=float16"], {"MAKEFLAGS": " -- NOTE=from\\ make"}),
+    ],
+)
+def test_each_run_of_an_array_is_the_one_that_its_words_alone_would_be(words: Sequence[str], environ: Mapping[str, str], tmp_path: Path) -> None:
+    together = resolve_members(words, _POINTS, environ, tmp_path)
+    for point, member in zip(_POINTS, together, strict=True):
+        assert member == resolve_here([*words, *point], environ, tmp_path), point
+
+
+@pytest.mark.parametrize("point", [["SEED=x"], ["SEDE=1"], ["BATCH_SIZE=33", "MICRO_BATCH_SIZE=8"], ["WARMUP_STEPS=3"], ["PRECISION=fp8", "DEVICE=cpu"]])
+def test_what_is_refused_alone_is_refused_in_an_array_in_the_same_words(point: list[str], tmp_path: Path) -> None:
+    said = []
+    for resolve in (lambda: resolve_here(["WARMUP_PCT=0.1", *point], {}, tmp_path), lambda: resolve_members(["WARMUP_PCT=0.1"], [["SEED=1"], point], {}, tmp_path)):
+        with pytest.raises(HoldfastError) as caught:
+            resolve()
+        said.append((type(caught.value), str(caught.value)))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(("point", "name"), [(["SITE=lab"], "SITE"), (["JOB=jobs/gpt_1b_h100.yaml"], "JOB"), (["jobs/quickstart.yaml"], "JOB")])
+def test_job_file_and_site_are_one_for_all(point: list[str], name: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=f"{name} is the same for all"):
+        resolve_members([], [point], {}, tmp_path)
+
+
+def test_nothing_is_left_of_an_array_when_one_of_its_runs_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = prepare._write_run
+
+    def fails(run: RunDir, *more: object) -> None:
+        if run.path.name == "5":
+            raise OSError(28, "No space left on device", str(run.path))
+        write(run, *more)
+
+    monkeypatch.setattr(prepare, "_write_run", fails)
+    words = [f"RUNS_DIR={tmp_path}/runs"]
+    members = resolve_members(words, [[f"SEED={seed}"] for seed in range(20)], {}, tmp_path)
+    with pytest.raises(SettingError, match="No space left on device"):
+        prepare.prepare(resolve_here(words, {}, tmp_path), tmp_path, "python3", members)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_thousand_runs_are_one_submission_and_cost_little(cluster: Cluster) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = cluster.holdfast("submit", "--json", "--array", "SEED=1..1000", "JOB_NAME=thousand", "GPUS_PER_NODE=1", "NODES=1", "SBATCH_OPTIONS=hold=")
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    said = json.loads(done.stdout)
+    try:
+        # Of a processor, and without the kernel's share: how long files take is the disk's affair. It is about 0.8 s.
+        assert spent < 3.0, f"{spent:.2f} s"
+        runs = rundir.all_runs(cluster.runs)
+        members = {int(run.path.name): run for run in runs if run.is_member and str(run.path).startswith(said["path"])}
+        assert sorted(members) == list(range(1000)) and said["members"] == 1000
+        assert [load(members[index].job_yaml).seed for index in (0, 499, 999)] == [1, 500, 1000]
+        assert [event["job_id"] for event in ledger.read(members[999].ledger)] == [f"{said['job_id']}_999"]
+        waiting = [line for line in cluster.slurm("squeue", "-h", "-r", "-o", "%F|%r").splitlines() if line.startswith(f"{said['job_id']}|")]
+        assert waiting == [f"{said['job_id']}|JobHeldUser"] * 1000
+        # One question to Slurm shows them all.
+        (row,) = json.loads(cluster.holdfast("status", "--json", str(members[7].path)).stdout)
+        assert (row["state"], row["queue_reason"]) == ("waiting", "held by you: scontrol release starts it")
+    finally:
+        cluster.slurm("scancel", said["job_id"])
+        shutil.rmtree(said["path"])  # the tests after this one look through all runs

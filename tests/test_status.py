@@ -1,0 +1,184 @@
+"""`holdfast status`: right about every run, and quick about a thousand of them."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import many_runs
+from jobs import ledger, metrics, plain_yaml, rundir, sources
+from jobs.contract import Event
+from jobs.rundir import RunDir
+from launcher import show, table
+from slurm.reasons import in_words
+
+HOLDFAST = Path(sys.executable).with_name("holdfast")
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("thousand") / "runs"
+    many_runs.make(folder, 1000)
+    yield folder
+
+
+def holdfast(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HOLDFAST_"))}
+    return subprocess.run([HOLDFAST, *words], env={**clean, "PATH": "/nowhere", **env}, capture_output=True, text=True, timeout=120)
+
+
+# -- a thousand runs ---------------------------------------------------------------------------------------------------
+
+
+def test_status_of_a_thousand_runs_takes_little_of_a_processor(thousand: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = holdfast("status", f"RUNS_DIR={thousand}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert len(done.stdout.splitlines()) == 1001, done.stderr
+    # Time of the processor and not of the clock: other tests run beside this one. It is about 0.7 s; when every file was
+    # read in full it was 6 s.
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert spent < 3.0, f"{spent:.2f} s"
+
+
+def test_status_says_of_each_run_what_its_files_say(thousand: Path) -> None:
+    rows = {row.run: row for row in show.collect(rundir.all_runs(thousand), {"102": ("RUNNING", "None", "node1"), "104": ("PENDING", "Priority", "")})}
+    assert [rows[f"quickstart-000{index}"].state for index in range(8)] == ["finished", "finished", "running", "failed", "waiting", "stopped", "cancelled", "finished"]
+    run = RunDir(thousand / "quickstart-0000")
+    last = json.loads(run.metrics.read_text().splitlines()[-1])
+    row = rows["quickstart-0000"]
+    assert (row.step, row.max_steps, row.loss, row.attempt, row.causes) == (5000, 5000, last["loss"], 3, ["preempted", "preempted", "finished"])
+    assert row.checkpoint_step == 5000 and row.seconds_left is None
+    # One step a second by the times in its metrics.
+    running = rows["quickstart-0002"]
+    assert running.seconds_left == pytest.approx(5000 - running.step, rel=0.01) and running.queue_reason == ""
+    assert rows["quickstart-0004"].queue_reason == "jobs of higher priority are before it" == rows["quickstart-0004"].note
+
+
+def test_slurm_is_asked_once_however_many_runs_there_are(thousand: Path, tmp_path: Path) -> None:
+    for name in ("sbatch", "srun", "squeue", "sacct", "scontrol"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/calls\n")
+        (tmp_path / name).chmod(0o755)
+    done = holdfast("status", "--json", f"RUNS_DIR={thousand}", PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert len(json.loads(done.stdout)) == 1000
+    assert (tmp_path / "calls").read_text() == "squeue\n"
+
+
+def test_only_the_end_of_metrics_is_read(thousand: Path, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    line = json.dumps({"step": 1, "loss": 1.0}) + "\n"
+    path.write_text(line * 3_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    assert metrics.tail(path, 8) == [{"step": 1, "loss": 1.0}] * 8
+    assert len(metrics.sample(path, 50)) == 50
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - before < 0.2
+
+
+def test_a_cancelled_run_that_never_began_is_not_said_to_be_lost(tmp_path: Path) -> None:
+    (run,) = [run for run in many_runs.make(tmp_path / "runs", 5) if run.id.endswith("0004")]
+    assert show.collect([run], {})[0].state == "stopped"
+    ledger.append(run.ledger, Event.CANCEL, attempt=0, job_id="104")
+    row = show.collect([run], {})[0]
+    assert row.state == "cancelled" and f"holdfast resume {run.id}" in row.note
+
+
+def test_json_has_the_fields_that_are_documented(thousand: Path) -> None:
+    done = holdfast("status", "--json", str(thousand / "quickstart-0000"))
+    (row,) = json.loads(done.stdout)
+    assert list(row) == list(show.FIELDS) == [field.name for field in fields(show.RunStatus)]
+    # What programs read since the first version; nothing of it may go.
+    kept = "run path state job_id attempt step max_steps loss tokens_per_s lost_steps causes checkpoint_step checkpoint_time note"
+    assert list(row)[: len(kept.split())] == kept.split()
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+_TORN = [b'{"step": 7, "lo', b"", b"[1, 2]", b"null", b"\xff\xfe\x00", b'{"loss": 1.0}', b"x" * 5000]
+
+
+@settings(max_examples=60, deadline=None)
+@given(lines=st.lists(st.one_of(st.integers(1, 10**6), st.sampled_from(_TORN)), max_size=60), count=st.integers(1, 9), ends=st.booleans())
+def test_the_tail_is_the_end_of_the_whole_however_torn_the_file_is(tmp_path_factory: pytest.TempPathFactory, lines: list[Any], count: int, ends: bool) -> None:
+    path = tmp_path_factory.mktemp("tail") / "metrics.jsonl"
+    whole = [{"step": step, "loss": step / 3, "note": "x" * (step % 700)} for step in lines if isinstance(step, int)]
+    data = b"\n".join(json.dumps({"step": line, "loss": line / 3, "note": "x" * (line % 700)}).encode() if isinstance(line, int) else line for line in lines)
+    path.write_bytes(data + b"\n" * ends)
+    assert metrics.tail(path, count) == whole[-count:]
+    assert all(line in whole for line in metrics.sample(path, 10))
+    assert not whole or metrics.sample(path, 10)[-1] == whole[-1]
+
+
+def test_no_metrics_are_no_lines(tmp_path: Path) -> None:
+    assert metrics.tail(tmp_path / "none") == metrics.sample(tmp_path / "none", 5) == []
+
+
+# -- job.yaml, read quickly --------------------------------------------------------------------------------------------
+
+_TEXT = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(["no", "1e3", "0x10", "24:00:00", "~", "#", "a: b", "\\", '"', "\ud7ff", "😀", "\x85", "- x", "010"])
+_SCALAR = st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False) | _TEXT
+_VALUE = st.recursive(_SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TEXT, inner, max_size=3), max_leaves=6)
+
+
+def by_yaml(text: str) -> Any:
+    return yaml.load(text, sources._Loader)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True), _VALUE, max_size=5))
+def test_what_is_read_quickly_is_what_yaml_reads(values: dict[str, Any]) -> None:
+    text = sources.dump_yaml(values)
+    quick = plain_yaml.read(text)
+    if quick is not None:
+        assert (quick or None) == by_yaml(text) and repr(quick or None) == repr(by_yaml(text))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(["a: 1", "b: no", 'c: "x"', "d: 1e3", "e: 010", "f: [1, 2]", "a: 2", "g: {x: 1}", 'h: {"x": 1, "x": 2}', "i: 1 # x", "j: NaN", "  k: 1", "true: 1", "l:", 'm: "\\ud83d\\ude00"', "n: 1, \"o\": 2", "p: .5", "q: -0", "r: 1.", "# s", "t: 'u'", "v: Infinity", "w: \"\\/\"", "x: -0.0", "y: 1E400"]), max_size=6))
+def test_lines_by_hand_mean_what_yaml_says_they_mean(lines: list[str]) -> None:
+    text = "\n".join(lines)
+    quick = plain_yaml.read(text)
+    if quick:
+        assert repr({str(key): value for key, value in by_yaml(text).items()}) == repr(quick)
+
+
+def test_a_job_of_ours_is_read_quickly() -> None:
+    assert plain_yaml.read(sources.dump_yaml(sources.Job().model_dump(mode="json"))) is not None
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("Priority", "jobs of higher priority are before it"),
+        ("(Resources)", "not enough nodes are free yet"),
+        ("QOSMaxJobsPerUserLimit", "the limit of the QOS is reached: running jobs of one user"),
+        ("AssocGrpGRES", "the limit of your account is reached: GPUs of all jobs together"),
+        ("AssocGrpCPURunMinutesLimit", "the limit of your account is reached: minutes of CPUs of all jobs together"),
+        ("QOSMinGRES", "asks for less than the QOS wants: GPUs"),
+        ("ReqNodeNotAvail, UnavailableNodes:node[1-3]", "a node that it needs is down, drained or reserved (node[1-3])"),
+        ("None", ""),
+        ("", ""),
+        ("SomethingNew", "Slurm says SomethingNew"),
+    ],
+)
+def test_reasons_of_slurm_are_said_in_words(code: str, said: str) -> None:
+    assert in_words(code) == said
+
+
+def test_a_table_wraps_its_last_column_only() -> None:
+    lines = table.lines(("run", "note"), [("a-long-name", "one two three four five six seven")], width=30)
+    assert lines[0] == "run          note" and all(len(line) <= 30 for line in lines)
+    assert [line[:11].strip() for line in lines[1:]] == ["a-long-name", *[""] * (len(lines) - 2)]
+    assert len(table.lines(("run", "note"), [("a", "word " * 99)])) == 2
