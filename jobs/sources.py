@@ -75,7 +75,7 @@ class _Layer:
     def add(self, word: str, value: Any, origin: str) -> None:
         name = setting_name(word)
         if name is None:
-            self.faults.append(f"{_word(word)} is not a setting ({origin}).{_hint(word)}")
+            self.faults.append(unknown_setting(word, origin))
         else:
             self.given.append(Given(name, value, origin))
 
@@ -175,6 +175,21 @@ def setting_name(word: str) -> str | None:
     name = word.lower().replace("-", "_")
     name = NAME_ALIASES.get(name, name)
     return name if name in Job.model_fields or name in _AMP_WORDS else None
+
+
+def unknown_setting(word: str, origin: str) -> str:
+    """The fault of a word that names no setting, with the nearest one that does."""
+    return f"{_word(word)} is not a setting ({origin}).{_hint(word)}"
+
+
+def number_type(name: str) -> type | None:
+    """int or float for a setting that is a plain number, else None."""
+    kind = _bare_type(name)
+    return kind if kind in (int, float) else None
+
+
+def is_mapping(name: str) -> bool:
+    return name in _MAPPINGS
 
 
 def find_job_file(word: str, cwd: Path) -> tuple[Path, str]:
@@ -319,16 +334,16 @@ def load(path: Path) -> Job:
         raise SettingError("\n".join(_faults(err, {name: str(path) for name in values}, values))) from err
 
 
-def amend(values: Mapping[str, Any], origins: Mapping[str, str], words: Iterable[str]) -> Resolved:
-    """The job that these frozen values describe with KEY=value words over them; what the words gave has `command line` for origin.
+def amend(values: Mapping[str, Any], origins: Mapping[str, str], words: Iterable[str], origin: str = "command line") -> Resolved:
+    """The job that these frozen values describe with KEY=value words over them; what the words gave has `origin` for origin.
 
     A value left out of `values` follows anew. Raises as `resolve` does."""
     pairs, named, faults = split_words(words)
     if named is not None:
-        faults.append(f"{_shorten(named)!r} is neither a setting nor expected here (command line).")
+        faults.append(f"{_shorten(named)!r} is neither a setting nor expected here ({origin}).")
     command_line = _Layer(faults=faults)
     for key, value in pairs:
-        command_line.add(key, value, "command line")
+        command_line.add(key, value, origin)
     frozen = _Layer([Given(name, value, origins.get(name, "default")) for name, value in values.items()])
     return _combine([frozen, command_line], default_name=str(values["job_name"]), notes=_alias_notes(pairs))
 
