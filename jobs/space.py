@@ -107,7 +107,7 @@ class Sweep(BaseModel):
     pruner: Literal["none", "median"] = Field("none", description="median gives a trial up when its best value so far is worse than the median of the others at the same step")
     prune_startup: int = Field(5, description="trials that must be over before one is given up", ge=1)
     prune_after: int = Field(0, description="steps that every trial may make", ge=0)
-    seed: int = Field(0, description="seed of the sampler; together with a trial's number it decides what is drawn", ge=0)
+    sampler_seed: int = Field(0, description="seed of the sampler; together with a trial's number it decides what is drawn", ge=0)
     job: str = ""
     words: tuple[str, ...] = ()
 
