@@ -111,6 +111,11 @@ class Sweep(BaseModel):
     job: str = ""
     words: tuple[str, ...] = ()
 
+    @property
+    def has_study(self) -> bool:
+        """Whether Optuna is asked: for values, or whether to give a trial up."""
+        return self.sampler != "grid" or self.pruner != "none"
+
     def dimension(self, label: str) -> Dimension:
         return next(dimension for dimension in self.over if dimension.label == label)
 

@@ -102,10 +102,17 @@ def create(sweep_dir: RunDir, sweep: Sweep) -> None:
 
 
 def ask(sweep_dir: RunDir, sweep: Sweep, number: int) -> dict[str, Value]:
-    """The values of trial `number`. Asked again after a kill, the answer is the same."""
+    """The values of trial `number`, which runs from now on. Asked again after a kill, the answer is the same."""
     study = opened(sweep_dir, sweep, number)
     update(study, sweep_dir, sweep)
     trial = _trial(study, number)
+    if sweep.sampler == "grid":
+        point = sweep.point(number)
+        for label, value in point.items():
+            if label not in trial.params:
+                distribution = _distribution(sweep.dimension(label))
+                study._storage.set_trial_param(trial._trial_id, label, distribution.to_internal_repr(value), distribution)
+        return point
     return {dimension.label: _suggest(trial, dimension) for dimension in sweep.over}
 
 

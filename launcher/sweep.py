@@ -73,7 +73,7 @@ def start(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: Path | 
 
     def complete(staging: RunDir) -> None:
         staging.sweep.write_text(sweep.model_dump_json(indent=1) + "\n")
-        if sweep.sampler != "grid" or sweep.pruner != "none":
+        if sweep.has_study:
             from launcher import study
 
             study.create(staging, sweep)
@@ -128,7 +128,7 @@ def described(words: Sequence[str], cwd: Path, over: Sequence[str], file: Path |
         raise SettingError("\n".join(faults))
     if base is None:
         base = _with_some_point(sweep, words, cwd, impossible)
-    if sweep.sampler != "grid" or sweep.pruner != "none":
+    if sweep.has_study:
         from launcher import study
 
         study.need_optuna()

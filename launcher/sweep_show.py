@@ -209,7 +209,7 @@ def draw(run: RunDir, sweep: space.Sweep, rows: Sequence[Trial]) -> Path | None:
         return None
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.ticker import MaxNLocator, NullFormatter
     except ImportError:
         return None
     looks = {"finished": ("o", "#4477aa"), "pruned": ("x", "#888888"), "running": ("^", "#228833")}
@@ -232,7 +232,10 @@ def draw(run: RunDir, sweep: space.Sweep, rows: Sequence[Trial]) -> Path | None:
     axes[0].step([row.number for row in finished], so_far, where="post", color="#4477aa", linewidth=1, label="best so far")
     best = best_of(rows, sweep)
     if best:
-        axes[0].annotate(f" trial {best.number}", (best.number, best.value), fontsize=8, va="top")
+        ring = {"marker": "o", "s": 130, "facecolors": "none", "edgecolors": "#aa3377", "linewidths": 1.5}
+        axes[0].scatter([best.number], [best.value], label=f"best: trial {best.number}", **ring)
+        for axis, dimension in zip(axes[1:], sweep.over, strict=True):
+            axis.scatter([_place(dimension, best.values[dimension.label])], [best.value], **ring)
     axes[0].set_xlabel("trial")
     axes[0].set_ylabel(sweep.metric)
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -242,8 +245,12 @@ def draw(run: RunDir, sweep: space.Sweep, rows: Sequence[Trial]) -> Path | None:
         if dimension.choices:
             axis.set_xticks(range(len(dimension.choices)), dimension.choices, rotation=30 if len(dimension.choices) > 4 else 0)
             axis.set_xlim(-0.5, len(dimension.choices) - 0.5)
-        elif dimension.log:
-            axis.set_xscale("log")
+        else:
+            if dimension.log:
+                axis.set_xscale("log")
+                axis.xaxis.set_minor_formatter(NullFormatter())
+            # The whole range, also where nobody looked yet.
+            axis.set_xlim(dimension.low, dimension.high)
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.suptitle(headline(run, sweep, rows), fontsize=10)

@@ -50,7 +50,7 @@ def take_up(run: RunDir, job_id: str) -> None:
         except HoldfastError as err:
             said = f"trial {number} ({' '.join(words)}) cannot be run: {' '.join(str(err).split())}"
             replace_file(run.trial, json.dumps({"number": number, "values": values, "problem": said}) + "\n")
-            if sweep.sampler != "grid":
+            if sweep.has_study:
                 from launcher import study
 
                 study.refuse(sweep_dir, sweep, number)
@@ -75,7 +75,7 @@ def tell_sweep(run: RunDir) -> None:
     """Brings the study up to date when a trial is over. What goes wrong is said and no more: whoever asks next does it again."""
     try:
         sweep = space.load(run.array.sweep)
-        if sweep.sampler == "grid" and sweep.pruner == "none":
+        if not sweep.has_study:
             return
         from launcher import study
 
@@ -86,7 +86,7 @@ def tell_sweep(run: RunDir) -> None:
 
 
 def _choose(sweep_dir: RunDir, sweep: space.Sweep, number: int) -> dict[str, Any]:
-    if sweep.sampler == "grid":
+    if not sweep.has_study:
         return sweep.point(number)
     from launcher import study
 
