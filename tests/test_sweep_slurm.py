@@ -111,26 +111,26 @@ def assert_is_a_picture(path: Path) -> None:
 def test_a_bad_trial_is_given_up_a_broken_one_fails_and_a_killed_one_comes_back(cluster: Cluster) -> None:
     # A stand-in for training, so that the trials start in no time; everything around it is real.
     sweep_dir = swept(
-        cluster, "--over", "LR=1,2,3,4,5,900,666", "--sampler", "grid", "--parallel", "3", "--pruner", "median", "--prune-startup", "2",
-        ENTRY=str(SCRIPT), MAX_STEPS="200", EVAL_EVERY="20", NODE_PYTHON=sys.executable,
+        cluster, "--over", "LR=1,2,3,900,666", "--sampler", "grid", "--parallel", "3", "--pruner", "median", "--prune-startup", "2",
+        ENTRY=str(SCRIPT), MAX_STEPS="60", EVAL_EVERY="20", NODE_PYTHON=sys.executable,
     )  # fmt: skip
-    trials = [sweep_dir.member(number) for number in range(7)]
-    until(lambda: step_of(trials[0]) > 20, 60, f"trial 0 to be at work\n{cluster.logs(trials[0])}")
+    trials = [sweep_dir.member(number) for number in range(5)]
+    until(lambda: step_of(trials[0]) == 40, 60, f"trial 0 to be at work\n{cluster.logs(trials[0])}")
     os.kill(int((trials[0].path / "pid").read_text()), signal.SIGKILL)
     until(lambda: all(is_over(run) for run in trials), 120, f"the end of all trials; there are {[causes(run) for run in trials]}")
     assert causes(trials[0]) == ["killed", "finished"], cluster.logs(trials[0])
-    assert [causes(run) for run in trials[1:5]] == [["finished"]] * 4
-    assert causes(trials[5]) == ["pruned"] and causes(trials[6]) == ["code_error"], cluster.logs(trials[5])
+    assert [causes(run) for run in trials[1:3]] == [["finished"]] * 2
+    assert causes(trials[3]) == ["pruned"] and causes(trials[4]) == ["code_error"], cluster.logs(trials[3])
     told = json.loads(cluster.holdfast("sweep", "show", str(sweep_dir.path), "--json").stdout)
-    assert told["counts"] == {"finished": 5, "pruned": 1, "failed": 1} and told["best"] == 0
-    assert told["trials"][5]["note"].startswith("pruned at step ") and 0 < told["trials"][5]["step"] < 200
+    assert told["counts"] == {"finished": 3, "pruned": 1, "failed": 1} and told["best"] == 0
+    assert told["trials"][3]["note"].startswith("pruned at step ") and 0 < told["trials"][3]["step"] < 60
     # Not queued again, and no failure for Slurm either.
     assert not cluster.slurm("squeue", "-h", "-j", cluster.job_id(sweep_dir), "-t", "PENDING,RUNNING").strip()
     known = study.opened(sweep_dir, space.load(sweep_dir.sweep)).get_trials()
-    assert [trial.state.name for trial in known] == ["COMPLETE"] * 5 + ["PRUNED", "FAIL"]
+    assert [trial.state.name for trial in known] == ["COMPLETE"] * 3 + ["PRUNED", "FAIL"]
     # A person may want it all the same: then it goes on, and nobody gives it up again.
-    cluster.holdfast("resume", str(trials[5].path))
-    until(lambda: causes(trials[5]) == ["pruned", "finished"], 60, f"the resumed trial to finish\n{cluster.logs(trials[5])}")
+    cluster.holdfast("resume", str(trials[3].path))
+    until(lambda: causes(trials[3]) == ["pruned", "finished"], 60, f"the resumed trial to finish\n{cluster.logs(trials[3])}")
 
 
 def test_a_sweep_of_a_thousand_runs_is_one_sbatch(cluster: Cluster) -> None:
