@@ -13,12 +13,13 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from jobs.errors import ImpossibleJobError, SettingError
+from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
 from jobs.names import nearest
 from jobs.settings import Job, group_of
 from jobs.sources import Resolved, amend, is_mapping, number_type, read_yaml, setting_name, unknown_setting
@@ -61,35 +62,40 @@ class Dimension(BaseModel):
         how = ":log" if self.log else f":step={number(self.step, self.whole)}" if self.step else ""
         return f"{self.label}={number(self.low, self.whole)}..{number(self.high, self.whole)}{how}"
 
-    def values(self) -> list[Value] | None:
-        """All values that it can take; None for a range of real numbers without a step."""
+    @property
+    def count(self) -> int | None:
+        """How many values it can take; None for a range that nobody would list: of real numbers without a step, or with :log."""
         if self.choices:
-            return list(self.choices)
+            return len(self.choices)
         assert self.low is not None and self.high is not None
-        if self.whole and not self.log:
-            return list(range(int(self.low), int(self.high) + 1, int(self.step or 1)))
-        if self.step:
-            # Counted and not added up: a hundred additions of 0.1 miss the end.
-            return [round(self.low + index * self.step, 12) for index in range(math.floor((self.high - self.low) / self.step + 1e-9) + 1)]
-        return None
+        if self.log or not (self.whole or self.step):
+            return None
+        return math.floor((self.high - self.low) / (self.step or 1) + 1e-9) + 1
+
+    def at(self, index: int) -> Value:
+        """Its value of this index, where it has a count."""
+        if self.choices:
+            return self.choices[index]
+        assert self.low is not None
+        # Multiplied and not added up: a hundred additions of 0.1 miss the end.
+        value = self.low + index * (self.step or 1)
+        return int(value) if self.whole else round(value, 12)
 
     def ends(self) -> list[Value]:
         """The values that are tried up front: every choice, or both ends of the range."""
         if self.choices:
             return list(self.choices)
-        known = self.values()
-        ends = [known[0], known[-1]] if known else [self.low, self.high]
-        return [int(value) if self.whole else float(value) for value in ends if value is not None]
+        if self.count is not None:
+            return [self.at(0), self.at(self.count - 1)]
+        assert self.low is not None and self.high is not None
+        return [int(value) if self.whole else value for value in (self.low, self.high)]
 
     def anywhere(self, chance: random.Random) -> Value:
         """Some value that a sampler might choose."""
-        if self.choices:
-            return chance.choice(self.choices)
+        if self.count is not None:
+            return self.at(chance.randrange(self.count))
         assert self.low is not None and self.high is not None
-        if self.whole:
-            return chance.randrange(int(self.low), int(self.high) + 1, int(self.step or 1))
-        known = self.values()
-        return chance.choice(known) if known else chance.uniform(self.low, self.high)
+        return chance.randint(int(self.low), int(self.high)) if self.whole else chance.uniform(self.low, self.high)
 
 
 class Sweep(BaseModel):
@@ -123,10 +129,9 @@ class Sweep(BaseModel):
         """The values of one point of a grid, as label -> value. The last setting varies fastest."""
         chosen = {}
         for dimension in reversed(self.over):
-            values = dimension.values()
-            assert values is not None
-            index, place = divmod(index, len(values))
-            chosen[dimension.label] = values[place]
+            assert dimension.count is not None
+            index, place = divmod(index, dimension.count)
+            chosen[dimension.label] = dimension.at(place)
         return {dimension.label: chosen[dimension.label] for dimension in self.over}
 
 
@@ -141,6 +146,19 @@ def load(path: Path) -> Sweep:
         return Sweep.model_validate_json(path.read_text())
     except (OSError, ValidationError) as err:
         raise SettingError(f"{path}: not a sweep that this version can read: {str(err).splitlines()[0]}") from err
+
+
+def find_file(word: str, cwd: Path) -> tuple[Path, str]:
+    """The space file that `word` names, and how to call it: a path, or the name of one that comes with holdfast. Raises NotFoundError."""
+    path = cwd / word
+    if path.is_file():
+        return path, word
+    shipped = Path(str(resources.files("jobs"))) / "sweeps"
+    known = sorted(file.stem for file in shipped.glob("*.yaml"))
+    if word in known:
+        return shipped / f"{word}.yaml", f"jobs/sweeps/{word}.yaml"
+    near = nearest(Path(word).stem, known)
+    raise NotFoundError(f"space file {word!r} does not exist in {cwd}. " + (f"Did you mean {near}?" if near else f"These come with holdfast: {', '.join(known)}."))
 
 
 def define(over: Sequence[str], options: Mapping[str, Any], space: Path | None, shown: str, array_parallel: int) -> Sweep:
@@ -285,14 +303,14 @@ def _as_word(item: Any) -> str:
 
 def _complete(dimensions: list[Dimension], given: dict[str, Any], origins: Mapping[str, str], array_parallel: int) -> Sweep:
     """The sweep with what was left out, and its numbers checked. Raises SettingError."""
-    listed = all(dimension.values() is not None for dimension in dimensions)
+    listed = all(dimension.count is not None for dimension in dimensions)
     given["direction"] = {"min": "minimize", "max": "maximize"}.get(str(given.get("direction")), given.get("direction", "minimize"))
     given.setdefault("sampler", "grid" if listed and given.get("trials") is None else "tpe")
     if given["sampler"] == "grid":
-        endless = [dimension for dimension in dimensions if dimension.values() is None]
+        endless = [dimension for dimension in dimensions if dimension.count is None]
         if endless:
             raise SettingError("\n".join(f"{d.text()} has no end of values, and a grid takes each once: list them (KEY=a,b,c), give a step, or take --sampler tpe --trials N." for d in endless))
-        points = math.prod(len(dimension.values() or ()) for dimension in dimensions)
+        points = math.prod(dimension.count or 1 for dimension in dimensions)
         if points > MAX_TRIALS:
             raise SettingError(f"This grid has {points:,} points, at most {MAX_TRIALS:,} go into one array; list fewer values, or take --sampler tpe --trials N.")
         if given.setdefault("trials", points) != points:

@@ -92,7 +92,7 @@ def submit(
 def sweep(
     ctx: typer.Context,
     over: Annotated[list[str] | None, typer.Option("--over", metavar="KEY=V1,V2 | KEY=LOW..HIGH[:log|:step=N]", help="A setting that varies; may be given again.")] = None,
-    space: Annotated[Path | None, typer.Option("--space", metavar="FILE", help="YAML file with `over:` and any of these options; the command line wins.")] = None,
+    space: Annotated[str | None, typer.Option("--space", metavar="FILE", help="YAML file with `over:` and any of these options; the command line wins.")] = None,
     trials: Annotated[int | None, typer.Option("--trials", metavar="N", help="Runs in all. A grid has as many as it has points.")] = None,
     parallel: Annotated[str | None, typer.Option("--parallel", metavar="N", help="Trials at the same time.")] = None,
     sampler: Annotated[str | None, typer.Option("--sampler", metavar="grid|random|tpe", help="Who chooses the values.")] = None,

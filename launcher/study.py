@@ -128,6 +128,8 @@ def opened(sweep_dir: RunDir, sweep: Sweep, number: int = 0, repair: bool = True
     one that holds the sweep's lock; with `repair` off it raises ValueError instead."""
     need_optuna()
     try:
+        if not sweep_dir.study.exists():
+            raise ValueError("it is gone")
         if _is_torn(sweep_dir.study):
             raise ValueError("its last line is torn")
         study = _study(sweep_dir.study, sweep, number)
@@ -140,9 +142,10 @@ def opened(sweep_dir: RunDir, sweep: Sweep, number: int = 0, repair: bool = True
         fresh = sweep_dir.study.with_name(f".{sweep_dir.study.name}.{os.getpid()}")
         fresh.unlink(missing_ok=True)
         replay(_study(fresh, sweep), sweep_dir, sweep)
-        os.rename(sweep_dir.study, aside)
+        with suppress(FileNotFoundError):
+            os.rename(sweep_dir.study, aside)
         os.rename(fresh, sweep_dir.study)
-        print(f"holdfast: {sweep_dir.study} could not be read ({err}); it is kept as {aside.name} and was written anew from the runs", file=sys.stderr, flush=True)
+        print(f"holdfast: {sweep_dir.study} could not be read ({err}); it was written anew from the runs" + (f", and the old one is kept as {aside.name}" if aside.exists() else ""), file=sys.stderr, flush=True)
         return _study(sweep_dir.study, sweep, number)
 
 

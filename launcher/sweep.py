@@ -8,6 +8,7 @@ Nothing runs beside the array: task N takes up trial N, asks the study for value
 (`launcher.trial`), and tells it at the end. Requeue, budgets and resume are those of any run.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -33,7 +34,7 @@ from slurm.client import Slurm
 from slurm.render import run_dir_of, script_for
 
 
-def command(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: Path | None, options: dict[str, Any], resumed: str | None, local: bool, test_only: bool, wait: bool, as_json: bool) -> int:
+def command(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: str | None, options: dict[str, Any], resumed: str | None, local: bool, test_only: bool, wait: bool, as_json: bool) -> int:
     """`holdfast sweep ...`: which of its forms is meant. Returns the exit code."""
     verb = words[0] if words and words[0] in ("show", "cancel") else "resume" if resumed else "start"
     given = [f"--{name.replace('_', '-')}" for name, value in {"over": list(over) or None, "space": file, **options}.items() if value is not None]
@@ -58,7 +59,7 @@ def command(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: Path 
     return start(words, cwd, over=over, file=file, options=options, local=local, test_only=test_only, wait=wait, as_json=as_json)
 
 
-def start(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: Path | None, options: Mapping[str, Any], local: bool, test_only: bool, wait: bool, as_json: bool) -> int:
+def start(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: str | None, options: Mapping[str, Any], local: bool, test_only: bool, wait: bool, as_json: bool) -> int:
     """Checks a sweep, submits it, says where and what next. Nothing is left behind when anything is wrong. Returns the exit code."""
     base, sweep = described(words, cwd, over, file, options)
     job = base.job
@@ -106,9 +107,10 @@ def start(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: Path | 
     return wait_for(run, as_json) if wait else Exit.DONE
 
 
-def described(words: Sequence[str], cwd: Path, over: Sequence[str], file: Path | None, options: Mapping[str, Any]) -> tuple[Resolved, space.Sweep]:
+def described(words: Sequence[str], cwd: Path, over: Sequence[str], file: str | None, options: Mapping[str, Any]) -> tuple[Resolved, space.Sweep]:
     """The job that is searched and the sweep over it, both checked. Raises SettingError with every fault, ImpossibleJobError."""
     faults: list[str] = []
+    path, shown = space.find_file(file, cwd) if file else (None, "")
     base: Resolved | None = None
     impossible: ImpossibleJobError | None = None
     try:
@@ -118,7 +120,7 @@ def described(words: Sequence[str], cwd: Path, over: Sequence[str], file: Path |
     except SettingError as err:
         faults.append(str(err))
     try:
-        sweep = space.define(over, options, cwd / file if file else None, str(file), base.job.array_parallel if base else 256)
+        sweep = space.define(over, options, path, shown, base.job.array_parallel if base else 256)
     except SettingError as err:
         raise SettingError("\n".join([*faults, str(err)])) from err
     pairs, named, _ = split_words([*words_from_make(os.environ), *words])
@@ -258,7 +260,9 @@ def _run_here(run: RunDir, sweep: space.Sweep, numbers: Sequence[int], as_json: 
             values = json.loads(member.trial.read_text())["values"]
             if not as_json:
                 print(f"trial {number} of {sweep.trials}: {_values(values)}", flush=True)
-            code = run_attempts(member, os.environ)
+            # What attempts say is for a person.
+            with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+                code = run_attempts(member, os.environ)
         except HoldfastError as err:
             print(f"trial {number}: {err}", file=sys.stderr, flush=True)
             continue

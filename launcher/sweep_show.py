@@ -78,7 +78,7 @@ def trial_of(run: RunDir, sweep: space.Sweep, queue: Queue | None, job_ids: Sequ
     state, note = row.state, row.note
     if attempts and attempts[-1].cause is Cause.PRUNED:
         state = "pruned"
-    elif state not in OPEN and queued:
+    elif state in ("cancelled", "stopped", "failed") and queued and attempts and queued != attempts[-1].job_id:
         # Submitted anew by `sweep --resume`, and not begun again yet.
         state, note = "waiting", f"{state}, queued again"
     return Trial(
