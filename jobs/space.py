@@ -59,8 +59,10 @@ class Dimension(BaseModel):
         """As it would be written behind --over."""
         if self.choices:
             return f"{self.label}={','.join(self.choices)}"
-        how = ":log" if self.log else f":step={number(self.step, self.whole)}" if self.step else ""
-        return f"{self.label}={number(self.low, self.whole)}..{number(self.high, self.whole)}{how}"
+        # Under a key nothing but the point tells 0.0..1.0 from 0..1.
+        low, high, step = (repr(item) if self.key and not self.whole else number(item, self.whole) for item in (self.low, self.high, self.step))
+        how = ":log" if self.log else f":step={step}" if self.step else ""
+        return f"{self.label}={low}..{high}{how}"
 
     @property
     def count(self) -> int | None:

@@ -86,7 +86,7 @@ class Judge:
         self._last, self._failures = last, 0
         if not hopeless:
             return ""
-        return f"{PRUNED_WORD} at step {last}: {self._sweep.metric} {curve[last]:.4g} is worse than the median of the other trials"
+        return f"{PRUNED_WORD} at step {last}: {self._sweep.metric} {curve[last]:.4g}, worse than the median"
 
 
 def give_up(run: RunDir, reason: str) -> None:

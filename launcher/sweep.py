@@ -38,9 +38,9 @@ def command(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: str |
     """`holdfast sweep ...`: which of its forms is meant. Returns the exit code."""
     verb = words[0] if words and words[0] in ("show", "cancel") else "resume" if resumed else "start"
     given = [f"--{name.replace('_', '-')}" for name, value in {"over": list(over) or None, "space": file, **options}.items() if value is not None]
-    refused = [option for option in given if verb != "start" and not (verb == "resume" and option == "--trials")]
+    refused = [option for option in given if verb != "start" and not (verb == "resume" and option in ("--trials", "--parallel"))]
     if refused:
-        what = {"resume": "A sweep keeps what it searches; only --trials may be given to --resume", "show": "sweep show takes a sweep", "cancel": "sweep cancel takes a sweep"}[verb]
+        what = {"resume": "A sweep keeps what it searches; only --trials and --parallel may be given to --resume", "show": "sweep show takes a sweep", "cancel": "sweep cancel takes a sweep"}[verb]
         raise SettingError(f"{', '.join(refused)}: {what} (command line).")
     if verb == "show":
         run = find(words[1:], cwd)
@@ -51,8 +51,8 @@ def command(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: str |
     if verb == "cancel":
         return cancel(words[1:], cwd)
     if resumed:
-        return resume([resumed, *words], cwd, trials=options["trials"], local=local, wait=wait, as_json=as_json)
-    at_once = options["parallel"]
+        return resume([resumed, *words], cwd, trials=options.get("trials"), parallel=options.get("parallel"), local=local, wait=wait, as_json=as_json)
+    at_once = options.get("parallel")
     if at_once is not None and not at_once.isdigit():
         # PARALLEL is a setting too, and a flag of every command; it is never a number.
         words, options = [*words, f"PARALLEL={at_once}"], {**options, "parallel": None}
@@ -157,7 +157,7 @@ def _with_some_point(sweep: space.Sweep, words: Sequence[str], cwd: Path, imposs
     raise impossible or ImpossibleJobError("No point of this sweep can run.")
 
 
-def resume(naming: Sequence[str], cwd: Path, *, trials: int | None, local: bool, wait: bool, as_json: bool) -> int:
+def resume(naming: Sequence[str], cwd: Path, *, trials: int | None, parallel: str | None, local: bool, wait: bool, as_json: bool) -> int:
     """Starts the trials of a sweep that are missing or were stopped, and adds new ones up to `trials`. Returns the exit code."""
     run = find(naming, cwd)
     sweep = space.load(run.sweep)
@@ -171,8 +171,13 @@ def resume(naming: Sequence[str], cwd: Path, *, trials: int | None, local: bool,
         for number in range(sweep.trials, trials):
             run.member(number).logs.mkdir(parents=True, exist_ok=True)
         sweep = sweep.model_copy(update={"trials": trials})
+    if parallel is not None:
+        if not parallel.isdigit() or not int(parallel):
+            raise SettingError(f"--parallel: {parallel!r} is not a number of trials of at least 1.")
+        sweep = sweep.model_copy(update={"parallel": int(parallel)})
+    if sweep != space.load(run.sweep):
         replace_file(run.sweep, sweep.model_dump_json(indent=1) + "\n")
-    queue, trouble = show.ask_queue()
+    queue, trouble = sweep_show.ask_queue(run)
     if trouble and not local:
         raise SubmitError(f"{trouble}\nWhich trials wait or run is not known, so nothing was submitted.")
     rows = sweep_show.trials_of(run, sweep, queue)
@@ -198,7 +203,7 @@ def resume(naming: Sequence[str], cwd: Path, *, trials: int | None, local: bool,
 def cancel(naming: Sequence[str], cwd: Path) -> int:
     """Stops the trials that run or wait; each saves first, and `--resume` goes on with all of them."""
     run = find(naming, cwd)
-    queue, trouble = show.ask_queue()
+    queue, trouble = sweep_show.ask_queue(run)
     if queue is None:
         raise SubmitError(trouble or "Slurm is not on this machine; a sweep that runs here is stopped with Ctrl-C.")
     rows = [row for row in sweep_show.trials_of(run, space.load(run.sweep), queue) if row.state in ("running", "waiting")]

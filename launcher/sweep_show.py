@@ -61,6 +61,13 @@ def trials_of(run: RunDir, sweep: space.Sweep, queue: Queue | None) -> list[Tria
     return [trial_of(run.member(number), sweep, queue, job_ids) for number in range(sweep.trials)]
 
 
+def ask_queue(run: RunDir) -> tuple[Queue | None, str]:
+    """squeue's answer; None where it is not needed, because the sweep runs on this machine, or where Slurm does not answer, with a remark."""
+    if not any(event["event"] == Event.SUBMITTED for event in ledger.read(run.ledger)):
+        return None, ""
+    return show.ask_queue()
+
+
 def trial_of(run: RunDir, sweep: space.Sweep, queue: Queue | None, job_ids: Sequence[str]) -> Trial:
     """One trial, from its run directory and the queue; `job_ids` are the arrays that were submitted for its sweep."""
     number = int(run.path.name)
@@ -68,7 +75,7 @@ def trial_of(run: RunDir, sweep: space.Sweep, queue: Queue | None, job_ids: Sequ
     queued = next((f"{job_id}_{number}" for job_id in reversed(job_ids) if f"{job_id}_{number}" in (queue or {})), "")
     if problem or not run.job_yaml.exists():
         state = "failed" if problem else "waiting" if queued or (queue is None and job_ids) else "missing"
-        note = problem or ("" if state == "waiting" else f"not begun; holdfast sweep --resume {run.array.id}")
+        note = problem or ("" if state == "waiting" else f"{_last_words(run) or 'not begun'}; holdfast sweep --resume {run.array.id}")
         return Trial(number, run.id, state, queued, values, None, None, None, 0, 0, 0, 0, note)
     row = show.collect([run], queue)[0]
     attempts = ledger.attempts(ledger.read(run.ledger))
@@ -98,6 +105,13 @@ def trial_of(run: RunDir, sweep: space.Sweep, queue: Queue | None, job_ids: Sequ
     )
 
 
+def _last_words(run: RunDir) -> str:
+    """What the newest batch log of a trial ends with: why it could not begin."""
+    logs = sorted(run.logs.glob("*.batch.out"), key=lambda path: path.stat().st_mtime_ns)
+    lines = logs[-1].read_text(errors="replace").split("\n") if logs else []
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+
+
 def best_of(rows: Sequence[Trial], sweep: space.Sweep) -> Trial | None:
     """The finished trial with the best value; None before there is one."""
     finished = [row for row in rows if row.state == "finished" and row.value is not None]
@@ -108,7 +122,7 @@ def best_of(rows: Sequence[Trial], sweep: space.Sweep) -> Trial | None:
 def print_sweep(run: RunDir, as_json: bool) -> None:
     """The table, the best trial, importance and plot; or all of it as one JSON object."""
     sweep = space.load(run.sweep)
-    queue, trouble = show.ask_queue()
+    queue, trouble = ask_queue(run)
     rows = trials_of(run, sweep, queue)
     best = best_of(rows, sweep)
     command, left_out = command_of(run, sweep, best.values) if best else ("", "")
@@ -132,7 +146,7 @@ def print_sweep(run: RunDir, as_json: bool) -> None:
         print(f"best        trial {best.number}: {sweep.metric} {show_value(best.value)}" + (f" (its lowest: {show_value(best.best)} at step {best.best_step:,})" if best.best != best.value and sweep.direction == "minimize" else "") + f"  ->  {show.near(Path(run.member(best.number).path))}/")
         print(f"in full     {command}" + (f"\n            without {left_out}, which the sweep was given" if left_out else ""))
     print("importance  " + ("  ".join(f"{label} {share:.2f}" for label, share in weights.items()) + f"  ({how})" if weights else how))
-    print(f"plot        {show.near(plot)}" if plot else "plot        needs a finished trial, and matplotlib (pip install matplotlib)")
+    print(f"plot        {show.near(plot) if plot else 'needs matplotlib (pip install matplotlib)' if any(row.value is not None for row in rows) else 'needs a trial that has validated'}")
 
 
 def headline(run: RunDir, sweep: space.Sweep, rows: Sequence[Trial]) -> str:
@@ -270,7 +284,7 @@ def follow(run: RunDir, quiet: bool) -> list[Trial]:
     over = 0
     with Live(console=console, auto_refresh=False, transient=True) if console.is_terminal and not quiet else _Nothing() as live:
         while True:
-            queue, trouble = show.ask_queue()
+            queue, trouble = ask_queue(run)
             if trouble:
                 time.sleep(5)  # a controller that restarts; the sweep is not over because it is
                 continue

@@ -429,7 +429,7 @@ def test_a_trial_worse_than_the_median_is_given_up_by_a_stop_file_that_says_why(
     validates(mine, 25, 3.9)
     assert judge.look() == ""
     validates(mine, 50, 3.3)
-    assert judge.look() == "pruned at step 50: val_loss 3.3 is worse than the median of the other trials"
+    assert judge.look() == "pruned at step 50: val_loss 3.3, worse than the median"
     pruning.give_up(mine, "pruned at step 50")
     assert mine.stop_file.read_text() == "pruned at step 50\n"
     assert study.opened(run, described).get_trials()[5].intermediate_values == {25: 3.9, 50: 3.3}
