@@ -78,10 +78,10 @@ class Dimension(BaseModel):
         """Its value of this index, where it has a count."""
         if self.choices:
             return self.choices[index]
-        assert self.low is not None
-        # Multiplied and not added up: a hundred additions of 0.1 miss the end.
+        assert self.low is not None and self.high is not None
         value = self.low + index * (self.step or 1)
-        return int(value) if self.whole else round(value, 12)
+        # 0.30000000000000004 is 0.3, and no rounding leads out of the range.
+        return int(value) if self.whole else min(max(float(f"{value:.12g}"), self.low), self.high)
 
     def ends(self) -> list[Value]:
         """The values that are tried up front: every choice, or both ends of the range."""
