@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ def need_optuna() -> None:
             f"  {sys.executable} -m pip install 'optuna>=4'      (or holdfast's group of that name: holdfast[sweep])\nA grid does without: list values and leave --trials and --pruner out."
         ) from err
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 def create(sweep_dir: RunDir, sweep: Sweep) -> None:
@@ -175,7 +177,9 @@ def update(study: "optuna.Study", sweep_dir: RunDir, sweep: Sweep) -> None:
         outcome = outcome_of(run, sweep)
         if outcome is None:
             continue
-        report(study, trial.number, outcome.curve)
+        if sweep.pruner != "none":
+            # Each is a line that is flushed to disk, and only a pruner looks at them.
+            report(study, trial.number, outcome.curve)
         # Two may do this at once; the second finds it done.
         with suppress(optuna.exceptions.UpdateFinishedTrialError):
             study.tell(trial.number, outcome.value if outcome.state == "complete" else None, states[outcome.state], skip_if_finished=True)
@@ -273,8 +277,12 @@ def _trial(study: "optuna.Study", number: int) -> "optuna.Trial":
 
 
 def _suggest(trial: "optuna.Trial", dimension: Dimension) -> Value:
-    chosen: Value = trial._suggest(dimension.label, _distribution(dimension))
-    return chosen
+    if dimension.choices:
+        return str(trial.suggest_categorical(dimension.label, dimension.choices))
+    known = _distribution(dimension)
+    if dimension.whole:
+        return int(trial.suggest_int(dimension.label, known.low, known.high, step=known.step, log=known.log))
+    return float(trial.suggest_float(dimension.label, known.low, known.high, step=known.step, log=known.log))
 
 
 def _distribution(dimension: Dimension) -> Any:

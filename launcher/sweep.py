@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs import ledger, rundir, space
+from jobs import ledger, rundir, space, space_words
 from jobs.contract import Event, Exit
 from jobs.errors import HoldfastError, ImpossibleJobError, NotFoundError, SettingError, SubmitError
 from jobs.rundir import RunDir
@@ -110,7 +110,7 @@ def start(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: str | N
 def described(words: Sequence[str], cwd: Path, over: Sequence[str], file: str | None, options: Mapping[str, Any]) -> tuple[Resolved, space.Sweep]:
     """The job that is searched and the sweep over it, both checked. Raises SettingError with every fault, ImpossibleJobError."""
     faults: list[str] = []
-    path, shown = space.find_file(file, cwd) if file else (None, "")
+    path, shown = space_words.find_file(file, cwd) if file else (None, "")
     base: Resolved | None = None
     impossible: ImpossibleJobError | None = None
     try:
@@ -120,7 +120,7 @@ def described(words: Sequence[str], cwd: Path, over: Sequence[str], file: str | 
     except SettingError as err:
         faults.append(str(err))
     try:
-        sweep = space.define(over, options, path, shown, base.job.array_parallel if base else 256)
+        sweep = space_words.define(over, options, path, shown, base.job.array_parallel if base else 256)
     except SettingError as err:
         raise SettingError("\n".join([*faults, str(err)])) from err
     pairs, named, _ = split_words([*words_from_make(os.environ), *words])

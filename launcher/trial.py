@@ -34,6 +34,10 @@ def take_up(run: RunDir, job_id: str) -> None:
         raise NotFoundError(f"run {run.id} has no job.yaml; its directory was not made by holdfast, or is damaged.")
     sweep = space.load(sweep_dir.sweep)
     number = int(run.path.name)
+    if sweep.has_study:
+        from launcher import study
+
+        study.need_optuna()  # loaded before the others are kept waiting
     with _one_at_a_time(sweep_dir):
         if run.job_yaml.exists():
             return
@@ -51,8 +55,6 @@ def take_up(run: RunDir, job_id: str) -> None:
             said = f"trial {number} ({' '.join(words)}) cannot be run: {' '.join(str(err).split())}"
             replace_file(run.trial, json.dumps({"number": number, "values": values, "problem": said}) + "\n")
             if sweep.has_study:
-                from launcher import study
-
                 study.refuse(sweep_dir, sweep, number)
             raise ImpossibleJobError(said) from err
         replace_file(run.trial, json.dumps({"number": number, "values": values}) + "\n")
@@ -79,6 +81,7 @@ def tell_sweep(run: RunDir) -> None:
             return
         from launcher import study
 
+        study.need_optuna()
         with _one_at_a_time(run.array):
             study.update(study.opened(run.array, sweep), run.array, sweep)
     except Exception as err:  # the run itself is over and well

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_commands import holdfast
 from training import TINY, Farm, farm  # noqa: F401
 
-from jobs import ledger, metrics, space
+from jobs import ledger, metrics, space, space_words
 from jobs.contract import Cause, Event, Exit
 from jobs.errors import ImpossibleJobError, SettingError
 from jobs.rundir import RunDir
@@ -29,7 +29,7 @@ BASE = resolve_here(["NODES=1", "GPUS_PER_NODE=1", "DEVICE=cpu"], {}, REPOSITORY
 
 
 def define(*over: str, **options: Any) -> Sweep:
-    return space.define(over, options, None, "", 256)
+    return space_words.define(over, options, None, "", 256)
 
 
 # -- how a space is written --------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_all_faults_are_told_at_once() -> None:
 def test_a_file_says_the_same_as_words_and_the_command_line_wins(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text("over:\n  lr: {low: 1e-4, high: 1e-2, log: true}\n  precision: [bf16, none]\n  warmup_pct: [0.1, ~]\n  seed: 1..3\ntrials: 12\npruner: median\n")
-    described = space.define(["PRECISION=fp32,bf16"], {"trials": 8}, file, "x.yaml", 256)
+    described = space_words.define(["PRECISION=fp32,bf16"], {"trials": 8}, file, "x.yaml", 256)
     assert [d.text() for d in described.over] == ["LR=0.0001..0.01:log", "PRECISION=fp32,bf16", "WARMUP_PCT=0.1,none", "SEED=1..3"]
     assert (described.trials, described.pruner) == (8, "median")
 
@@ -106,7 +106,7 @@ def test_what_is_wrong_in_a_file_is_said(tmp_path: Path, text: str, said: str) -
     file = tmp_path / "x.yaml"
     file.write_text(text)
     with pytest.raises(SettingError) as err:
-        space.define([], {}, file, "x.yaml", 256)
+        space_words.define([], {}, file, "x.yaml", 256)
     assert said in str(err.value)
 
 
@@ -279,7 +279,7 @@ def test_trials_are_drawn_differently_and_the_same_again(tmp_path: Path) -> None
 
 
 def test_an_end_is_told_to_the_study_by_whoever_comes_next(tmp_path: Path) -> None:
-    run, described = made(tmp_path, "LR=1e-4..1e-2:log", trials=6)
+    run, described = made(tmp_path, "LR=1e-4..1e-2:log", trials=6, pruner="median")
     for number in range(6):
         trial.take_up(run.member(number), "1_0")
     ends(run.member(0), Cause.FINISHED, {50: 3.0, 100: 2.0})
@@ -369,7 +369,7 @@ def test_a_worker_that_dies_between_two_steps_gets_the_same_trial_again(tmp_path
 
 @pytest.mark.parametrize("damage", ["torn", "garbage", "gone"])
 def test_a_journal_that_cannot_be_read_is_written_anew_from_the_runs(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run, described = made(tmp_path, "LR=1e-4..1e-2:log", "PRECISION=bf16,fp32", trials=5)
+    run, described = made(tmp_path, "LR=1e-4..1e-2:log", "PRECISION=bf16,fp32", trials=5, pruner="median")
     for number in range(4):
         trial.take_up(run.member(number), "1_0")
     ends(run.member(0), Cause.FINISHED, {50: 3.0, 100: 2.0})

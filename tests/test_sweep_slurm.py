@@ -140,5 +140,7 @@ def test_a_sweep_of_a_thousand_runs_is_one_sbatch(cluster: Cluster) -> None:
     assert len(submitted) == 1
     assert len(cluster.slurm("squeue", "-h", "-r", "-j", submitted[0]["job_id"]).splitlines()) == 1000
     assert "cancelled 1000 trials" in cluster.holdfast("sweep", "cancel", str(sweep_dir.path)).stdout
+    assert json.loads(cluster.holdfast("sweep", "--resume", str(sweep_dir.path), "--json").stdout)["trials"] == 1000
     told = json.loads(cluster.holdfast("sweep", "show", str(sweep_dir.path), "--json").stdout)
-    assert told["counts"] == {"missing": 1000}
+    assert told["counts"] == {"waiting": 1000}
+    cluster.holdfast("sweep", "cancel", str(sweep_dir.path))
