@@ -20,6 +20,7 @@ from typing import Any
 from jobs import ledger, rundir, space, space_words
 from jobs.contract import Event, Exit
 from jobs.errors import HoldfastError, ImpossibleJobError, NotFoundError, SettingError, SubmitError
+from jobs.names import nearest
 from jobs.rundir import RunDir
 from jobs.sources import DEFAULT_JOB, Resolved, find_job_file, setting_name, split_words, words_from_make
 from launcher import show, sweep_show
@@ -32,6 +33,10 @@ from launcher.sweep_show import Trial
 from launcher.trial import take_up
 from slurm.client import Slurm
 from slurm.render import run_dir_of, script_for
+
+
+# What the built-in training writes at its validations, and between them.
+_LOGGED = ("val_loss", "val_bits_per_byte", "loss", "grad_norm", "tokens_per_s")
 
 
 def command(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: str | None, options: dict[str, Any], resumed: str | None, local: bool, test_only: bool, wait: bool, as_json: bool) -> int:
@@ -299,6 +304,9 @@ def _say(base: Resolved, sweep: space.Sweep, estimate: str, local: bool, as_json
     varying = {dimension.name for dimension in sweep.over if not dimension.key} | {"array_parallel"}
     print(f"  not default   {show.not_default(replace(base, origins={name: 'default' if name in varying else origin for name, origin in base.origins.items()}))}")
     print(f"  best is       the {'lowest' if sweep.direction == 'minimize' else 'highest'} {sweep.metric}" + (" of the last validation" if sweep.value == "last" else " of any validation") + ("" if sweep.pruner == "none" else f"; trials worse than the median are given up, from the {sweep.prune_startup + 1}th on"))
+    if base.job.entry is None and sweep.metric not in _LOGGED:
+        near = nearest(sweep.metric, _LOGGED)
+        print(f"  careful       the built-in training logs no {sweep.metric}" + (f"; did you mean {near}?" if near else f"; it logs {', '.join(_LOGGED)}"))
     for note in base.notes:
         print(f"  read as       {note}")
     if estimate:

@@ -88,6 +88,8 @@ def trial_of(run: RunDir, sweep: space.Sweep, queue: Queue | None, job_ids: Sequ
     elif state in ("cancelled", "stopped", "failed") and queued and attempts and queued != attempts[-1].job_id:
         # Submitted anew by `sweep --resume`, and not begun again yet.
         state, note = "waiting", f"{state}, queued again"
+    if state == "finished" and value_of(curve, sweep) is None:
+        note = f"metrics.jsonl has no finite {sweep.metric}"
     return Trial(
         number=number,
         run=run.id,

@@ -43,6 +43,7 @@ def step_of(run: RunDir) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_twelve_trials_of_which_some_are_preempted_all_finish_and_none_is_lost_or_run_twice(cluster: Cluster) -> None:
     over = ["--over", "LR=1e-4..1e-1:log", "--over", "PRECISION=bf16,none", "--over", "BATCH_SIZE=16,32"]
     sweep_dir = swept(cluster, *over, "--trials", "12", "--parallel", "2")
@@ -56,7 +57,7 @@ def test_twelve_trials_of_which_some_are_preempted_all_finish_and_none_is_lost_o
         until(lambda: any(20 <= step_of(run) < 120 for run in trials), 100, "a trial in the middle of its steps")
         high = cluster.slurm("sbatch", "--parsable", "-p", "high", "-N4", "--exclusive", "--wrap", "sleep 0.2", "-o", "/dev/null").strip()
         until(lambda job=high: not cluster.slurm("squeue", "-h", "-j", job, "-t", "PENDING,RUNNING"), 60, "the job that preempts to be over")
-    until(lambda: all(is_over(run) for run in trials), 250, f"the end of all trials; there are {[causes(run) for run in trials]}")
+    until(lambda: all(is_over(run) for run in trials), 450, f"the end of all trials; there are {[causes(run) for run in trials]}")
 
     # Each trial is one run that finished once, in one array, and lost nothing to the preemptions.
     for number, run in enumerate(trials):
