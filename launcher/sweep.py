@@ -34,7 +34,6 @@ from launcher.trial import take_up
 from slurm.client import Slurm
 from slurm.render import run_dir_of, script_for
 
-
 # What the built-in training writes at its validations, and between them.
 _LOGGED = ("val_loss", "val_bits_per_byte", "loss", "grad_norm", "tokens_per_s")
 
