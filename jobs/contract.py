@@ -27,6 +27,9 @@ LEAD_SIGNAL = signal.SIGUSR2
 # TERM is what Slurm sends at preemption and at the end of the time limit.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
+# How the stop file begins when it was a sweep that made it. A person's own is empty, or says what they like.
+PRUNED_WORD = "pruned"
+
 # Asks a rank for its Python stacks. URG because a process without a handler ignores it; NCCL has one of its own for USR1.
 STACKS_SIGNAL = signal.SIGURG
 
@@ -51,6 +54,8 @@ class Cause(StrEnum):
     # A process of the run was ended by a signal that nobody announced.
     KILLED = "killed"
     CANCELLED = "cancelled"
+    # A sweep gave this trial up: it did worse than the others.
+    PRUNED = "pruned"
     CODE_ERROR = "code_error"
     HANG = "hang"
     STORAGE = "storage"

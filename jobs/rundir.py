@@ -9,6 +9,8 @@
       checkpoints/step-00001200/
       logs/<jobid>.<rank>.out         and <jobid>.batch.out
       stop                            a file that a person makes to stop the run at the next step
+      tasks/5/                        of an array: the run of task 5
+      sweep.json  study.journal       of a sweep, which is an array: what it searches, and Optuna's record; trial.json in each task
 """
 
 import contextlib
@@ -103,6 +105,30 @@ class RunDir:
     @property
     def members(self) -> Path:
         return self.path / _MEMBERS
+
+    @property
+    def array(self) -> "RunDir":
+        """The array that this run is a task of."""
+        return RunDir(self.path.parent.parent)
+
+    @property
+    def sweep(self) -> Path:
+        """What the array searches, when it is a sweep: a `jobs.space.Sweep`."""
+        return self.path / "sweep.json"
+
+    @property
+    def study(self) -> Path:
+        """Optuna's journal of a sweep."""
+        return self.path / "study.journal"
+
+    @property
+    def sweep_plot(self) -> Path:
+        return self.path / "sweep.png"
+
+    @property
+    def trial(self) -> Path:
+        """Of one trial of a sweep: its number, and the values that it was given."""
+        return self.path / "trial.json"
 
     def member(self, index: int) -> "RunDir":
         """The run of one task of this array."""

@@ -75,8 +75,7 @@ class _Layer:
     def add(self, word: str, value: Any, origin: str) -> None:
         name = setting_name(word)
         if name is None:
-            where = misplaced.belongs(word)
-            self.faults.append(f"{_word(word)} is not a setting ({origin}).{f' {where}' if where else _hint(word)}")
+            self.faults.append(unknown_setting(word, origin))
         else:
             self.given.append(Given(name, value, origin))
 
@@ -183,6 +182,22 @@ def setting_name(word: str) -> str | None:
 def shipped_jobs() -> list[str]:
     """Names of the job files that come with holdfast."""
     return sorted(path.stem for path in Path(str(resources.files("jobs"))).glob("*.yaml"))
+
+
+def unknown_setting(word: str, origin: str) -> str:
+    """The fault of a word that names no setting: where it belongs, or the nearest one that is a setting."""
+    where = misplaced.belongs(word)
+    return f"{_word(word)} is not a setting ({origin}).{f' {where}' if where else _hint(word)}"
+
+
+def number_type(name: str) -> type | None:
+    """int or float for a setting that is a plain number, else None."""
+    kind = _bare_type(name)
+    return kind if kind in (int, float) else None
+
+
+def is_mapping(name: str) -> bool:
+    return name in _MAPPINGS
 
 
 def find_job_file(word: str, cwd: Path) -> tuple[Path, str]:
@@ -363,16 +378,16 @@ def load(path: Path) -> Job:
         raise SettingError("\n".join(_faults(err, {name: str(path) for name in values}, values))) from err
 
 
-def amend(values: Mapping[str, Any], origins: Mapping[str, str], words: Iterable[str]) -> Resolved:
-    """The job that these frozen values describe with KEY=value words over them; what the words gave has `command line` for origin.
+def amend(values: Mapping[str, Any], origins: Mapping[str, str], words: Iterable[str], origin: str = "command line") -> Resolved:
+    """The job that these frozen values describe with KEY=value words over them; what the words gave has `origin` for origin.
 
     A value left out of `values` follows anew. Raises as `resolve` does."""
     pairs, named, faults = split_words(words)
     if named is not None:
-        faults.append(f"{_shorten(named)!r} is neither a setting nor expected here (command line).")
+        faults.append(f"{_shorten(named)!r} is neither a setting nor expected here ({origin}).")
     command_line = _Layer(faults=faults)
     for key, value in pairs:
-        command_line.add(key, value, "command line")
+        command_line.add(key, value, origin)
     # Beside warmup_steps the share counted for nothing, wherever it came from.
     void = {"warmup_pct"} if values.get("warmup_steps") is not None else set()
     frozen = _Layer([Given(name, value, origins.get(name, "default")) for name, value in values.items() if name not in void])

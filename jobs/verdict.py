@@ -8,8 +8,8 @@ from jobs.contract import Cause, Event
 
 # Causes that say nothing against the run: it goes on as long as it gets forward.
 UNLIMITED = frozenset({Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.REQUEUED})
-# Causes that another attempt would only meet again, or that a person wished for.
-FINAL = frozenset({Cause.FINISHED, Cause.CANCELLED})
+# Causes that another attempt would only meet again, or that a person or a sweep wished for.
+FINAL = frozenset({Cause.FINISHED, Cause.CANCELLED, Cause.PRUNED})
 # Ended from outside. Such an attempt that had not yet made a step says nothing about the run either: on a busy cluster a job
 # may be thrown out while it still imports. So many times the budget of attempts without progress are allowed to end so.
 _OUTSIDE = frozenset({Cause.PREEMPTED, Cause.REQUEUED, Cause.NODE_FAILURE})

@@ -62,6 +62,10 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> dict[
     is over."""
     from slurm.render import pattern  # brings the template engine with it, which `end` has no time for
 
+    if run.is_member and not run.job_yaml.exists():
+        from launcher.trial import take_up  # a sweep chooses the values of a trial when its first attempt begins
+
+        take_up(run, job_id_of(environ))
     job = load(run.job_yaml)
     job_id, restarts = job_id_of(environ), _restarts(environ)
     number, events = _own(run, job, job_id, restarts, slurm)
@@ -203,6 +207,7 @@ def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int,
         cancel_wished=_cancel_wished(run),
         hang=_hang(run, number),
         lost_nodes=_lost(slurm, nodes, job, missing),
+        stop_file=_stop_words(run),
         own_script=job.entry is not None,
     )
     cause, evidence = classify(seen)
@@ -215,6 +220,10 @@ def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int,
     print(f"holdfast: attempt {number} ended: {cause.value} ({evidence}). {'Again: ' if verdict.again else 'Over: '}{verdict.reason}.", flush=True)
     if not verdict.again:
         _show_error(run, number, job.world_size)
+        if run.is_member and run.array.sweep.exists():
+            from launcher.trial import tell_sweep
+
+            tell_sweep(run)
     if verdict.again and slurm is not None:
         _send_back(run, job, number, job_id, _restarts(environ), slurm)
     return verdict, cause
@@ -298,6 +307,7 @@ def _close(run: RunDir, job: Job, open_attempt: ledger.Attempt, job_id: str, slu
         lost_nodes=_lost(slurm, list(open_attempt.nodes), job, missing),
         brought_back=slurm is not None and other == job_id,
         gone=slurm is not None and other != job_id and not other.startswith(LOCAL),
+        stop_file=_stop_words(run),
     )
     cause, evidence = classify(seen)
     # A local run has nobody above it: when its process is gone with the ranks, it was killed.
@@ -430,6 +440,13 @@ def _hang(run: RunDir, number: int) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return said if isinstance(said, dict) else None
+
+
+def _stop_words(run: RunDir) -> str:
+    try:
+        return " ".join(run.stop_file.read_text(errors="replace").split())[:200]
+    except OSError:
+        return ""
 
 
 def _tail(log: Path, offset: int, most: int = 65_536) -> str:
@@ -602,7 +619,7 @@ def main() -> int:
         # A full or broken disk: the attempt cannot even be written down. One line, and a code that asks for nothing.
         print(f"holdfast ({started}): {err.strerror or err}: {err.filename or run_folder()}", file=sys.stderr, flush=True)
         return Exit.FAILED
-    if cause is Cause.FINISHED:
+    if cause in (Cause.FINISHED, Cause.PRUNED):
         return Exit.DONE
     if verdict.again:
         return Exit.REQUEUE

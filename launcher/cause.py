@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.contract import Cause, Exit
+from jobs.contract import PRUNED_WORD, Cause, Exit
 from slurm.client import JobInfo
 from slurm.states import ENDED, base
 
@@ -50,6 +50,7 @@ class Evidence:
     hang: what the watchdog wrote before it ended the step. lost_nodes: nodes that slurmctld no longer reaches.
     brought_back: Slurm started the job again, and nobody of this attempt had lived to write its end.
     gone: the job is over by now, and this is another one.
+    stop_file: what the stop file says; "" when it is empty or absent.
     own_script: the ranks run a person's script (`entry`), whose exit code is all that it says."""
 
     code: int
@@ -67,6 +68,7 @@ class Evidence:
     lost_nodes: Sequence[str] = ()
     brought_back: bool = False
     gone: bool = False
+    stop_file: str = ""
     own_script: bool = False
 
 
@@ -128,8 +130,11 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
 
 def _stopped(seen: Evidence, signal: str) -> tuple[Cause, str]:
     """The ranks were asked to stop: by whom?"""
+    if seen.stop_file.startswith(PRUNED_WORD):
+        # Whoever was faster: another attempt would stop at its first step.
+        return Cause.PRUNED, seen.stop_file
     if signal == "stop file":
-        return Cause.CANCELLED, "a stop file in the run directory"
+        return Cause.CANCELLED, "a stop file in the run directory" + (f": {seen.stop_file}" if seen.stop_file else "")
     daemon = _daemon_cause(seen)
     if daemon:
         return daemon

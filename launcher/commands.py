@@ -41,7 +41,7 @@ def submit_job(words: Sequence[str], cwd: Path, *, local: bool, test_only: bool,
     if not local:
         text = script_for(job, run_dir_of(job, cwd), sys.executable, array_size=len(members) or None)
         # Asked before anything is made: a job that Slurm refuses leaves no trace.
-        estimate = _start_estimate(slurm.test_only(text))
+        estimate = start_estimate(slurm.test_only(text))
     if test_only:
         _say_job(resolved, estimate, members, as_json)
         print(json.dumps({"would_start": estimate}) if as_json else "nothing was submitted (--test-only)")
@@ -220,7 +220,7 @@ def _say_job(resolved: Resolved, estimate: str, members: Sequence[Resolved], as_
         print(f"  start         {estimate}")
 
 
-def _start_estimate(said: str) -> str:
+def start_estimate(said: str) -> str:
     """`estimated 14:20 (in 35 min)` from sbatch --test-only's own sentence."""
     import re
     from datetime import datetime

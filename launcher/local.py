@@ -13,6 +13,7 @@ from jobs.contract import PEER_EXIT_WAIT_S, STACKS_SIGNAL, STOP_SIGNALS, Cause, 
 from jobs.rundir import RunDir
 from jobs.settings import Job
 from jobs.sources import load
+from launcher import pruning
 from launcher.attempt import begin, end
 from launcher.watchdog import Watchdog, of_attempt
 from slurm.client import clean_environment
@@ -42,12 +43,16 @@ def run_attempts(run: RunDir, environ: Mapping[str, str], *, foreground: bool = 
             values = begin(run, environ, None)
             ranks[:] = _spawn(job, run, {**environ, **values}, foreground)
             dog = of_attempt(run, int(values[RankEnv.ATTEMPT]), lambda _: _tell(ranks, STACKS_SIGNAL), lambda _: _tell(ranks, signal.SIGKILL))
+            beside = pruning.beside(run, ranks[0].pid)
             code = _wait(ranks, dog)
+            if beside is not None:
+                beside.terminate()
+                beside.wait()
             if dog is not None:
                 dog.keep()
             names = [signal.Signals(number).name.removeprefix("SIG") for number in asked]
             verdict, cause = end(run, {**environ, **values}, None, code, names)
-            if cause is Cause.FINISHED:
+            if cause in (Cause.FINISHED, Cause.PRUNED):
                 return Exit.DONE
             if asked:
                 return Exit.REQUEUE if code == Exit.REQUEUE else Exit.INTERRUPTED

@@ -91,10 +91,11 @@ def find_run(words: Sequence[str], environ: Mapping[str, str], cwd: Path) -> Run
     return rundir.find(named, folder)
 
 
-def prepare(resolved: Resolved, cwd: Path, executable: str, members: Sequence[Resolved] = ()) -> tuple[RunDir, bool]:
+def prepare(resolved: Resolved, cwd: Path, executable: str, members: Sequence[Resolved] = (), *, tasks: int = 0, complete: Callable[[RunDir], None] | None = None) -> tuple[RunDir, bool]:
     """The run directory of a job, and whether it was made now (a given RUN_ID finds the run that exists).
 
-    With `members` it is the directory of an array, and each member becomes a run of its own in it.
+    With `members` it is the directory of an array, and each member becomes a run of its own in it. With `tasks` it is an array
+    of so many runs that get their settings later; `complete` puts into the staged directory what else belongs there.
     Nothing is left behind when anything fails."""
     job = resolved.job
     runs_dir = cwd / job.runs_dir
@@ -104,7 +105,7 @@ def prepare(resolved: Resolved, cwd: Path, executable: str, members: Sequence[Re
             raise SettingError(f"RUN_ID: {final.path} exists and is no run directory.")
         return final, False
     # Rendered before anything is made: most refusals come from here.
-    text = script_for(job, final, executable, array_size=len(members) or None)
+    text = script_for(job, final, executable, array_size=len(members) or tasks or None)
     was_there = final.path.parent.exists()
     staging = rundir.stage(final)
     try:
@@ -113,6 +114,11 @@ def prepare(resolved: Resolved, cwd: Path, executable: str, members: Sequence[Re
         staging.script.write_text(text)
         staging.script.chmod(0o755)
         in_parallel(lambda index: _write_run(staging.member(index), members[index]), len(members))
+        for index in range(tasks):
+            # Slurm opens the batch log there before anything of ours runs.
+            staging.member(index).logs.mkdir(parents=True)
+        if complete is not None:
+            complete(staging)
     except HoldfastError:
         rundir.discard(staging, with_parent=not was_there)
         raise

@@ -255,6 +255,8 @@ def _state(run: RunDir, job: Job, events: list[dict[str, object]], attempts: lis
     last = attempts[-1] if attempts else None
     if last and last.cause is Cause.FINISHED:
         return "finished", history
+    if last and last.cause is Cause.PRUNED:
+        return "finished", last.evidence
     queued = (queue or {}).get(job_id)
     if queued:
         state = base(queued[0])

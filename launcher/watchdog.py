@@ -9,7 +9,7 @@ longest that was seen) and kept in the run directory, so that the second attempt
 
 At the limit, all ranks are asked for their Python stacks (SIGURG, answered by a handler in C, and ignored by processes that
 have none). After a second limit without progress the suspect is named and the step is killed: the attempt ends as `hang`.
-Only the standard library is imported: this runs beside training.
+Only the standard library is imported: this runs beside training. A trial of a sweep has `launcher.pruning` beside it too.
 """
 
 import json
@@ -27,6 +27,7 @@ from pathlib import Path
 
 from jobs.contract import STACKS_SIGNAL, RankEnv
 from jobs.rundir import RunDir
+from launcher import pruning
 
 # A limit is so many times the longest that was seen; the first steps of an attempt are not looked at, they are slower.
 _FACTOR = 5.0
@@ -274,22 +275,24 @@ def main() -> int:
     def kill(slurm_step: str) -> None:
         if slurm_step and _scancel("-s", "KILL", f"{job_id}.{slurm_step}"):
             limit = time.monotonic() + _KILL_WAIT_S
-            while _alive(step_pid) and time.monotonic() < limit:
+            while alive(step_pid) and time.monotonic() < limit:
                 time.sleep(0.2)
         # Ranks that never came so far, or a controller that does not answer: srun takes its tasks along.
         for name in (signal.SIGTERM, signal.SIGKILL):
-            if _alive(step_pid):
+            if alive(step_pid):
                 with suppress(ProcessLookupError):
                     os.kill(step_pid, name)
                 time.sleep(5)
 
-    dog = of_attempt(RunDir(Path(os.environ[RankEnv.RUN_DIR])), int(os.environ[RankEnv.ATTEMPT]), ask, kill)
+    run = RunDir(Path(os.environ[RankEnv.RUN_DIR]))
+    pruning.beside(run, step_pid)
+    dog = of_attempt(run, int(os.environ[RankEnv.ATTEMPT]), ask, kill)
     if dog is None:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(SystemExit(0)))
     last = time.monotonic()
     try:
-        while _alive(step_pid):
+        while alive(step_pid):
             time.sleep(dog.poll_s)
             now = time.monotonic()
             # A job that Slurm suspended stood still together with us: that time is nobody's silence.
@@ -300,7 +303,8 @@ def main() -> int:
     return 0
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of this machine still works (a zombie does not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (OSError, IndexError):

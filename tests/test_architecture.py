@@ -148,7 +148,7 @@ def test_the_scan_sees_imports_of_every_kind(tmp_path: Path, monkeypatch: pytest
 HEAVY = ("torch", "accelerate", "submitit", "numpy", "matplotlib", "optuna", "transformers", "safetensors")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["submit", "--help"], ["render"], ["render", "SITE=h100"], ["explain"], ["explain", "--json"], ["status"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], ["submit", "--help"], ["sweep", "--help"], ["render"], ["render", "SITE=h100"], ["explain"], ["explain", "--json"], ["status"]], ids=" ".join)
 def test_a_command_that_only_reads_loads_nothing_heavy(words: list[str], tmp_path: Path) -> None:
     program = f"import sys\nfrom launcher.cli import run_app\nsys.argv = ['holdfast', *{words!r}]\ncode = run_app()\nprint('loaded:', *[m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)\nsys.exit(code)"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True, timeout=60)

@@ -75,6 +75,11 @@ TABLE: dict[str, tuple[dict[str, object], Cause]] = {
     "scancel, sacct": ({"code": 1, "accounting": ["CANCELLED by 1000", "CANCELLED"], "gone": True}, Cause.CANCELLED),
     "holdfast cancel": ({"code": 75, "markers": stopped("TERM"), "log": PREEMPTION, "cancel_wished": True}, Cause.CANCELLED),
     "a stop file": ({"code": 75, "markers": stopped("stop file"), "job": job()}, Cause.CANCELLED),
+    "a stop file with a reason": ({"code": 75, "markers": stopped("stop file"), "stop_file": "lunch"}, Cause.CANCELLED),
+    "a sweep gives a trial up": ({"code": 75, "markers": stopped("stop file"), "job": job(), "stop_file": "pruned at step 40"}, Cause.PRUNED),
+    "a sweep gives a trial up, and a preemption is faster": ({"code": 75, "markers": stopped("TERM"), "log": PREEMPTION, "stop_file": "pruned at step 40"}, Cause.PRUNED),
+    "a sweep gives a trial of a person's own script up": ({"code": 75, "own_script": True, "stop_file": "pruned at step 40"}, Cause.PRUNED),
+    "a trial finished before it heard that it is given up": ({"code": 0, "markers": finished(0, 1), "stop_file": "pruned at step 40"}, Cause.FINISHED),
     # nodes
     "node down, told by scontrol update": ({"code": 143, "log": NODE + ABORTED, "signals": ["TERM"]}, Cause.NODE_FAILURE),
     "node down, ranks stopped in time": ({"code": 75, "markers": stopped("TERM"), "log": NODE, "signals": ["TERM"]}, Cause.NODE_FAILURE),
@@ -175,6 +180,7 @@ _evidence = st.builds(
     brought_back=st.booleans(),
     gone=st.booleans(),
     own_script=st.booleans(),
+    stop_file=st.sampled_from(["", "lunch", "pruned at step 40"]),
 )
 
 

@@ -1,0 +1,313 @@
+"""holdfast sweep: a grid or a search over settings, as one job array. Each trial is an ordinary run.
+
+    holdfast sweep JOB --over LR=1e-4..1e-2:log --over PRECISION=bf16,fp32 --trials 12
+    holdfast sweep JOB --space sweeps/quickstart.yaml
+    holdfast sweep show SWEEP      holdfast sweep cancel SWEEP      holdfast sweep --resume SWEEP --trials 20
+
+Nothing runs beside the array: task N takes up trial N, asks the study for values when its first attempt begins
+(`launcher.trial`), and tells it at the end. Requeue, budgets and resume are those of any run.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jobs import ledger, rundir, space, space_words
+from jobs.contract import Event, Exit
+from jobs.errors import HoldfastError, ImpossibleJobError, NotFoundError, SettingError, SubmitError
+from jobs.names import nearest
+from jobs.rundir import RunDir
+from jobs.sources import DEFAULT_JOB, Resolved, find_job_file, setting_name, split_words, words_from_make
+from launcher import show, sweep_show
+from launcher.commands import start_estimate
+from launcher.doctor import said_at_submit
+from launcher.local import run_attempts
+from launcher.prepare import prepare, resolve_here, which_run
+from launcher.refreeze import replace_file
+from launcher.sweep_show import Trial
+from launcher.trial import take_up
+from slurm.client import Slurm
+from slurm.render import run_dir_of, script_for
+
+# What the built-in training writes at its validations, and between them.
+_LOGGED = ("val_loss", "val_bits_per_byte", "loss", "grad_norm", "tokens_per_s")
+
+
+def command(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: str | None, options: dict[str, Any], resumed: str | None, local: bool, test_only: bool, wait: bool, as_json: bool) -> int:
+    """`holdfast sweep ...`: which of its forms is meant. Returns the exit code."""
+    verb = words[0] if words and words[0] in ("show", "cancel") else "resume" if resumed else "start"
+    given = [f"--{name.replace('_', '-')}" for name, value in {"over": list(over) or None, "space": file, **options}.items() if value is not None]
+    refused = [option for option in given if verb != "start" and not (verb == "resume" and option in ("--trials", "--parallel"))]
+    if refused:
+        what = {"resume": "A sweep keeps what it searches; only --trials and --parallel may be given to --resume", "show": "sweep show takes a sweep", "cancel": "sweep cancel takes a sweep"}[verb]
+        raise SettingError(f"{', '.join(refused)}: {what} (command line).")
+    if verb == "show":
+        run = find(words[1:], cwd)
+        if wait:
+            return wait_for(run, as_json)
+        sweep_show.print_sweep(run, as_json)
+        return Exit.DONE
+    if verb == "cancel":
+        return cancel(words[1:], cwd)
+    if resumed:
+        return resume([resumed, *words], cwd, trials=options.get("trials"), parallel=options.get("parallel"), local=local, wait=wait, as_json=as_json)
+    at_once = options.get("parallel")
+    if at_once is not None and not at_once.isdigit():
+        # PARALLEL is a setting too, and a flag of every command; it is never a number.
+        words, options = [*words, f"PARALLEL={at_once}"], {**options, "parallel": None}
+    return start(words, cwd, over=over, file=file, options=options, local=local, test_only=test_only, wait=wait, as_json=as_json)
+
+
+def start(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: str | None, options: Mapping[str, Any], local: bool, test_only: bool, wait: bool, as_json: bool) -> int:
+    """Checks a sweep, submits it, says where and what next. Nothing is left behind when anything is wrong. Returns the exit code."""
+    base, sweep = described(words, cwd, over, file, options)
+    job = base.job
+    estimate = ""
+    slurm = Slurm()
+    if not local:
+        estimate = start_estimate(slurm.test_only(script_for(job, run_dir_of(job, cwd), sys.executable, array_size=sweep.trials)))
+    if test_only:
+        _say(base, sweep, estimate, local, as_json)
+        print(json.dumps({"would_start": estimate, "trials": sweep.trials}) if as_json else "nothing was submitted (--test-only)")
+        return Exit.DONE
+
+    def complete(staging: RunDir) -> None:
+        staging.sweep.write_text(sweep.model_dump_json(indent=1) + "\n")
+        if sweep.has_study:
+            from launcher import study
+
+            study.create(staging, sweep)
+
+    run, made = prepare(base, cwd, sys.executable, tasks=sweep.trials, complete=complete)
+    if not made:
+        if not run.sweep.exists():
+            raise SettingError(f"RUN_ID: {run.path} exists and is no sweep.")
+        if as_json:
+            print(json.dumps({"sweep": run.id, "path": str(run.path), "job_id": "", "trials": space.load(run.sweep).trials}))
+        else:
+            print(f"sweep {run.id} exists already; nothing was submitted. holdfast sweep show {run.id} shows it, holdfast sweep --resume {run.id} goes on with it.")
+        return Exit.DONE
+    if local:
+        _say(base, sweep, "", local, as_json)
+        return _run_here(run, sweep, range(sweep.trials), as_json)
+    try:
+        from launcher.submit import to_slurm
+
+        job_id = to_slurm(run, job, os.environ)
+    except (SubmitError, SettingError):
+        rundir.discard(run)
+        raise
+    _say(base, sweep, estimate, local, as_json)
+    if as_json:
+        print(json.dumps({"sweep": run.id, "path": str(run.path), "job_id": job_id, "trials": sweep.trials}), flush=True)
+    else:
+        print(f"submitted job {job_id} as sweep {run.id}  ->  {show.near(run.path)}/")
+        print(f"follow it with: holdfast sweep show {run.id}    or: holdfast status", flush=True)
+    return wait_for(run, as_json) if wait else Exit.DONE
+
+
+def described(words: Sequence[str], cwd: Path, over: Sequence[str], file: str | None, options: Mapping[str, Any]) -> tuple[Resolved, space.Sweep]:
+    """The job that is searched and the sweep over it, both checked. Raises SettingError with every fault, ImpossibleJobError."""
+    faults: list[str] = []
+    path, shown = space_words.find_file(file, cwd) if file else (None, "")
+    base: Resolved | None = None
+    impossible: ImpossibleJobError | None = None
+    try:
+        base = resolve_here(words, os.environ, cwd)
+    except ImpossibleJobError as err:
+        impossible = err  # perhaps not with the values of the sweep
+    except SettingError as err:
+        faults.append(str(err))
+    try:
+        sweep = space_words.define(over, options, path, shown, base.job.array_parallel if base else 256)
+    except SettingError as err:
+        raise SettingError("\n".join([*faults, str(err)])) from err
+    pairs, named, _ = split_words([*words_from_make(os.environ), *words])
+    fixed = {setting_name(key) for key, _ in pairs}
+    faults += [f"{d.name.upper()} is given and varies too (command line); leave one out." for d in sweep.over if d.name in fixed and not d.key]
+    if faults:
+        raise SettingError("\n".join(faults))
+    if base is None:
+        base = _with_some_point(sweep, words, cwd, impossible)
+    if sweep.has_study:
+        from launcher import study
+
+        study.need_optuna()
+    space.check(sweep, base)
+    asked = named or os.environ.get("HOLDFAST_JOB") or os.environ.get("JOB") or DEFAULT_JOB
+    job = base.job.model_copy(update={"array_parallel": min(sweep.parallel, sweep.trials)})
+    swept = {dimension.name for dimension in sweep.over}
+    chosen = {name: base.job.text(name) for name, origin in base.origins.items() if name not in swept and origin.startswith(("environment", "command line"))}
+    # RUN_ID names this sweep, a run of the best values is another one; NODE_ENV may hold a token.
+    kept = tuple(f"{name.upper()}={value or 'none'}" for name, value in chosen.items() if name not in ("run_id", "array_parallel", "node_env"))
+    sweep = sweep.model_copy(update={"job": find_job_file(asked, cwd)[1], "words": kept})
+    return replace(base, job=job, origins={**base.origins, "array_parallel": "--parallel"}), sweep
+
+
+def _with_some_point(sweep: space.Sweep, words: Sequence[str], cwd: Path, impossible: ImpossibleJobError | None) -> Resolved:
+    """The job with the first point of the sweep that can run, where it cannot run without."""
+    for values in space.points_to_try(sweep):
+        if any(dimension.key for dimension in sweep.over):
+            break
+        try:
+            return resolve_here([*words, *(f"{label}={value}" for label, value in values.items())], os.environ, cwd)
+        except ImpossibleJobError:
+            continue
+    raise impossible or ImpossibleJobError("No point of this sweep can run.")
+
+
+def resume(naming: Sequence[str], cwd: Path, *, trials: int | None, parallel: str | None, local: bool, wait: bool, as_json: bool) -> int:
+    """Starts the trials of a sweep that are missing or were stopped, and adds new ones up to `trials`. Returns the exit code."""
+    run = find(naming, cwd)
+    sweep = space.load(run.sweep)
+    if trials is not None and trials != sweep.trials:
+        if sweep.sampler == "grid":
+            raise SettingError(f"{run.id} is a grid of {sweep.trials} points, all of which it has; a new sweep takes other values.")
+        if trials < sweep.trials:
+            raise SettingError(f"{run.id} has {sweep.trials} trials already; --trials says how many there shall be in all. holdfast sweep cancel {run.id} stops those that wait.")
+        if trials > space.MAX_TRIALS:
+            raise SettingError(f"--trials: at most {space.MAX_TRIALS:,} in one array.")
+        for number in range(sweep.trials, trials):
+            run.member(number).logs.mkdir(parents=True, exist_ok=True)
+        sweep = sweep.model_copy(update={"trials": trials})
+    if parallel is not None:
+        if not parallel.isdigit() or not int(parallel):
+            raise SettingError(f"--parallel: {parallel!r} is not a number of trials of at least 1.")
+        sweep = sweep.model_copy(update={"parallel": int(parallel)})
+    if sweep != space.load(run.sweep):
+        replace_file(run.sweep, sweep.model_dump_json(indent=1) + "\n")
+    queue, trouble = sweep_show.ask_queue(run)
+    if trouble and not local:
+        raise SubmitError(f"{trouble}\nWhich trials wait or run is not known, so nothing was submitted.")
+    rows = sweep_show.trials_of(run, sweep, queue)
+    open_ones = [row for row in rows if row.state in ("missing", "stopped", "cancelled")]
+    if not open_ones:
+        print(json.dumps({"sweep": run.id, "path": str(run.path), "job_id": "", "trials": 0}) if as_json else f"sweep {run.id}: every trial is over, waits or runs; nothing was submitted (--trials N adds more)")
+        return Exit.DONE
+    for row in open_ones:
+        run.member(row.number).stop_file.unlink(missing_ok=True)
+    numbers = [row.number for row in open_ones]
+    if local:
+        return _run_here(run, sweep, numbers, as_json)
+    said = Slurm().run("sbatch", "--parsable", f"--array={ranges(numbers)}%{sweep.parallel}", str(run.script))
+    job_id = said.strip().partition(";")[0]
+    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id, by="sweep --resume", tasks=ranges(numbers))
+    if as_json:
+        print(json.dumps({"sweep": run.id, "path": str(run.path), "job_id": job_id, "trials": len(numbers)}), flush=True)
+    else:
+        print(f"submitted job {job_id} for {len(numbers)} trial{'s' if len(numbers) > 1 else ''} of sweep {run.id} ({ranges(numbers)})", flush=True)
+    return wait_for(run, as_json) if wait else Exit.DONE
+
+
+def cancel(naming: Sequence[str], cwd: Path) -> int:
+    """Stops the trials that run or wait; each saves first, and `--resume` goes on with all of them."""
+    run = find(naming, cwd)
+    queue, trouble = sweep_show.ask_queue(run)
+    if queue is None:
+        raise SubmitError(trouble or "Slurm is not on this machine; a sweep that runs here is stopped with Ctrl-C.")
+    rows = [row for row in sweep_show.trials_of(run, space.load(run.sweep), queue) if row.state in ("running", "waiting")]
+    for row in rows:
+        member = run.member(row.number)
+        if member.job_yaml.exists():
+            # Written down before Slurm is told, so that nothing starts it again.
+            ledger.append(member.ledger, Event.CANCEL, attempt=row.attempts, job_id=row.job_id)
+    if not rows:
+        print(f"sweep {run.id}: no trial waits or runs; there is nothing to cancel")
+        return Exit.DONE
+    Slurm().run("scancel", *sorted({row.job_id for row in rows}))
+    print(f"cancelled {len(rows)} trial{'s' if len(rows) > 1 else ''} of sweep {run.id}; holdfast sweep --resume {run.id} goes on with them")
+    return Exit.DONE
+
+
+def find(naming: Sequence[str], cwd: Path) -> RunDir:
+    """The sweep that a person means: a directory, an id or a name; the newest when none is named. Raises NotFoundError."""
+    folder, word = which_run(naming, os.environ, cwd)
+    if word:
+        for candidate in (cwd / word, folder / word):
+            if RunDir(candidate).sweep.is_file():
+                return RunDir(candidate.absolute())
+    sweeps = sorted((path.parent for path in folder.glob("*/sweep.json") if not path.parent.name.startswith(".")), key=lambda path: (path / "job.yaml").stat().st_mtime_ns)
+    if not sweeps:
+        raise NotFoundError(f"there is no sweep in {folder}/ yet; holdfast sweep JOB --over KEY=a,b makes one")
+    for path in reversed(sweeps):
+        name, _, run_id = path.name.rpartition("-")
+        if word in (None, path.name, name, run_id):
+            return RunDir(path.absolute())
+    raise NotFoundError(f"no sweep {word!r} in {folder}/; the last ones: {', '.join(path.name for path in sweeps[-5:])}")
+
+
+def wait_for(run: RunDir, as_json: bool) -> int:
+    """Shows the sweep until every trial is over. 0 when at least one finished, else 1."""
+    rows = sweep_show.follow(run, quiet=as_json)
+    if not as_json:
+        sweep_show.print_sweep(run, as_json=False)
+    return Exit.DONE if any(row.state == "finished" for row in rows) else Exit.FAILED
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """0-3,7 for 0, 1, 2, 3 and 7: what --array takes."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[1]}" for part in parts)
+
+
+def _run_here(run: RunDir, sweep: space.Sweep, numbers: Sequence[int], as_json: bool) -> int:
+    """One trial after the other on this machine, in the foreground."""
+    for number in numbers:
+        member = run.member(number)
+        try:
+            take_up(member, f"local-{os.getpid()}")
+            values = json.loads(member.trial.read_text())["values"]
+            if not as_json:
+                print(f"trial {number} of {sweep.trials}: {_values(values)}", flush=True)
+            # What attempts say is for a person.
+            with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+                code = run_attempts(member, os.environ)
+        except HoldfastError as err:
+            print(f"trial {number}: {err}", file=sys.stderr, flush=True)
+            continue
+        if code in (Exit.REQUEUE, Exit.INTERRUPTED):
+            print(f"stopped and saved; holdfast sweep --resume {run.id} --local goes on", file=sys.stderr, flush=True)
+            return code
+        row = sweep_show.trial_of(member, sweep, None, [])
+        if not as_json:
+            print(f"  {_ended(row, sweep)}", flush=True)
+    sweep_show.print_sweep(run, as_json)
+    return Exit.DONE if any(row.state == "finished" for row in sweep_show.trials_of(run, sweep, None)) else Exit.FAILED
+
+
+def _ended(row: Trial, sweep: space.Sweep) -> str:
+    return f"{row.state}, {sweep.metric} {'-' if row.value is None else space.said(row.value)} at step {row.step:,}" + (f" ({row.note})" if row.note else "")
+
+
+def _values(values: Mapping[str, Any]) -> str:
+    return "  ".join(f"{label}={space.said(value)}" for label, value in values.items())
+
+
+def _say(base: Resolved, sweep: space.Sweep, estimate: str, local: bool, as_json: bool) -> None:
+    if as_json:
+        return
+    how = {"grid": "a grid", "random": "drawn at random", "tpe": "chosen by tpe"}[sweep.sampler]
+    # Of its parts those that no trial changes.
+    print(f"{' · '.join(show.headline(base.job).split(' · ')[:2])} · {sweep.trials} trials, {how}, {'one' if local else min(sweep.parallel, sweep.trials)} at a time")
+    print("  over          " + "  ".join(dimension.text() for dimension in sweep.over))
+    varying = {dimension.name for dimension in sweep.over if not dimension.key} | {"array_parallel"}
+    print(f"  not default   {show.not_default(replace(base, origins={name: 'default' if name in varying else origin for name, origin in base.origins.items()}))}")
+    print(f"  best is       the {'lowest' if sweep.direction == 'minimize' else 'highest'} {sweep.metric}" + (" of the last validation" if sweep.value == "last" else " of any validation") + ("" if sweep.pruner == "none" else f"; trials worse than the median are given up, from the {sweep.prune_startup + 1}th on"))
+    if base.job.entry is None and sweep.metric not in _LOGGED:
+        near = nearest(sweep.metric, _LOGGED)
+        print(f"  careful       the built-in training logs no {sweep.metric}" + (f"; did you mean {near}?" if near else f"; it logs {', '.join(_LOGGED)}"))
+    for note in base.notes:
+        print(f"  read as       {note}")
+    if estimate:
+        print(f"  time limit    {said_at_submit(Slurm(), base.job)}")
+        print(f"  start         {estimate}")
