@@ -17,9 +17,11 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
 
     problems: list[str] = []
     derived: dict[str, Any] = {}
-    problem, batch = _batch(job, said)
-    problems += problem
-    derived |= batch
+    # A person's own script has batches and a precision of its own: settings that it does not use must not stop it.
+    if job.entry is None:
+        problem, batch = _batch(job, said)
+        problems += problem
+        derived |= batch
     if job.amp_opt_level == "O0" and job.precision is not Precision.FP32:
         if origins.get("precision", "default") != "default":
             problems.append(f"{said('amp_opt_level')} means no mixed precision, but {said('precision')}. Give one of them.")
@@ -31,7 +33,8 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
         problems.append(f"{said('amp_opt_level')} is autocast, but {said('precision')} computes in fp32. Nearest that works: PRECISION=bf16.")
     if job.amp_opt_level == "O2" and job.parallel == "fsdp":
         problems.append(f"{said('amp_opt_level')} and {said('parallel')}: sharding keeps fp32 masters and 16-bit working copies by itself; leave AMP_OPT_LEVEL out.")
-    problems += _hardware(job, said)
+    if job.entry is None:
+        problems += _hardware(job, said)
     if job.stop_lead_s >= job.time_limit * 60:
         problems.append(f"{said('stop_lead_s')} seconds of warning do not fit into {said('time_limit')}.")
     if job.warmup_steps is not None and job.warmup_steps > job.max_steps:

@@ -87,9 +87,10 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> dict[
     }
     attempt.env.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items()))
     pace_key = f"{job.nodes}x{job.gpus_per_node} {job.model} {json.dumps(job.model_options, sort_keys=True)} {job.batch_size} {job.seq_len} {job.precision} {job.device}"
-    # A person's own script says nothing about its steps, so that its silence means nothing.
-    least_s = job.hang_after_s if job.entry is None else 0
-    watch = {"world": job.world_size, "nodes": nodes, "per_node": job.gpus_per_node, "pace_key": pace_key, "least_s": least_s, "quiet_s": job.hang_quiet_s}
+    watch = {
+        "world": job.world_size, "nodes": nodes, "per_node": job.gpus_per_node, "pace_key": pace_key,
+        "least_s": job.hang_after_s, "quiet_s": job.hang_quiet_s, "own": job.entry is not None,
+    }  # fmt: skip
     attempt.watch.write_text(json.dumps(watch))
     ledger.append(
         run.ledger,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.contract import Cause, Exit
+from jobs.stop import OWN_WISH, STOP_FILE
 from slurm.client import JobInfo
 from slurm.states import ENDED, base
 
@@ -123,11 +124,13 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
 
 def _stopped(seen: Evidence, signal: str) -> tuple[Cause, str]:
     """The ranks were asked to stop: by whom?"""
-    if signal == "stop file":
+    if signal == STOP_FILE:
         return Cause.CANCELLED, "a stop file in the run directory"
     daemon = _daemon_cause(seen)
     if daemon:
         return daemon
+    if signal == OWN_WISH:
+        return Cause.REQUEUED, "your script asked to be started again"
     if seen.job is not None:
         if seen.job.preempted_at:
             return Cause.PREEMPTED, f"slurmctld: preempted at {seen.job.preempted_at}"

@@ -89,7 +89,7 @@ def prepare(resolved: Resolved, cwd: Path, executable: str, members: Sequence[Re
     staging = rundir.stage(final)
     try:
         _write_run(staging, resolved)
-        snapshot.freeze(staging, cwd, job.code_include, leave_out=Path(os.path.abspath(runs_dir)))
+        snapshot.freeze(staging, cwd, job.code_include, leave_out=Path(os.path.abspath(runs_dir)), entry=job.entry)
         staging.script.write_text(text)
         staging.script.chmod(0o755)
         for index, member in enumerate(members):
@@ -128,4 +128,6 @@ def _anchor_paths(job: Job, cwd: Path) -> Job:
         path = getattr(job, name)
         if path and not os.path.isabs(path):
             update[name] = str(cwd / path)
+    if job.entry and not job.entry.startswith("-m "):
+        update["entry"] = snapshot.place_of(job.entry, cwd)
     return job.model_copy(update=update) if update else job

@@ -17,15 +17,25 @@ from jobs.rundir import RunDir
 # A copy of a data set or of checkpoints is a mistake, and costs every submit its time.
 MAX_BYTES = 200 * 2**20
 _OWN_PACKAGES = ("jobs", "slurm", "launcher", "train")
+# What `import holdfast` in a person's own script means.
+_HELPER = "holdfast.py"
 
 
-def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path) -> None:
+def place_of(entry: str, cwd: Path) -> str:
+    """A person's own script as it is found in the frozen copy: from the top of the working tree. One outside of it stays where it is."""
+    root, path = (_git_root(cwd) or cwd).resolve(), (cwd / entry).resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, entry: str | None = None) -> None:
     """Copies the working tree around `cwd` into run.code, without `leave_out` (the runs directory).
 
+    `entry` is a person's own script (`place_of`) or `-m module`; the script is copied also where git does not track it.
     Raises SettingError when a listed path does not exist or the copy would be larger than MAX_BYTES."""
     root = _git_root(cwd)
     files = _tracked_and_new(root) if root else []
     origin = root or cwd
+    files += _entry_file(entry, origin)
     for word in include:
         path = (cwd / word).resolve()
         if not path.exists():
@@ -44,19 +54,39 @@ def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path) -> N
         target = run.code / path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(origin / path, target)
-    _add_own_packages(run.code)
+    _add_own_packages(run.code, entry)
     git = _git_facts(root) if root else {}
     run.snapshot.write_text(json.dumps({"time": round(time.time(), 3), "from": str(origin), "files": len(chosen), "bytes": total, **git}, indent=1) + "\n")
     run.diff.write_bytes(_git(root, "diff", "HEAD") if root and git.get("commit") else b"")
 
 
-def _add_own_packages(code: Path) -> None:
-    """holdfast itself is part of what is frozen, also where it is an installed package and not the tree that one works in."""
-    for name in _OWN_PACKAGES:
-        target = code / name
+def _entry_file(entry: str | None, origin: Path) -> list[Path]:
+    """The script of `ENTRY` as a file to copy; nothing where it is a module or lies elsewhere. Raises SettingError."""
+    if entry is None:
+        return []
+    if entry.startswith("-m "):
+        top = entry[3:].strip().partition(".")[0]
+        if top in _OWN_PACKAGES and not (origin / top / "__init__.py").exists():
+            raise SettingError(f"ENTRY: -m {top} would start holdfast's own package of that name; give the path of your script ({top}.py) instead.")
+        return []
+    if not (origin / entry).is_file():
+        raise SettingError(f"ENTRY: {entry!r} does not exist in {origin}.")
+    return [] if Path(entry).is_absolute() else [Path(entry)]
+
+
+def _add_own_packages(code: Path, entry: str | None) -> None:
+    """holdfast itself is part of what is frozen, also where it is an installed package and not the tree that one works in.
+
+    Raises SettingError where the working tree has another package under one of our names."""
+    # A person's own script needs no `train` of ours, and may well have one of its own.
+    for name in _OWN_PACKAGES if entry is None else _OWN_PACKAGES[:-1]:
+        target, source = code / name, Path(str(resources.files(name)))
         if not (target / "__init__.py").exists():
-            source = Path(str(resources.files(name)))
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        elif any(not (target / path.name).exists() for path in source.glob("*.py")):
+            raise SettingError(f"the package {name}/ in your working tree has the name of one of holdfast's own, which the run could then not find; rename it or put it into a folder.")
+    if not (code / _HELPER).exists():
+        shutil.copy2(Path(str(resources.files("jobs"))).parent / _HELPER, code / _HELPER)
 
 
 def _git_root(cwd: Path) -> Path | None:
