@@ -261,6 +261,19 @@ def doctor(ctx: typer.Context, as_json: Json = False) -> None:
     raise typer.Exit(examine(_words(ctx), os.environ, Path.cwd(), as_json))
 
 
+@app.command(context_settings=_SETTINGS, options_metavar="[FILE] [PARTITION=...] [ACCOUNT=...] [QOS=...]")
+def init(
+    ctx: typer.Context,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: take the partition with GPUs, and your default account.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Ask Slurm what this cluster has, and write a site file (site.yaml when no FILE is named)."""
+    from launcher.init import init as write_site
+
+    raise typer.Exit(write_site(_words(ctx), os.environ, Path.cwd(), yes=yes, force=force, as_json=as_json))
+
+
 @app.command(context_settings=_SETTINGS, options_metavar="[KEY=value | --key value]...")
 def drill(ctx: typer.Context) -> None:
     """Submit a tiny job, interrupt it for real, and see that it comes back with nothing lost."""
