@@ -210,6 +210,7 @@ def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int,
     print(f"holdfast: attempt {number} ended: {cause.value} ({evidence}). {'Again: ' if verdict.again else 'Over: '}{verdict.reason}.", flush=True)
     if not verdict.again:
         _show_error(run, number, job.world_size)
+        _notify(run, job, verdict, cause, evidence, environ)
     if verdict.again and slurm is not None:
         _send_back(run, job, number, job_id, _restarts(environ), slurm)
     return verdict, cause
@@ -254,6 +255,7 @@ def _turn_away(run: RunDir, job: Job, number: int, job_id: str, restarts: int, b
     _write_end(run, number, job_id, cause, f"before the start: {said.removeprefix(': ')}", None, environ)
     verdict = judge(ledger.read(run.ledger), budgets_of(job))
     if not verdict.again:
+        _notify(run, job, verdict, cause, said.removeprefix(": "), environ)
         raise HoldfastError(f"run {run.id}: {said}. Over: {verdict.reason}.")
     if slurm is not None:
         _send_back(run, job, number, job_id, restarts, slurm)
@@ -367,6 +369,13 @@ def _blame(run: RunDir, number: int, job_id: str, cause: Cause, evidence: str, s
     # On a run of one node there is no other to tell it from; Slurm itself keeps it away while it is down.
     for node in named:
         ledger.append(run.ledger, Event.BAD_NODE, attempt=number, job_id=job_id, node=node, reason=evidence, hang=cause is Cause.HANG)
+
+
+def _notify(run: RunDir, job: Job, verdict: Verdict, cause: Cause, evidence: str, environ: Mapping[str, str]) -> None:
+    """Of a run that is over only, so that nobody's requeue waits for it."""
+    from launcher.notify import tell
+
+    tell(run, job, verdict, cause, evidence, environ)
 
 
 def _show_error(run: RunDir, number: int, world: int) -> None:

@@ -124,9 +124,9 @@ def _anchor_paths(job: Job, cwd: Path) -> Job:
         word, colon, path = getattr(job, name).partition(":")
         if colon and word in words and not os.path.isabs(os.path.expanduser(path)):
             update[name] = f"{word}:{cwd / path}"
-    for name in ("setup_script", "init_from"):
+    for name in ("setup_script", "init_from", "notify_webhook_file"):
         path = getattr(job, name)
-        if path and not os.path.isabs(path):
+        if path and not os.path.isabs(os.path.expanduser(path)):
             update[name] = str(cwd / path)
     if job.entry and not job.entry.startswith("-m "):
         update["entry"] = snapshot.place_of(job.entry, cwd)

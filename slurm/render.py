@@ -152,6 +152,10 @@ def _directives(job: Job, script: Script) -> Iterator[tuple[str, Any]]:
     # A requeue would otherwise begin the log anew and the first attempt's words would be lost.
     yield "open-mode", "append"
     yield "signal", f"{LEAD_SIGNAL.name.removeprefix('SIG')}@{job.stop_lead_s}"
+    if job.notify_email:
+        yield "mail-user", job.notify_email
+        # A requeue is no end: Slurm has a kind of its own for it, which is not asked for.
+        yield "mail-type", "END,FAIL"
     if script.array_size is not None:
         yield "array", f"0-{script.array_size - 1}%{min(job.array_parallel, script.array_size)}"
         yield "output", pattern(script.run.members) + "/%a/logs/%A_%a.batch.out"
