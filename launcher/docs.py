@@ -34,8 +34,8 @@ _VARIANTS: dict[str, tuple[list[str], int | None]] = {
     "quickstart.lab": (["SITE=lab"], None),
     "quickstart.h100": (["SITE=h100"], None),
     "quickstart.array": ([], 3),
-    "quickstart.apptainer": (["CONTAINER_IMAGE=/shared/images/train.sif", "CONTAINER_MOUNTS=/data,/scratch/me:/scratch"], None),
-    "quickstart.pyxis": (["CONTAINER_IMAGE=/shared/images/train.sqsh", "CONTAINER_RUNTIME=pyxis", "CONTAINER_MOUNTS=/data"], None),
+    "quickstart.apptainer": (["CONTAINER_IMAGE=/shared/images/train.sif", "CONTAINER_MOUNTS=/data,/scratch/me:/scratch", "NODE_ENV=NCCL_DEBUG=WARN"], None),
+    "quickstart.pyxis": (["CONTAINER_IMAGE=/shared/images/train.sqsh", "CONTAINER_RUNTIME=pyxis", "CONTAINER_MOUNTS=/data", "NODE_ENV=NCCL_DEBUG=WARN"], None),
     "quickstart.entry": (["ENTRY=my/train.py", "ENTRY_ARGS=--config,my run.yaml"], None),
 }
 

@@ -107,12 +107,12 @@ def site_text(cluster: Cluster, partition: Partition, chosen: Mapping[str, str],
     if chosen.get("account"):
         lines.append(_setting("account", chosen["account"]))
     elif not cluster.accounts:
-        lines.append("# account: ...            Slurm keeps no accounts here, or none for you")
+        lines.append("# account: research      # Slurm keeps no accounts here, or none for you")
     qos = cluster.accounts.get(chosen.get("account", ""), ())
     if chosen.get("qos"):
         lines.append(_setting("qos", chosen["qos"]))
     elif qos:
-        lines.append(f"# qos: {qos[0]:<19}you may use {', '.join(qos)}")
+        lines.append(_remark("qos", qos[0], f"you may use {', '.join(qos)}"))
     lines += ["", _setting("gpu_request", cluster.gpu_request if gpus.count else "none")]
     if gpus.count:
         if gpus.kind:
@@ -120,27 +120,32 @@ def site_text(cluster: Cluster, partition: Partition, chosen: Mapping[str, str],
         if arch := arch_of(gpus.kind):
             lines.append(_setting("gpu_arch", arch))
         else:
-            lines.append("# gpu_arch: sm_90         compute capability of these GPUs: precisions they cannot do are then refused before queueing")
+            lines.append(_remark("gpu_arch", "sm_90", "compute capability of these GPUs: precisions that they cannot do are then refused before queueing"))
         lines.append(_setting("gpus_per_node", gpus.count))
         lines += [f"# some nodes have {other.count} {other.kind or 'GPUs'} instead" for other in partition.other_gpus]
     else:
         lines += ["# Its nodes have no GPU that Slurm knows of: training is on CPUs, and gpus_per_node counts processes.", _setting("device", "cpu")]
     if partition.cpus >= max(gpus.count, 1):
-        lines.append(_setting("cpus_per_gpu", partition.cpus // gpus.count) if gpus.count else f"# cpus_per_gpu: {partition.cpus:<9}of a node, per process")
+        lines.append(_setting("cpus_per_gpu", partition.cpus // gpus.count) if gpus.count else _remark("cpus_per_gpu", partition.cpus, "cores of a node; this setting counts them per process"))
     if partition.memory_gb:
-        lines.append(f"# mem_gb: {partition.memory_gb:<16}of a node, as Slurm counts it; left out, the site's default")
+        lines.append(_remark("mem_gb", partition.memory_gb, "of a node, as Slurm counts it; left out, the site's own default"))
     if partition.max_time not in ("UNLIMITED", ""):
-        lines.append(f"# time_limit: {partition.max_time:<11} is the most; an attempt that needs longer is warned, saved and requeued")
+        lines.append(_remark("time_limit", partition.max_time, "the most; a run that needs longer is warned, saved and goes on in the next attempt"))
     lines += [
         "",
         "# What Slurm cannot say:",
         "# modules: [cuda/13.0]",
-        "# setup_script: /shared/env.sh        sourced by every attempt; the place for secrets, readable only by you",
+        _remark("setup_script", "/shared/env.sh", "sourced by every attempt"),
         "# container_image: /shared/images/train.sif",
         "# node_env: {NCCL_SOCKET_IFNAME: ib0}",
         "# notify_email: you@example.org",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _remark(name: str, value: object, why: str) -> str:
+    """A setting that a person may take the # from."""
+    return f"{f'# {name}: {value}':<26}# {why}"
 
 
 def _setting(name: str, value: object) -> str:

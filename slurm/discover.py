@@ -11,7 +11,7 @@ from slurm.client import Slurm, expand_nodelist, parse_scontrol
 # Compute capability by what a site may call its GPUs (gpu:a100, gpu:nvidia_h100_80gb_hbm3). A name that is not here is left
 # open: a wrong one would refuse jobs that could run.
 _ARCHS = (
-    (r"gb?300", "sm_103"), (r"gb?200|b100", "sm_100"), (r"gh200|h[128]00", "sm_90"), (r"l40s?|l4|rtx_?(?:6000_?ada|40[6-9]0)|rtx_?[45]000_?ada", "sm_89"),
+    (r"g?b300", "sm_103"), (r"g?b200|b100", "sm_100"), (r"gh200|h[128]00", "sm_90"), (r"l40s?|l4|rtx_?(?:6000_?ada|40[6-9]0)|rtx_?[45]000_?ada", "sm_89"),
     (r"a100|a30|a800", "sm_80"), (r"a40|a16|a10g?|a2|rtx_?a[2456]000|a[2456]000|rtx_?30[6-9]0", "sm_86"), (r"t4|rtx_?[68]000|rtx_?20[6-8]0", "sm_75"), (r"v100s?", "sm_70"), (r"p100", "sm_60"),
 )  # fmt: skip
 

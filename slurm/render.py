@@ -99,6 +99,8 @@ def render_script(job: Job, script: Script) -> str:
         directives=list(_directives(job, script)),
         train=Quoted(" ".join(shell(word) for word in _train_command(job, script))),
         mounts=_mounts(job, script) if job.container_image else [],
+        # Of what image and job both set, pyxis keeps the image's unless it is told otherwise.
+        kept_env=[*job.node_env, *(["PYTHONPATH"] if job.entry else [])],
     )
 
 
@@ -193,7 +195,9 @@ def _mounts(job: Job, script: Script) -> list[str]:
     for mount in job.container_mounts:
         if "," in mount:
             raise RenderError(f"CONTAINER_MOUNTS: {mount!r} has a comma, at which {job.container_runtime} cuts a mount in two; give one mount per item.")
-    return [mount if ":" in mount else f"{mount}:{mount}" for mount in (path, *job.container_mounts)]
+    # A script that lies outside of the working tree is not frozen, and runs from where it is.
+    outside = [str(Path(job.entry).parent)] if job.entry and job.entry.startswith("/") else []
+    return [mount if ":" in mount else f"{mount}:{mount}" for mount in (path, *outside, *job.container_mounts)]
 
 
 def default_python(job: Job, executable: str) -> str:
