@@ -28,6 +28,8 @@ from jobs.errors import CheckpointError
 FORMAT = 2
 MODEL, OPTIMIZER, MANIFEST = "model", "optimizer", "manifest.json"
 STAGING, TRASH, DAMAGED = ".step-", ".trash-", ".damaged-"
+# In the state of a checkpoint that a person's own script wrote (jobs/own_ckpt.py).
+OWN = "own"
 _STEP = re.compile(r"step-([0-9]{8,})")
 # Hashing is one core's work per file and releases the interpreter's lock.
 _HASH_THREADS = 4
@@ -112,6 +114,11 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{path.name}: its manifest cannot be read ({_said(err)})") from err
     if manifest.step != step_of(path):
         raise CheckpointError(f"{path.name}: its manifest belongs to step {manifest.step}")
+    if manifest.state.get(OWN):
+        # Files of a person's own script: of any name, in folders too, but not outside of this one.
+        if not files or any(name.startswith("/") or ".." in name.split("/") for name in files):
+            raise CheckpointError(f"{path.name}: its manifest lists no file, or one outside of it")
+        return manifest
     if any(os.sep in name or name.startswith(".") for name in files) or not (manifest.of_kind(MODEL) and manifest.of_kind(OPTIMIZER)):
         raise CheckpointError(f"{path.name}: its manifest does not list a model and an optimizer")
     return manifest
@@ -128,11 +135,17 @@ def verify(path: Path) -> Manifest:
             raise CheckpointError(f"{path.name}: {name} cannot be read ({_said(err)})") from err
         if found != entry.bytes:
             raise CheckpointError(f"{path.name}: {name} has {found} bytes, the manifest says {entry.bytes}")
-    with ThreadPoolExecutor(_HASH_THREADS) as threads:
-        for name, digest in zip(manifest.files, threads.map(lambda name: _hash(path, name), manifest.files), strict=True):
-            if digest != manifest.files[name].sha256:
-                raise CheckpointError(f"{path.name}: the content of {name} does not match its sum")
+    for name, digest in hash_files(path, manifest.files).items():
+        if digest != manifest.files[name].sha256:
+            raise CheckpointError(f"{path.name}: the content of {name} does not match its sum")
     return manifest
+
+
+def hash_files(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """Name -> sha256 of files of a checkpoint. Raises CheckpointError when one cannot be read."""
+    listed = list(names)
+    with ThreadPoolExecutor(_HASH_THREADS) as threads:
+        return dict(zip(listed, threads.map(lambda name: hash_file(path, name), listed), strict=True))
 
 
 def newest_verified(folder: Path, attempt: int) -> tuple[Path | None, list[tuple[str, str]]]:
@@ -206,7 +219,8 @@ def few(names: Iterable[str]) -> str:
     return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
 
 
-def _hash(path: Path, name: str) -> str:
+def hash_file(path: Path, name: str) -> str:
+    """sha256 of one file of a checkpoint. Raises CheckpointError when it cannot be read."""
     try:
         with open(path / name, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,7 @@
-"""Reading metrics.jsonl: the launcher shows what training wrote."""
+"""Reading metrics.jsonl: the launcher shows what training wrote. And cutting it back, where steps are trained again."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,16 @@ def _values(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return values if isinstance(values, dict) and "step" in values else None
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Takes out the lines after a step, and a torn last line: those steps will be trained again. Written aside, then renamed."""
+    if not path.exists():
+        return
+    kept = [line for line in read(path) if int(line["step"]) <= step]
+    aside = path.with_suffix(".tmp")
+    with open(aside, "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

@@ -17,9 +17,11 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
 
     problems: list[str] = []
     derived: dict[str, Any] = {}
-    problem, batch = _batch(job, said)
-    problems += problem
-    derived |= batch
+    # A person's own script has batches and a precision of its own: settings that it does not use must not stop it.
+    if job.entry is None:
+        problem, batch = _batch(job, said)
+        problems += problem
+        derived |= batch
     if job.amp_opt_level == "O0" and job.precision is not Precision.FP32:
         if origins.get("precision", "default") != "default":
             problems.append(f"{said('amp_opt_level')} means no mixed precision, but {said('precision')}. Give one of them.")
@@ -31,7 +33,8 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
         problems.append(f"{said('amp_opt_level')} is autocast, but {said('precision')} computes in fp32. Nearest that works: PRECISION=bf16.")
     if job.amp_opt_level == "O2" and job.parallel == "fsdp":
         problems.append(f"{said('amp_opt_level')} and {said('parallel')}: sharding keeps fp32 masters and 16-bit working copies by itself; leave AMP_OPT_LEVEL out.")
-    problems += _hardware(job, said)
+    if job.entry is None:
+        problems += _hardware(job, said)
     if job.precision is Precision.FP8 and job.fp8_recipe is not None and job.fp8_recipe not in FP8_RECIPES[job.fp8_backend]:
         problems.append(f"{said('fp8_recipe')} is not one of {said('fp8_backend')}; choose one of {', '.join(FP8_RECIPES[job.fp8_backend])}.")
     if job.accelerate_config is not None and (job.launch != "accelerate" or job.entry is None):

@@ -4,6 +4,7 @@
       job.yaml  origins.json          resolved settings, and where each came from
       submit.sbatch                   the script; sbatch of it by hand works too
       code/  snapshot.json  code.diff frozen code, its git commit and what was not committed
+      code.json                       sha256 of every frozen file
       ledger.jsonl  metrics.jsonl
       attempts/3/                     what one attempt leaves behind: environment, progress, markers, errors
       checkpoints/step-00001200/
@@ -67,6 +68,11 @@ class RunDir:
     @property
     def diff(self) -> Path:
         return self.path / "code.diff"
+
+    @property
+    def code_sums(self) -> Path:
+        """sha256 of every frozen file, so that a rerun can tell that it runs the same bytes."""
+        return (self.path.parent.parent if self.is_member else self.path) / "code.json"
 
     @property
     def ledger(self) -> Path:

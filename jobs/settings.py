@@ -58,6 +58,12 @@ def _environment(values: dict[str, str]) -> dict[str, str]:
     return values
 
 
+def _no_address(text: str) -> str:
+    if "://" in text:
+        raise ValueError("is an address, which is a secret and would be written into the run directory; put it into a file that only you can read and name that, or export HOLDFAST_NOTIFY_WEBHOOK")
+    return text
+
+
 def _options(values: dict[str, str]) -> dict[str, str]:
     for name in values:
         if not re.fullmatch(r"-{0,2}[a-z][a-z0-9_-]+", name):
@@ -195,6 +201,10 @@ class Job(BaseModel):
     entry_args: Arguments = setting((), "arguments of your own script", group="run")
     code_include: Words = setting((), "further files or folders to freeze with the code, beside what git tracks", group="run")
     note: Text = setting("", "a remark that is kept with the run", group="run")
+    notify_email: Line | None = setting(None, "who gets Slurm's mail when the run is over or an attempt fails", group="run")
+    notify_webhook_file: Annotated[Line, AfterValidator(_no_address)] | None = setting(
+        None, "file with the address to post to when the run is over; the environment variable HOLDFAST_NOTIFY_WEBHOOK does the same", group="run"
+    )
 
     # --- what to ask of Slurm
     partition: Line | None = setting(None, "Slurm partition", group="slurm")

@@ -29,7 +29,7 @@ DEFAULT_JOB = "jobs/quickstart.yaml"
 PREFIX = "HOLDFAST_"
 
 # Variables of ours that are not settings of a job, so that a misspelt HOLDFAST_ name can be told from them.
-OTHER_VARIABLES = frozenset({"HOLDFAST_RUN_DIR", "HOLDFAST_ATTEMPT", "HOLDFAST_JOB_ID", "HOLDFAST_RANK_LOG", "HOLDFAST_LOG_OFFSET", "HOLDFAST_STARTED", "HOLDFAST_LAB", "HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM"})
+OTHER_VARIABLES = frozenset({"HOLDFAST_RUN_DIR", "HOLDFAST_ATTEMPT", "HOLDFAST_JOB_ID", "HOLDFAST_RANK_LOG", "HOLDFAST_LOG_OFFSET", "HOLDFAST_STARTED", "HOLDFAST_NOTIFY_WEBHOOK", "HOLDFAST_LAB", "HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM"})
 # Words that a person may hand to make for the Makefile itself.
 MAKE_WORDS = frozenset({"HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM", "HOLDFAST_LAB", "ARGS", "TESTS"})
 
@@ -592,6 +592,8 @@ def _faults(err: ValidationError, origins: Mapping[str, str], values: Mapping[st
         value, context, kind = fault["input"], fault.get("ctx", {}), fault["type"]
         # A whole mapping is not printed back: it may be long, and node_env may hold a token.
         said = f"{name.upper()}:" if isinstance(value, (dict, list, tuple)) else f"{name.upper()}: {_shorten(value)!r}"
+        if name == "notify_webhook_file":
+            said = f"{name.upper()}:"  # it may be the secret itself
         inner = ".".join(_word(str(part)) for part in fault["loc"][1:] if not (isinstance(part, str) and "function" in part))
         if inner and isinstance(values.get(name), (dict, list, tuple)):
             said = f"{name.upper()}.{inner}: {_shorten(value)!r}"

@@ -90,9 +90,10 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> dict[
     }
     attempt.env.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items()))
     pace_key = f"{job.nodes}x{job.gpus_per_node} {job.model} {json.dumps(job.model_options, sort_keys=True)} {job.batch_size} {job.seq_len} {job.precision} {job.device}"
-    # A person's own script says nothing about its steps, so that its silence means nothing.
-    least_s = job.hang_after_s if job.entry is None else 0
-    watch = {"world": job.world_size, "nodes": nodes, "per_node": job.gpus_per_node, "pace_key": pace_key, "least_s": least_s, "quiet_s": job.hang_quiet_s}
+    watch = {
+        "world": job.world_size, "nodes": nodes, "per_node": job.gpus_per_node, "pace_key": pace_key,
+        "least_s": job.hang_after_s, "quiet_s": job.hang_quiet_s, "own": job.entry is not None,
+    }  # fmt: skip
     attempt.watch.write_text(json.dumps(watch))
     attempt.log_sizes.write_text(json.dumps(_log_sizes(run, job_id)))
     ledger.append(
@@ -224,6 +225,7 @@ def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int,
             from launcher.trial import tell_sweep
 
             tell_sweep(run)
+        _notify(run, job, verdict, cause, evidence, environ)
     if verdict.again and slurm is not None:
         _send_back(run, job, number, job_id, _restarts(environ), slurm)
     return verdict, cause
@@ -268,6 +270,7 @@ def _turn_away(run: RunDir, job: Job, number: int, job_id: str, restarts: int, b
     _write_end(run, number, job_id, cause, f"before the start: {said.removeprefix(': ')}", None, _elapsed(run, number, environ))
     verdict = judge(ledger.read(run.ledger), budgets_of(job))
     if not verdict.again:
+        _notify(run, job, verdict, cause, said.removeprefix(": "), environ)
         raise HoldfastError(f"run {run.id}: {said}. Over: {verdict.reason}.")
     if slurm is not None:
         _send_back(run, job, number, job_id, restarts, slurm)
@@ -409,6 +412,13 @@ def _blame(run: RunDir, number: int, job_id: str, cause: Cause, evidence: str, s
     # On a run of one node there is no other to tell it from; Slurm itself keeps it away while it is down.
     for node in named:
         ledger.append(run.ledger, Event.BAD_NODE, attempt=number, job_id=job_id, node=node, reason=evidence, hang=cause is Cause.HANG)
+
+
+def _notify(run: RunDir, job: Job, verdict: Verdict, cause: Cause, evidence: str, environ: Mapping[str, str]) -> None:
+    """Of a run that is over only, so that nobody's requeue waits for it."""
+    from launcher.notify import tell
+
+    tell(run, job, verdict, cause, evidence, environ)
 
 
 def _show_error(run: RunDir, number: int, world: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.contract import PRUNED_WORD, Cause, Exit
+from jobs.stop import OWN_WISH, STOP_FILE
 from slurm.client import JobInfo
 from slurm.states import ENDED, base
 
@@ -133,11 +134,13 @@ def _stopped(seen: Evidence, signal: str) -> tuple[Cause, str]:
     if seen.stop_file.startswith(PRUNED_WORD):
         # Whoever was faster: another attempt would stop at its first step.
         return Cause.PRUNED, seen.stop_file
-    if signal == "stop file":
+    if signal == STOP_FILE:
         return Cause.CANCELLED, "a stop file in the run directory" + (f": {seen.stop_file}" if seen.stop_file else "")
     daemon = _daemon_cause(seen)
     if daemon:
         return daemon
+    if signal == OWN_WISH:
+        return Cause.REQUEUED, "your script asked to be started again"
     if seen.job is not None:
         if seen.job.preempted_at:
             return Cause.PREEMPTED, f"slurmctld: preempted at {seen.job.preempted_at}"

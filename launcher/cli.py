@@ -193,6 +193,50 @@ def resume(
     raise typer.Exit(resume_run(find_run(naming, {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}, Path.cwd()), local, settings, allow_change))
 
 
+@app.command(context_settings=_SETTINGS, options_metavar="[RUN] [RUNS_DIR=folder] [KEY=value]...")
+def rerun(
+    ctx: typer.Context,
+    current_code: Annotated[bool, typer.Option("--with-current-code", help="The working tree as it is now, instead of the frozen copy.")] = False,
+    local: Annotated[bool, typer.Option("--local", help="Here and now, in the foreground.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Start a run again from its first step as a new run: same code, settings and seed; says what differs."""
+    from launcher.prepare import find_run, split_run_words
+    from launcher.rerun import rerun as rerun_run
+
+    naming, settings = split_run_words(_words(ctx), os.environ)
+    source = find_run(naming, {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}, Path.cwd())
+    raise typer.Exit(rerun_run(source, settings, Path.cwd(), current_code=current_code, local=local, as_json=as_json))
+
+
+@app.command(context_settings=_SETTINGS, options_metavar="RUN RUN [RUNS_DIR=folder]")
+def diff(ctx: typer.Context, code: Annotated[bool, typer.Option("--code", help="Also the changed lines of the code.")] = False, as_json: Json = False) -> None:
+    """Compare two runs: settings, code, library versions, results. 0 when nothing differs, 1 when something does."""
+    from launcher.choose import runs_named
+    from launcher.compare import diff as diff_runs
+    from launcher.compare import named_pair
+
+    folder, runs = runs_named(_words(ctx), os.environ, Path.cwd())
+    raise typer.Exit(diff_runs(*named_pair(runs, folder), code=code, as_json=as_json))
+
+
+@app.command(context_settings=_SETTINGS, options_metavar="[RUN]... [RUNS_DIR=folder]")
+def clean(
+    ctx: typer.Context,
+    older: Annotated[str | None, typer.Option("--older", metavar="30d", help="Runs last touched longer ago than this: hours (h), days (d) or weeks (w).")] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Runs that failed.")] = False,
+    keep_checkpoints: Annotated[bool, typer.Option("--keep-checkpoints", help="Everything but checkpoints, settings, ledger and metrics.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this, only say what would go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove runs that are over. Says what would go and what stays until it is told --yes."""
+    from launcher.choose import runs_named
+    from launcher.clean import clean as clean_runs
+
+    folder, runs = runs_named(_words(ctx), os.environ, Path.cwd())
+    raise typer.Exit(clean_runs(folder, runs, older=older, failed=failed, keep_checkpoints=keep_checkpoints, yes=yes, as_json=as_json))
+
+
 @ckpt_app.command("ls", context_settings=_SETTINGS, options_metavar=_RUN_HINT)
 def ckpt_ls(ctx: typer.Context, as_json: Json = False) -> None:
     """Show the checkpoints of a run by their names and manifests."""
@@ -301,6 +345,19 @@ def doctor(ctx: typer.Context, as_json: Json = False, node: Annotated[bool, type
     from launcher.doctor import examine
 
     raise typer.Exit(examine(_words(ctx), os.environ, Path.cwd(), as_json, node))
+
+
+@app.command(context_settings=_SETTINGS, options_metavar="[FILE] [PARTITION=...] [ACCOUNT=...] [QOS=...]")
+def init(
+    ctx: typer.Context,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: take the partition with GPUs, and your default account.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Ask Slurm what this cluster has, and write a site file (site.yaml when no FILE is named)."""
+    from launcher.init import init as write_site
+
+    raise typer.Exit(write_site(_words(ctx), os.environ, Path.cwd(), yes=yes, force=force, as_json=as_json))
 
 
 @app.command(context_settings=_SETTINGS, options_metavar="[KEY=value | --key value]...")

@@ -110,7 +110,7 @@ def prepare(resolved: Resolved, cwd: Path, executable: str, members: Sequence[Re
     staging = rundir.stage(final)
     try:
         _write_run(staging, resolved)
-        snapshot.freeze(staging, cwd, job.code_include, leave_out=Path(os.path.abspath(runs_dir)))
+        snapshot.freeze(staging, cwd, job.code_include, leave_out=Path(os.path.abspath(runs_dir)), entry=job.entry)
         staging.script.write_text(text)
         staging.script.chmod(0o755)
         in_parallel(lambda index: _write_run(staging.member(index), members[index]), len(members))
@@ -149,8 +149,10 @@ def _anchor_paths(job: Job, cwd: Path) -> Job:
         word, colon, path = getattr(job, name).partition(":")
         if colon and word in words and not os.path.isabs(os.path.expanduser(path)):
             update[name] = f"{word}:{cwd / path}"
-    for name in ("setup_script", "init_from"):
+    for name in ("setup_script", "init_from", "notify_webhook_file"):
         path = getattr(job, name)
-        if path and not os.path.isabs(path):
+        if path and not os.path.isabs(os.path.expanduser(path)):
             update[name] = str(cwd / path)
+    if job.entry and not job.entry.startswith("-m "):
+        update["entry"] = snapshot.place_of(job.entry, cwd)
     return job.model_copy(update=update) if update else job

@@ -133,6 +133,8 @@ def headline(job: Job) -> str:
     many = "es" if what == "process" else "s"
     per_node = f"{job.gpus_per_node} {what}{many if job.gpus_per_node > 1 else ''}"
     nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''}"
+    if job.entry:
+        return f"{job.job_name} · {nodes} x {per_node} · {' '.join([job.entry, *job.entry_args])}"
     return f"{job.job_name} · {nodes} x {per_node} · {job.precision} · {job.batch_size} samples per step = {job.world_size} x {job.micro_batch_size} x {job.grad_accum_steps} accumulation"
 
 

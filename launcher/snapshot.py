@@ -3,13 +3,17 @@
 A requeued attempt runs this copy, whatever happened to the working tree in the meantime.
 """
 
+import hashlib
 import json
+import platform
 import shutil
 import subprocess
 import time
 from collections.abc import Iterable
-from importlib import resources
+from contextlib import suppress
+from importlib import metadata, resources
 from pathlib import Path
+from typing import Any
 
 from jobs.errors import SettingError
 from jobs.rundir import RunDir
@@ -17,15 +21,26 @@ from jobs.rundir import RunDir
 # A copy of a data set or of checkpoints is a mistake, and costs every submit its time.
 MAX_BYTES = 200 * 2**20
 _OWN_PACKAGES = ("jobs", "slurm", "launcher", "train")
+# What `import holdfast` in a person's own script means.
+_HELPER = "holdfast.py"
+_LIBRARIES = ("torch", "accelerate", "numpy", "transformers", "datasets", "transformer-engine", "torchao", "safetensors")
 
 
-def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path) -> None:
+def place_of(entry: str, cwd: Path) -> str:
+    """A person's own script as it is found in the frozen copy: from the top of the working tree. One outside of it stays where it is."""
+    root, path = (_git_root(cwd) or cwd).resolve(), (cwd / entry).resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, entry: str | None = None) -> None:
     """Copies the working tree around `cwd` into run.code, without `leave_out` (the runs directory).
 
+    `entry` is a person's own script (`place_of`) or `-m module`; the script is copied also where git does not track it.
     Raises SettingError when a listed path does not exist or the copy would be larger than MAX_BYTES."""
     root = _git_root(cwd)
     files = _tracked_and_new(root) if root else []
     origin = root or cwd
+    files += _entry_file(entry, origin)
     for word in include:
         path = (cwd / word).resolve()
         if not path.exists():
@@ -44,19 +59,99 @@ def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path) -> N
         target = run.code / path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(origin / path, target)
-    _add_own_packages(run.code)
+    _add_own_packages(run.code, entry)
     git = _git_facts(root) if root else {}
-    run.snapshot.write_text(json.dumps({"time": round(time.time(), 3), "from": str(origin), "files": len(chosen), "bytes": total, **git}, indent=1) + "\n")
+    facts = {"time": round(time.time(), 3), "from": str(origin), "files": len(chosen), "bytes": total, **git, "versions": versions_here()}
+    run.snapshot.write_text(json.dumps(facts, indent=1) + "\n")
+    run.code_sums.write_text(json.dumps(sums_of(run.code), indent=0) + "\n")
     run.diff.write_bytes(_git(root, "diff", "HEAD") if root and git.get("commit") else b"")
 
 
-def _add_own_packages(code: Path) -> None:
-    """holdfast itself is part of what is frozen, also where it is an installed package and not the tree that one works in."""
-    for name in _OWN_PACKAGES:
-        target = code / name
+def freeze_again(run: RunDir, source: RunDir) -> None:
+    """Copies the frozen code of another run, byte for byte. Raises SettingError when it is no longer what was frozen."""
+    known = read_sums(source)
+    changed = [path for path, digest in known.items() if _sum(source.code / path) != digest]
+    if changed:
+        raise SettingError(
+            f"the frozen code of run {source.id} was changed since it was submitted ({', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''}), so it cannot be run again as it was;"
+            " --with-current-code takes the working tree instead."
+        )
+    for path in known:
+        (run.code / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source.code / path, run.code / path)
+    run.code_sums.write_text(json.dumps(known, indent=0) + "\n")
+    run.snapshot.write_text(json.dumps({**facts_of(source), "rerun_of": source.id, "versions": versions_here()}, indent=1) + "\n")
+    top = RunDir(source.path.parent.parent) if source.is_member else source
+    run.diff.write_bytes(top.diff.read_bytes() if top.diff.exists() else b"")
+
+
+def facts_of(run: RunDir) -> dict[str, Any]:
+    """What snapshot.json says about the code of a run; empty where it cannot be read."""
+    top = RunDir(run.path.parent.parent) if run.is_member else run
+    try:
+        facts = json.loads(top.snapshot.read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def read_sums(run: RunDir) -> dict[str, str]:
+    """Path -> sha256 of the frozen files as they were; as they are, where the run is older than this list."""
+    try:
+        return {str(path): str(digest) for path, digest in json.loads(run.code_sums.read_text()).items()}
+    except (OSError, ValueError, AttributeError):
+        return sums_of(run.code)
+
+
+def sums_of(code: Path) -> dict[str, str]:
+    """Path -> sha256 of every file below a folder but compiled ones."""
+    paths = sorted(path.relative_to(code).as_posix() for path in code.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path: _sum(code / path) for path in paths}
+
+
+def _sum(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def versions_here() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide what a training computes, as they are installed here."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _entry_file(entry: str | None, origin: Path) -> list[Path]:
+    """The script of `ENTRY` as a file to copy; nothing where it is a module or lies elsewhere. Raises SettingError."""
+    if entry is None:
+        return []
+    if entry.startswith("-m "):
+        top = entry[3:].strip().partition(".")[0]
+        if top in _OWN_PACKAGES and not (origin / top / "__init__.py").exists():
+            raise SettingError(f"ENTRY: -m {top} would start holdfast's own package of that name; give the path of your script ({top}.py) instead.")
+        return []
+    if not (origin / entry).is_file():
+        raise SettingError(f"ENTRY: {entry!r} does not exist in {origin}.")
+    return [] if Path(entry).is_absolute() else [Path(entry)]
+
+
+def _add_own_packages(code: Path, entry: str | None) -> None:
+    """holdfast itself is part of what is frozen, also where it is an installed package and not the tree that one works in.
+
+    Raises SettingError where the working tree has another package under one of our names."""
+    # A person's own script needs no `train` of ours, and may well have one of its own.
+    for name in _OWN_PACKAGES if entry is None else _OWN_PACKAGES[:-1]:
+        target, source = code / name, Path(str(resources.files(name)))
         if not (target / "__init__.py").exists():
-            source = Path(str(resources.files(name)))
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        elif any(not (target / path.name).exists() for path in source.glob("*.py")):
+            raise SettingError(f"the package {name}/ in your working tree has the name of one of holdfast's own, which the run could then not find; rename it or put it into a folder.")
+    if not (code / _HELPER).exists():
+        shutil.copy2(Path(str(resources.files("jobs"))).parent / _HELPER, code / _HELPER)
 
 
 def _git_root(cwd: Path) -> Path | None:

@@ -183,7 +183,8 @@ def _short(place: str) -> str:
 class Watchdog:
     """Watches one attempt. `tick` is called now and then with the seconds since the last call."""
 
-    def __init__(self, run: RunDir, attempt: int, *, world: int, nodes: list[str], per_node: int, pace_key: str, least_s: float, quiet_s: float, ask: Callable[[str], None], kill: Callable[[str], None]):
+    def __init__(self, run: RunDir, attempt: int, *, world: int, nodes: list[str], per_node: int, pace_key: str, least_s: float, quiet_s: float, ask: Callable[[str], None], kill: Callable[[str], None], own: bool = False):
+        self._own = own
         self._run, self._attempt, self._world, self._nodes, self._per_node = run, attempt, world, nodes, per_node
         self._ask, self._kill = ask, kill
         self.silence = Silence(Pace.load(run.pace, pace_key), least_s, quiet_s)
@@ -198,6 +199,8 @@ class Watchdog:
 
     def tick(self, passed_s: float) -> None:
         section, step, slurm_step = read_place(self._run, self._attempt)
+        if self._own and section == "start":
+            return  # a person's own script that says nothing about its steps: its silence means nothing
         if self.silence.look(section, step, passed_s):
             self._asked = 0
             self.keep(only_if_grown=True)

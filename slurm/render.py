@@ -99,6 +99,8 @@ def render_script(job: Job, script: Script) -> str:
         directives=list(_directives(job, script)),
         train=Quoted(" ".join(shell(word) for word in _train_command(job, script))),
         mounts=_mounts(job, script) if job.container_image else [],
+        # Of what image and job both set, pyxis keeps the image's unless it is told otherwise.
+        kept_env=[*job.node_env, *(["PYTHONPATH"] if job.entry else [])],
     )
 
 
@@ -152,6 +154,10 @@ def _directives(job: Job, script: Script) -> Iterator[tuple[str, Any]]:
     # A requeue would otherwise begin the log anew and the first attempt's words would be lost.
     yield "open-mode", "append"
     yield "signal", f"{LEAD_SIGNAL.name.removeprefix('SIG')}@{job.stop_lead_s}"
+    if job.notify_email:
+        yield "mail-user", job.notify_email
+        # A requeue is no end: Slurm has a kind of its own for it, which is not asked for.
+        yield "mail-type", "END,FAIL"
     if script.array_size is not None:
         yield "array", f"0-{script.array_size - 1}%{min(job.array_parallel, script.array_size)}"
         yield "output", pattern(script.run.members) + "/%a/logs/%A_%a.batch.out"
@@ -192,7 +198,9 @@ def _mounts(job: Job, script: Script) -> list[str]:
     for mount in job.container_mounts:
         if "," in mount:
             raise RenderError(f"CONTAINER_MOUNTS: {mount!r} has a comma, at which {job.container_runtime} cuts a mount in two; give one mount per item.")
-    return [mount if ":" in mount else f"{mount}:{mount}" for mount in (path, *job.container_mounts)]
+    # A script that lies outside of the working tree is not frozen, and runs from where it is.
+    outside = [str(Path(job.entry).parent)] if job.entry and job.entry.startswith("/") else []
+    return [mount if ":" in mount else f"{mount}:{mount}" for mount in (path, *outside, *job.container_mounts)]
 
 
 def default_python(job: Job, executable: str) -> str:

@@ -15,19 +15,23 @@ import yaml
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGES = ("jobs", "slurm", "launcher", "train")
-ARROWS = {"jobs": set(), "slurm": {"jobs"}, "launcher": {"jobs", "slurm"}, "train": {"jobs"}}
+# The module that a person's own script imports, beside the packages.
+HELPER = "holdfast"
+ARROWS = {"jobs": set(), "slurm": {"jobs"}, "launcher": {"jobs", "slurm"}, "train": {"jobs"}, HELPER: {"jobs"}}
 # Third-party modules that a package may import when it is loaded, and those only inside a function.
 ALWAYS = {
     "jobs": {"pydantic", "yaml"},
     "slurm": {"jinja2"},
     "launcher": {"typer", "rich"},
     "train": {"torch", "accelerate", "numpy", "safetensors"},
+    HELPER: set(),
 }
 LAZILY = {
     "jobs": set(),
     "slurm": set(),
     "launcher": {"matplotlib", "optuna"},
     "train": {"transformers", "tokenizers", "datasets", "pyarrow", "sklearn", "transformer_engine", "torchao"},
+    HELPER: set(),
 }
 # The one module that imports submitit; the command line imports it inside functions only.
 SUBMITIT_HOME = "launcher/submit.py"
@@ -48,7 +52,7 @@ class Import:
 
 def imports_of(path: Path) -> Iterator[Import]:
     file = path.relative_to(REPO).as_posix()
-    package = file.partition("/")[0]
+    package = file.partition("/")[0].removesuffix(".py")
 
     def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
@@ -69,7 +73,7 @@ def imports_of(path: Path) -> Iterator[Import]:
     yield from walk(ast.parse(path.read_text(), file), False)
 
 
-MODULES = sorted(path for package in PACKAGES for path in (REPO / package).rglob("*.py"))
+MODULES = sorted([REPO / f"{HELPER}.py", *(path for package in PACKAGES for path in (REPO / package).rglob("*.py"))])
 IMPORTS = [found for path in MODULES for found in imports_of(path)]
 FOREIGN = [found for found in IMPORTS if found.top not in sys.stdlib_module_names and found.top not in PACKAGES]
 
@@ -82,7 +86,7 @@ def faults(wrong: list[Import]) -> str:
 
 
 def test_there_is_something_to_look_at() -> None:
-    assert {path.parts[len(REPO.parts)] for path in MODULES} == set(PACKAGES)
+    assert {path.parts[len(REPO.parts)] for path in MODULES} == {*PACKAGES, f"{HELPER}.py"}
     assert {"submitit", "torch", "pydantic", "jinja2", "typer"} <= {found.top for found in FOREIGN}
 
 
@@ -96,13 +100,13 @@ def test_imports_are_absolute() -> None:
     assert not wrong, faults(wrong)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", [*PACKAGES, HELPER])
 def test_a_package_imports_no_more_than_it_may_when_it_is_loaded(package: str) -> None:
     wrong = [found for found in FOREIGN if found.package == package and not found.lazy and found.file != SUBMITIT_HOME and found.top not in ALWAYS[package]]
     assert not wrong, faults(wrong)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", [*PACKAGES, HELPER])
 def test_a_package_imports_no_more_than_it_may_inside_a_function(package: str) -> None:
     wrong = [found for found in FOREIGN if found.package == package and found.lazy and found.top not in ALWAYS[package] | LAZILY[package]]
     assert not wrong, faults(wrong)
@@ -156,7 +160,7 @@ def test_a_command_that_only_reads_loads_nothing_heavy(words: list[str], tmp_pat
     assert done.stdout and done.stderr.splitlines()[-1] == "loaded:"
 
 
-@pytest.mark.parametrize("module", ["launcher.attempt", "jobs.sources", "train.stop"])
+@pytest.mark.parametrize("module", ["launcher.attempt", "jobs.sources", "jobs.stop", "holdfast"])
 def test_what_runs_in_the_last_seconds_of_an_attempt_loads_nothing_heavy(module: str) -> None:
     program = f"import sys, {module}\nprint([m for m in {HEAVY!r} + ('jinja2', 'typer', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, timeout=60)
@@ -220,7 +224,7 @@ def test_every_third_party_module_that_is_always_imported_is_a_dependency() -> N
 
 def test_what_is_not_python_lies_inside_the_packages_and_is_found_there() -> None:
     wheel = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel == {"packages": list(PACKAGES)}
+    assert wheel == {"packages": [*PACKAGES, f"{HELPER}.py"]}
     for package, pattern in (("slurm", "templates/*.j2"), ("slurm", "sites/*.yaml"), ("jobs", "*.yaml"), ("slurm", "train.sbatch")):
         found = sorted(path.name for path in Path(str(resources.files(package))).glob(pattern))
         assert found and found == sorted(path.name for path in (REPO / package).glob(pattern)), (package, pattern)

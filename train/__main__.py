@@ -14,8 +14,8 @@ from jobs.contract import STACKS_SIGNAL, Exit, RankEnv
 from jobs.errors import HoldfastError
 from jobs.rundir import AttemptDir, RunDir
 from jobs.sources import load
+from jobs.stop import StopFlag, leave_marker, name_of
 from train.clock import Clock
-from train.stop import StopFlag, leave_marker, name_of
 
 
 def main() -> int:

@@ -1,7 +1,6 @@
 """The training loop, and what surrounds it: build, resume, step, validate, log, save, stop."""
 
 import math
-import os
 import platform
 import sys
 import time
@@ -21,10 +20,12 @@ from jobs.contract import Event
 from jobs.errors import ImpossibleJobError
 from jobs.goodput import Part
 from jobs.precision import Precision
+from jobs.progress import Progress
 from jobs.rules import schedule_of
-from jobs.rundir import AttemptDir, RunDir, origins
+from jobs.rundir import RunDir, origins
 from jobs.schedule import describe, lr_at
 from jobs.settings import Job
+from jobs.stop import StopFlag, name_of
 from train import checkpoint, optim, runtime, switches
 from train.build import build, open_split
 from train.changes import changes, refusal
@@ -42,7 +43,6 @@ from train.runtime import Runtime
 from train.saver import Saver
 from train.seeds import seed_everything
 from train.step import Stepper
-from train.stop import StopFlag, name_of
 from train.tracer import Tracer
 
 # Seconds that a rank waits for its samples before it listens for a stop again.
@@ -55,26 +55,6 @@ class Outcome:
 
     step: int
     stopped_by: str | None
-
-
-class Progress:
-    """The last finished step, where the end of the attempt finds it whatever became of this process."""
-
-    def __init__(self, attempt: AttemptDir, enabled: bool):
-        self._fd = os.open(attempt.progress, os.O_WRONLY | os.O_CREAT, 0o644) if enabled else None
-        self._section_fd = os.open(attempt.section, os.O_WRONLY | os.O_CREAT, 0o644) if enabled else None
-        self._section = ""
-
-    def set(self, step: int) -> None:
-        if self._fd is not None:
-            os.pwrite(self._fd, f"{step:<12d}".encode(), 0)
-
-    def enter(self, section: str) -> str:
-        """Says what comes now, for the watchdog: first_step, step, evaluation or save. Returns what was before."""
-        before, self._section = self._section, section
-        if self._section_fd is not None and section != before:
-            os.pwrite(self._section_fd, f"{section} {os.environ.get('SLURM_STEP_ID', '-')}".ljust(32).encode(), 0)
-        return before
 
 
 def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jobs.metrics import read
+from jobs.metrics import cut_back
 
 
 class MetricsLog:
@@ -14,7 +14,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, resumed_step: int, again: bool = False):
         self.path = path
-        self._drop_after(resumed_step - again)
+        cut_back(path, resumed_step - again)
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._waiting = b""
 
@@ -38,15 +38,3 @@ class MetricsLog:
     def _flush(self) -> None:
         while self._waiting:
             self._waiting = self._waiting[os.write(self._fd, self._waiting) :]
-
-    def _drop_after(self, step: int) -> None:
-        """Steps behind the checkpoint will be trained again; a torn last line goes too. Written aside, then renamed."""
-        if not self.path.exists():
-            return
-        kept = [line for line in read(self.path) if int(line["step"]) <= step]
-        aside = self.path.with_suffix(".tmp")
-        with open(aside, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self.path)

@@ -23,7 +23,7 @@ from typing import Any
 
 from jobs.contract import PEER_EXIT_WAIT_S, STOP_SIGNALS, Exit, RankEnv
 from jobs.rundir import RunDir
-from train.stop import leave_marker, name_of
+from jobs.stop import leave_marker, name_of
 
 _POLL_S = 0.1
 # Seconds after a stop in which ranks may still come into being; nothing has been trained before.

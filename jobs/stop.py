@@ -15,6 +15,8 @@ from jobs.rundir import AttemptDir
 # Seconds between two looks for the stop file: a look is one metadata call on a shared file system.
 _FILE_EVERY_S = 1.0
 STOP_FILE = "stop file"
+# In the place of a signal: a script of somebody's own that wants to be started again, unasked.
+OWN_WISH = "its own wish"
 # No signal has this number.
 SUPERSEDED = 100
 # Seconds that a process which has trained nothing yet goes on after a stop, in case it reaches a step boundary by itself.

@@ -1,0 +1,236 @@
+"""`holdfast clean`: takes old runs away, and nothing else. It shows what it would do until it is told --yes.
+
+Only a directory that is certainly a run of this user, and certainly over, is touched: it is renamed aside first, so that
+nobody finds half of it under its name. Everything else is left, and the reason said.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jobs import ckpt_format, rundir
+from jobs.contract import Exit
+from jobs.errors import HoldfastError, SettingError
+from jobs.rundir import RunDir
+from jobs.sources import load
+from launcher import show
+
+_TRASH, _STAGING = ".trash-", ".staging-"
+# What lies aside for so long was left by a command that was killed.
+_LEFTOVER_S = 86_400.0
+_UNITS = {"h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
+_LIVE = ("running", "waiting")
+
+
+@dataclass
+class Candidate:
+    """One run, or array of runs, that was looked at. `why_left` is empty when it goes."""
+
+    run: str
+    path: str
+    state: str
+    touched: float
+    bytes: int
+    why_left: str = ""
+    removed: bool = False
+
+
+def clean(folder: Path, named: Sequence[RunDir], *, older: str | None, failed: bool, keep_checkpoints: bool, yes: bool, as_json: bool) -> int:
+    """Shows what would go and what stays, and with `yes` does it. 1 when something could not be removed."""
+    age_s = parse_age(older) if older else None
+    chosen = bool(named) or failed or age_s is not None
+    queue, trouble = show.ask_queue()
+    candidates = [_look(run, queue, bool(trouble)) for run in (named or _tops(folder))]
+    needed = _needed(folder)
+    for one in candidates:
+        one.why_left = one.why_left or _why_left(one, age_s, failed, chosen, needed)
+    going = [one for one in candidates if not one.why_left]
+    problems: list[str] = []
+    if yes and chosen:
+        for one in going:
+            said = _remove(RunDir(Path(one.path)), keep_checkpoints)
+            one.removed = not said
+            problems += said
+        problems += _clear_leftovers(folder)
+    if as_json:
+        print(json.dumps({"dry_run": not yes, "bytes": sum(one.bytes for one in going), "runs": [asdict(one) for one in candidates], "problems": problems}, indent=1))
+    else:
+        _print(candidates, going, folder, trouble, chosen, yes, keep_checkpoints, problems)
+    return Exit.FAILED if problems else Exit.DONE
+
+
+def parse_age(text: str) -> float:
+    """Seconds of 12h, 30d or 4w. Raises SettingError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", text.strip())
+    if not found:
+        raise SettingError(f"--older {text!r}: write a number of hours, days or weeks, such as 12h, 30d or 4w.")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def _tops(folder: Path) -> list[RunDir]:
+    """Every run and array directly under the runs directory, oldest first."""
+    seen = {run.path.parent.parent if run.is_member else run.path for run in rundir.all_runs(folder)}
+    return [RunDir(path) for path in sorted(seen, key=lambda path: (path / "job.yaml").stat().st_mtime if (path / "job.yaml").exists() else 0.0)]
+
+
+def _look(run: RunDir, queue: dict[str, tuple[str, str, str]] | None, silent: bool) -> Candidate:
+    """What a run is doing. `silent`: there is a Slurm, and it did not answer."""
+    why = _not_ours(run)
+    if why:
+        return Candidate(run.id, str(run.path), "", 0.0, 0, why)
+    members = [run.member(int(path.name)) for path in run.members.iterdir() if path.name.isdigit()] if run.has_members else [run]
+    rows = show.collect([member for member in members if member.job_yaml.exists()], queue)
+    states = {row.state for row in rows}
+    touched = max((path.stat().st_mtime for member in members for path in (member.ledger, member.metrics, member.job_yaml) if path.exists()), default=0.0)
+    state = next((word for word in (*_LIVE, "stopped", "failed", "damaged", "cancelled") if word in states), "finished" if states else "damaged")
+    if state in _LIVE:
+        why = f"it is {state}"
+    elif silent and state != "finished":
+        why = "Slurm does not answer, so nobody knows whether it is queued"
+    return Candidate(run.id, str(run.path), state, touched, size_of(run.path), why)
+
+
+def _not_ours(run: RunDir) -> str:
+    """Why a path must not be touched whatever its state; empty where it is a run directory of this user."""
+    try:
+        found = os.lstat(run.path)
+        job = os.lstat(run.job_yaml)
+    except OSError as err:
+        return f"it cannot be read: {err.strerror}"
+    if stat.S_ISLNK(found.st_mode):
+        return "it is a symbolic link"
+    if run.is_member:
+        return f"it is one task of an array; name the array, {run.path.parent.parent.name}"
+    if not stat.S_ISREG(job.st_mode) or not run.logs.is_dir():
+        return "it is no run directory of ours"
+    if found.st_uid != os.geteuid():
+        return "it belongs to somebody else"
+    if os.path.ismount(run.path):
+        return "something is mounted there"
+    try:
+        load(run.job_yaml)
+    except HoldfastError:
+        return "its job.yaml cannot be read, so it may be something else"
+    return ""
+
+
+def _why_left(one: Candidate, age_s: float | None, failed: bool, chosen: bool, needed: dict[str, str]) -> str:
+    if not chosen:
+        return "not chosen"
+    if age_s is not None and time.time() - one.touched < age_s:
+        return f"last touched {show.ago(one.touched)}"
+    if failed and one.state != "failed":
+        return f"it is {one.state}, not failed"
+    user = next((run for path, run in needed.items() if path == one.path or path.startswith(one.path + os.sep)), "")
+    return f"run {user} starts from it" if user and user != one.run else ""
+
+
+def _needed(folder: Path) -> dict[str, str]:
+    """Path -> run, of everything that a run which is there takes its weights from."""
+    found = {}
+    for run in rundir.all_runs(folder):
+        try:
+            job = load(run.job_yaml)
+        except HoldfastError:
+            continue
+        if job.init_from:
+            found[os.path.abspath(job.init_from)] = run.id
+    return found
+
+
+def size_of(path: Path) -> int:
+    """Bytes that a folder takes on the disk; links are not followed."""
+    total = 0
+    for folder, _, files in os.walk(path):
+        for name in files:
+            try:
+                total += os.lstat(os.path.join(folder, name)).st_blocks * 512
+            except OSError:
+                continue
+    return total
+
+
+def _remove(run: RunDir, keep_checkpoints: bool) -> list[str]:
+    """Takes a run away, or all of it but what `ckpt` and `diff` need. Returns what went wrong."""
+    if keep_checkpoints and ckpt_format.complete(run.checkpoints):
+        kept = {run.checkpoints.name, run.job_yaml.name, run.origins.name, run.snapshot.name, run.diff.name, run.code_sums.name, run.ledger.name, run.metrics.name, run.script.name}
+        problems = []
+        for path in sorted(run.path.iterdir()):
+            if path.name not in kept:
+                problems += _away(path)
+        # Without its logs it would no longer be known for a run directory.
+        run.logs.mkdir(exist_ok=True)
+        return problems
+    return _away(run.path)
+
+
+def _away(path: Path) -> list[str]:
+    """Renames, then deletes. What could not be deleted stays aside and is tried again the next time."""
+    doomed = path.parent / f"{_TRASH}{path.name.lstrip('.')}-{secrets.token_hex(4)}"
+    try:
+        os.rename(path, doomed)
+    except OSError as err:
+        return [f"{path}: {err.strerror}"]
+    return _delete(doomed)
+
+
+def _delete(path: Path) -> list[str]:
+    problems: list[str] = []
+
+    def remember(function: object, where: str, error: object) -> None:
+        err = error[1] if isinstance(error, tuple) else error
+        problems.append(f"{where}: {getattr(err, 'strerror', err)}")
+
+    if path.is_symlink() or not path.is_dir():
+        try:
+            path.unlink()
+        except OSError as err:
+            problems.append(f"{path}: {err.strerror}")
+    else:
+        shutil.rmtree(path, onerror=remember)
+    return problems
+
+
+def _clear_leftovers(folder: Path) -> list[str]:
+    """What commands that were killed have left aside, where it is old enough to be nobody's work in progress."""
+    problems = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        found = os.lstat(path)
+        if path.name.startswith((_TRASH, _STAGING)) and stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and time.time() - found.st_mtime > _LEFTOVER_S:
+            problems += _delete(path)
+    return problems
+
+
+def _print(candidates: Sequence[Candidate], going: Sequence[Candidate], folder: Path, trouble: str, chosen: bool, yes: bool, keep_checkpoints: bool, problems: Sequence[str]) -> None:
+    if trouble:
+        print(trouble)
+    if not candidates:
+        print(f"no runs in {show.near(folder)}/")
+        return
+    table = show._table("run", "state", "last touched", "size", "")
+    for one in candidates:
+        verdict = ("removed" if one.removed else "could not be removed") if yes and not one.why_left else "would go" if not one.why_left else f"left: {one.why_left}"
+        table.add_row(one.run, one.state or "-", show.ago(one.touched) if one.touched else "-", gigabytes(one.bytes) if one.bytes else "-", verdict if chosen or one.why_left != "not chosen" else "")
+    show._print(table)
+    for problem in problems:
+        print(f"could not be removed: {problem}")
+    total = gigabytes(sum(one.bytes for one in going))
+    if not chosen:
+        print("nothing is chosen: name runs, or say --older 30d or --failed")
+    elif not yes:
+        but = ", all but their checkpoints and their records," if keep_checkpoints else ""
+        print(f"{len(going)} of {len(candidates)} runs{but} would go, {total}; nothing was removed: --yes does it")
+    else:
+        print(f"{sum(one.removed for one in going)} of {len(candidates)} runs removed{' but for their checkpoints and records' if keep_checkpoints else ''}, {total}")
+
+
+def gigabytes(count: int) -> str:
+    """1.3 GB, or 0.4 MB where that is less than a tenth of one."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,180 @@
+"""`holdfast clean` removes runs that are over and nothing else, whatever lies in the runs directory."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from conftest import REPOSITORY, Cluster, until
+
+from jobs import ckpt_format, ledger, own_ckpt
+from jobs.contract import Event
+from jobs.errors import SettingError
+from jobs.rundir import RunDir
+from launcher import clean
+from launcher.cli import run_app
+
+DAY_S = 86_400
+
+
+def made(folder: Path, name: str, cause: str | None = "finished", age_s: float = 0.0, job_id: str = "local-1", **settings: object) -> RunDir:
+    """A run as it lies there afterwards: settings, ledger, a checkpoint, a log, code."""
+    run = RunDir(folder / name)
+    (run.path / "logs").mkdir(parents=True)
+    run.code.mkdir(exist_ok=True)
+    (run.code / "x.py").write_text("x" * 5000)
+    run.job_yaml.write_text(f'job_name: "{name}"\n' + "".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
+    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id)
+    ledger.append(run.ledger, Event.START, attempt=1, job_id=job_id, world=1)
+    if cause:
+        ledger.append(run.ledger, Event.END, attempt=1, job_id=job_id, cause=cause, step=5, saved_step=5)
+    source = own_ckpt.staging(run.checkpoints, 5, 1)
+    (source / "w").write_bytes(b"w" * 10_000)
+    own_ckpt.commit(source, run.checkpoints, 5, 1, 2)
+    then = time.time() - age_s
+    for path in (run.ledger, run.job_yaml):
+        os.utime(path, (then, then))
+    return run
+
+
+def cleaned(folder: Path, *words: str, code: int = 0) -> dict[str, str]:
+    """Run -> why it was left (empty: it goes), as the command says it on a machine without Slurm."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), mock.patch("launcher.show.ask_queue", lambda: (None, "")):
+        assert run_app(["clean", "--json", *words, f"RUNS_DIR={folder}"]) == code, out.getvalue()
+    return {one["run"]: one["why_left"] for one in json.loads(out.getvalue())["runs"]} if out.getvalue() else {}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_without_yes_nothing_goes_and_what_would_is_said_with_its_size(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    made(runs, "old", age_s=40 * DAY_S), made(runs, "new")
+    done = subprocess.run([sys.executable, "-m", "launcher.cli", "clean", "--older", "30d", f"RUNS_DIR={runs}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "1 of 2 runs would go" in done.stdout and "--yes does it" in done.stdout and " MB" in done.stdout
+    assert "left: last touched" in done.stdout
+    assert names(runs) == ["new", "old"]
+    done = subprocess.run([sys.executable, "-m", "launcher.cli", "clean", "--yes", f"RUNS_DIR={runs}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert "nothing is chosen" in done.stdout and names(runs) == ["new", "old"]
+
+
+def test_filters_choose_and_names_narrow(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    made(runs, "a-old", age_s=9 * DAY_S), made(runs, "b-bad", "code_error"), made(runs, "c-bad-old", "code_error", 9 * DAY_S), made(runs, "d-new")
+    assert [run for run, why in cleaned(runs, "--older", "1w").items() if not why] == ["a-old", "c-bad-old"]
+    assert [run for run, why in cleaned(runs, "--failed").items() if not why] == ["c-bad-old", "b-bad"]
+    assert cleaned(runs, "--older", "1w", "--failed", "--yes")["c-bad-old"] == ""
+    assert names(runs) == ["a-old", "b-bad", "d-new"]
+    assert cleaned(runs, "d-new", "b-bad", "--yes") == {"d-new": "", "b-bad": ""}
+    assert names(runs) == ["a-old"]
+    assert cleaned(runs, "nothing", code=2) == {}
+    for word, seconds in (("12h", 43_200), ("30d", 30 * DAY_S), ("0.5w", 3.5 * DAY_S)):
+        assert clean.parse_age(word) == seconds
+    for word in ("30", "d", "-1d", "3m", "1d 2h"):
+        with pytest.raises(SettingError, match="such as 12h"):
+            clean.parse_age(word)
+
+
+def test_what_is_not_certainly_a_run_of_ones_own_that_is_over_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = tmp_path / "runs"
+    made(runs, "goes")
+    made(runs, "works", None, job_id=f"local-{os.getpid()}")
+    base = made(runs, "base")
+    made(runs, "child", None, job_id=f"local-{os.getpid()}", init_from=str(base.checkpoints / "step-00000005"))
+    (runs / "foreign").mkdir()
+    (runs / "foreign" / "thesis.tex").write_text("years of work")
+    (runs / "alike").mkdir()
+    (runs / "alike" / "job.yaml").write_text("kind: Deployment\n")
+    (runs / "odd" / "logs").mkdir(parents=True)
+    (runs / "odd" / "job.yaml").write_text("kind: Deployment\n")
+    elsewhere = made(tmp_path / "elsewhere", "linked")
+    (runs / "linked").symlink_to(elsewhere.path)
+    (runs / "goes" / "data").symlink_to(tmp_path / "elsewhere")
+    before = names(runs)
+    said = cleaned(runs, "--older", "0d", "--yes")
+    assert said == {
+        "goes": "", "works": "it is running", "base": "run child starts from it", "child": "it is running", "alike": "it is no run directory of ours",
+        "odd": "its job.yaml cannot be read, so it may be something else", "linked": "it is a symbolic link",
+    }  # fmt: skip
+    assert names(runs) == [name for name in before if name != "goes"]
+    assert (elsewhere.path / "job.yaml").exists(), "a link inside of a run was followed"
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    assert clean._not_ours(base) == "it belongs to somebody else"
+
+
+def test_an_array_goes_as_a_whole_or_stays(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    array = made(runs, "many")
+    for index, cause in enumerate(("finished", None)):
+        made(array.members, str(index), cause, job_id=f"local-{os.getpid()}")
+    assert cleaned(runs, "many", "--yes") == {"many": "it is running"}
+    assert cleaned(runs, str(array.member(0).path), "--yes") == {"many.0": "it is one task of an array; name the array, many"}
+    ledger.append(array.member(1).ledger, Event.END, attempt=1, job_id="local-1", cause="finished", step=5, saved_step=5)
+    assert cleaned(runs, "many", "--yes") == {"many": ""}
+    assert names(runs) == []
+
+
+def test_checkpoints_and_records_can_be_kept(tmp_path: Path) -> None:
+    run = made(tmp_path / "runs", "kept")
+    assert cleaned(tmp_path / "runs", "kept", "--keep-checkpoints", "--yes") == {"kept": ""}
+    assert names(run.path) == ["checkpoints", "job.yaml", "ledger.jsonl", "logs"]
+    assert ckpt_format.verify(ckpt_format.path_of(run.checkpoints, 5)).step == 5
+    assert cleaned(tmp_path / "runs", "kept", "--yes") == {"kept": ""}
+    assert names(tmp_path / "runs") == []
+
+
+def test_what_a_killed_clean_left_aside_goes_when_it_is_old(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    made(runs, "goes")
+    for name, age_s in ((".trash-x-1", 2 * DAY_S), (".staging-y-2", 2 * DAY_S), (".trash-z-3", 60), (".hidden", 9 * DAY_S)):
+        (runs / name).mkdir()
+        (runs / name / "f").touch()
+        os.utime(runs / name, (time.time() - age_s,) * 2)
+    cleaned(runs, "goes", "--yes")
+    assert names(runs) == [".hidden", ".trash-z-3"]
+
+
+def test_what_cannot_be_deleted_is_said_and_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made(tmp_path / "runs", "stuck")
+
+    def refuse(*args: object, **more: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    assert clean.clean(tmp_path / "runs", [run], older=None, failed=False, keep_checkpoints=False, yes=True, as_json=False) == 1
+    said = capsys.readouterr().out
+    assert "stuck: Permission denied" in said and "0 of 1 runs removed" in said
+    assert run.job_yaml.exists()
+
+
+@pytest.mark.slurm
+def test_what_slurm_runs_or_queues_stays_and_so_does_everything_when_slurm_is_silent(cluster: Cluster) -> None:
+    args = {"ENTRY": "tests/helped_script.py", "ENTRY_ARGS": "100000,5,0.05", "GPUS_PER_NODE": "1"}
+    run = cluster.submit(NODES="1", **args)
+    queued = cluster.submit("--array", "SEED=1..2", NODES="4", SBATCH_OPTIONS="exclusive=,begin=now+1hour", **args)
+    try:
+        cluster.at_step(run, 3)
+        said = json.loads(cluster.holdfast("clean", "--json", "--yes", str(run.path), str(queued.path)).stdout)
+        assert [one["why_left"] for one in said["runs"]] == ["it is running", "it is waiting"]
+        silent = cluster.lab.conf.read_text().replace(f"SlurmctldPort={cluster.lab.base_port}", "SlurmctldPort=9")
+        conf = cluster.runs.parent / "silent.conf"
+        conf.write_text(silent)
+        preempted = made(cluster.runs, "preempted", "preempted", job_id="77")
+        said = json.loads(cluster.holdfast("clean", "--json", "--yes", str(queued.path), str(preempted.path), SLURM_CONF=str(conf)).stdout)
+        assert [one["why_left"] for one in said["runs"]] == ["it is waiting", "Slurm does not answer, so nobody knows whether it is queued"]
+    finally:
+        for one in (cluster.job_id(run), cluster.job_id(queued.member(0)).partition("_")[0]):
+            cluster.slurm("scancel", one)
+    until(lambda: ledger.attempts(ledger.read(run.ledger))[-1].cause, 30, "the end of the run")
+    until(lambda: not cluster.slurm("squeue", "-h", "-j", cluster.job_id(run)).strip(), 30, "its job to leave the queue")
+    said = json.loads(cluster.holdfast("clean", "--json", "--yes", str(run.path), str(queued.path), str(preempted.path)).stdout)
+    assert [one["why_left"] for one in said["runs"]] == ["", "", ""]
+    assert not run.path.exists() and not queued.path.exists()

@@ -1,0 +1,340 @@
+"""`import holdfast` in a script of somebody else: what it needs, what it does in a run, and that it harms nothing outside of one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, until
+
+from jobs import ckpt_format, ledger, own_ckpt
+from jobs.contract import Cause, Exit
+from jobs.errors import CheckpointError, SettingError
+from jobs.rundir import RunDir
+from launcher import snapshot
+from launcher.local import run_attempts
+from launcher.prepare import prepare, resolve_here
+from launcher.watchdog import Watchdog
+
+SCRIPT = REPOSITORY / "tests" / "helped_script.py"
+ENVIRON = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+
+
+def end_of(seed: int, steps: int, rank: int = 0) -> int:
+    """What the walk of helped_script.py ends at."""
+    value = seed + rank
+    for step in range(steps):
+        value = (value * 6364136223846793005 + step) % (2**61 - 1)
+    return value
+
+
+def own_run(runs: Path, *args: str, **settings: str) -> RunDir:
+    words = {"ENTRY": str(SCRIPT), "ENTRY_ARGS": ",".join(args), "DEVICE": "cpu", "NODES": "1", "GPUS_PER_NODE": "1", "SEED": "5", "RUNS_DIR": str(runs), **settings}
+    return prepare(resolve_here([f"{key}={value}" for key, value in words.items()], {}, REPOSITORY), REPOSITORY, sys.executable)[0]
+
+
+def by_hand(cwd: Path, *args: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, str(SCRIPT), *args], cwd=cwd, env={**ENVIRON, "PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def steps_of(run: RunDir) -> list[int]:
+    return [line["step"] for line in map(json.loads, run.metrics.read_text().splitlines())]
+
+
+def causes(run: RunDir) -> list[str]:
+    return [str(attempt.cause) for attempt in ledger.attempts(ledger.read(run.ledger))]
+
+
+def test_it_needs_the_standard_library_only() -> None:
+    """A container that trains need not know what the launcher is made of."""
+    program = "import sys, holdfast; print(sorted({name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names) - {'__main__', '__mp_main__'}))"
+    done = subprocess.run([sys.executable, "-S", "-c", program], env={"PYTHONPATH": str(REPOSITORY)}, cwd="/", capture_output=True, text=True, timeout=60)
+    assert done.stdout == "['holdfast', 'jobs']\n", done.stdout + done.stderr
+
+
+def test_by_hand_it_keeps_everything_in_a_folder_and_a_signal_costs_nothing(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "holdfast-run")
+    first = by_hand(tmp_path, "40", "10", "0.05")
+    until(lambda: ckpt_format.complete(run.checkpoints), 30, "the first checkpoint")
+    first.send_signal(signal.SIGTERM)
+    said, _ = first.communicate(timeout=30)
+    assert first.returncode == Exit.REQUEUE, said
+    assert not (run.path / "attempts").exists() and not run.ledger.exists()
+    stopped = ckpt_format.step_of(ckpt_format.complete(run.checkpoints)[0])
+    assert stopped and f"stopped at step {stopped}" in said
+    second = by_hand(tmp_path, "40", "10", "0")
+    said, _ = second.communicate(timeout=30)
+    assert second.returncode == 0 and f"goes on from step-{stopped:08d}" in said
+    assert f"rank 0 ended at {end_of(0, 40)}" in said
+    assert steps_of(run) == list(range(5, 41, 5))
+    assert [path.name for path in ckpt_format.complete(run.checkpoints)] == ["step-00000040", f"step-{max(30, stopped):08d}"]
+
+
+def test_by_hand_a_second_start_finds_the_end(tmp_path: Path) -> None:
+    for _ in range(2):
+        done = by_hand(tmp_path, "10", "5", "0")
+        said, _ = done.communicate(timeout=30)
+        assert done.returncode == 0 and f"ended at {end_of(0, 10)}" in said
+    assert steps_of(RunDir(tmp_path / "holdfast-run")) == [5, 10]
+
+
+def test_ctrl_c_by_hand_is_what_it_always_was(tmp_path: Path) -> None:
+    process = by_hand(tmp_path, "10000", "5", "0.01")
+    until(lambda: ckpt_format.complete(tmp_path / "holdfast-run" / "checkpoints"), 30, "the first checkpoint")
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in said
+
+
+def test_a_killed_run_goes_on_and_the_ledger_counts_what_was_lost(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(SCRIPT.read_text().replace("    stop = ", "    if step == 33 and holdfast.attempt == 1:\n        os.kill(os.getpid(), 9)\n    stop = "))
+    run = own_run(tmp_path / "runs", "40", "10", "0", ENTRY=str(script))
+    assert run_attempts(run, ENVIRON) == Exit.DONE, run.log(ledger.read(run.ledger)[0]["job_id"], 0).read_text()
+    attempts = ledger.attempts(ledger.read(run.ledger))
+    assert [attempt.cause for attempt in attempts] == [Cause.KILLED, Cause.FINISHED]
+    assert (attempts[0].step, attempts[0].lost_steps, attempts[1].start_step) == (33, 3, 30)
+    assert (run.path / "end.0").read_text() == str(end_of(5, 40))
+    assert steps_of(run) == list(range(5, 41, 5))
+    saves = [event["step"] for event in ledger.read(run.ledger) if event["event"] == "checkpoint"]
+    assert saves == [10, 20, 30, 40]
+
+
+def test_a_stop_file_stops_it_for_good_and_resume_goes_on(tmp_path: Path) -> None:
+    run = own_run(tmp_path / "runs", "40", "100", "0.03", KEEP_LAST="1")
+    process = subprocess.Popen([sys.executable, "-m", "launcher.local", str(run.path)], cwd=REPOSITORY, env=ENVIRON)
+    until(lambda: run.metrics.exists(), 30, "its first line")
+    run.stop_file.touch()
+    assert process.wait(30) != 0
+    assert causes(run) == ["cancelled"]
+    attempt = ledger.attempts(ledger.read(run.ledger))[0]
+    assert attempt.lost_steps == 0 and attempt.step
+    run.stop_file.unlink()
+    ledger.append(run.ledger, ledger.Event.SUBMITTED, attempt=0, job_id="local-1", by="resume")
+    assert run_attempts(run, ENVIRON) == Exit.DONE
+    assert (run.path / "end.0").read_text() == str(end_of(5, 40))
+    assert len(ckpt_format.complete(run.checkpoints)) == 1
+    answer = subprocess.run([sys.executable, "-m", "launcher.cli", "ckpt", "verify", str(run.path)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert answer.returncode == 0 and "1 of 1 verified" in answer.stdout
+
+
+def test_an_exception_is_written_down_with_its_kind(tmp_path: Path) -> None:
+    run = own_run(tmp_path / "runs", "20", "10", "0", NODE_ENV="FAIL_AT=12")
+    assert run_attempts(run, ENVIRON) == Exit.FAILED
+    last = ledger.read(run.ledger)[-1]
+    assert last["cause"] == "out_of_memory" and "MemoryError: no room for the walk" in last["evidence"] and last["lost_steps"] == 2
+    assert "helped_script.py" in run.attempt(1).error(0).read_text()
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path: Path) -> None:
+    run = own_run(tmp_path / "runs", "20", "10", "0")
+    assert run_attempts(run, ENVIRON) == Exit.DONE
+    newest = ckpt_format.path_of(run.checkpoints, 20)
+    (newest / "parts" / "0.bin").write_bytes(b"y" * 1000)
+    ledger.append(run.ledger, ledger.Event.SUBMITTED, attempt=0, job_id="local-1", by="resume")
+    assert run_attempts(run, ENVIRON) == Exit.DONE
+    assert [event["name"] for event in ledger.read(run.ledger) if event["event"] == "damaged"] == [".damaged-step-00000020-2"]
+    assert ledger.attempts(ledger.read(run.ledger))[1].start_step == 10
+    assert (run.path / "end.0").read_text() == str(end_of(5, 20))
+
+
+def test_a_ghost_writes_no_checkpoint_any_more(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    for number in (1, 2):
+        run.attempt(number).path.mkdir(parents=True)
+    program = "import holdfast\nprint(holdfast.stop_requested())\nholdfast.new_checkpoint(5)"
+    env = {**ENVIRON, "PYTHONPATH": str(REPOSITORY), "HOLDFAST_RUN_DIR": str(run.path), "HOLDFAST_ATTEMPT": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == Exit.REQUEUE and done.stdout.startswith("True\nholdfast: a later attempt"), done.stderr
+    assert not run.checkpoints.exists()
+
+
+def test_a_stop_before_the_script_asks_ends_it_with_75(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    program = "import time, jobs.stop\njobs.stop._PATIENCE_S = 0.2\nimport holdfast\nprint('ready', flush=True)\ntime.sleep(60)"
+    env = {**ENVIRON, "PYTHONPATH": str(REPOSITORY), "HOLDFAST_RUN_DIR": str(run.path), "HOLDFAST_ATTEMPT": "1"}
+    process = subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == Exit.REQUEUE
+    assert json.loads(run.attempt(1).marker(0).read_text())["signal"] == "TERM"
+
+
+def test_settings_of_the_job_can_be_read(tmp_path: Path) -> None:
+    script = tmp_path / "ask.py"
+    script.write_text("import holdfast\nprint('said', [holdfast.setting(n) for n in ('lr', 'note', 'entry_args', 'compile', 'qos')], holdfast.attempt)\ntry:\n  holdfast.setting('nonsense')\nexcept KeyError as err:\n  print(err)\n")
+    run = own_run(tmp_path / "runs", "a b", ENTRY=str(script), LR="2e-4", NOTE="Zürich: 🙂 \\ # x")
+    assert run_attempts(run, {**ENVIRON, "PYTHONUTF8": "1"}) == Exit.DONE
+    said = run.log(ledger.read(run.ledger)[0]["job_id"], 0).read_text()
+    assert "said [0.0002, 'Zürich: 🙂 \\\\ # x', ['a b'], False, None] 1" in said and "is not a setting" in said
+
+
+def test_silence_is_a_hang_only_after_the_script_has_spoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.watchdog._ANSWER_S", 0)
+    run = RunDir(tmp_path)
+    run.attempt(1).path.mkdir(parents=True)
+    killed: list[str] = []
+    dog = Watchdog(run, 1, world=1, nodes=["n"], per_node=1, pace_key="", least_s=0.1, quiet_s=0.1, own=True, ask=lambda _: None, kill=killed.append)
+    for _ in range(50):
+        dog.tick(10.0)
+    assert not killed
+    run.attempt(1).section.write_text("step 0")
+    run.attempt(1).progress.write_text("3")
+    dog.tick(1.0)
+    dog.tick(10.0)
+    dog.tick(10.0)
+    assert killed and json.loads(run.attempt(1).hang.read_text())["step"] == 3
+
+
+# -- the commit of files that somebody else wrote ----------------------------------------------------------------------
+
+
+def filled(folder: Path, step: int, text: str = "x") -> Path:
+    source = own_ckpt.staging(folder, step, 1)
+    (source / "weights.bin").write_text(text)
+    return source
+
+
+def test_what_cannot_be_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no files"):
+        own_ckpt.commit(own_ckpt.staging(tmp_path, 1, 1), tmp_path, 1, 1, 2)
+    with pytest.raises(CheckpointError, match="no files"):
+        own_ckpt.commit(tmp_path / "absent", tmp_path, 1, 1, 2)
+    source = filled(tmp_path, 2)
+    (source / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="name of the manifest"):
+        own_ckpt.commit(source, tmp_path, 2, 1, 2)
+    assert ckpt_format.complete(tmp_path) == []
+
+
+def test_a_checkpoint_that_is_there_stays_and_a_damaged_one_makes_room(tmp_path: Path) -> None:
+    final, _ = own_ckpt.commit(filled(tmp_path, 3, "first"), tmp_path, 3, 1, 2)
+    own_ckpt.commit(filled(tmp_path, 3, "second"), tmp_path, 3, 1, 2)
+    assert (final / "weights.bin").read_text() == "first"
+    (final / "weights.bin").write_text("firsd")
+    own_ckpt.commit(filled(tmp_path, 3, "third"), tmp_path, 3, 1, 2)
+    assert (final / "weights.bin").read_text() == "third"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".damaged-step-00000003-1", "step-00000003"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_wherever_the_disk_refuses_nothing_half_has_a_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    own_ckpt.commit(filled(tmp_path, 1), tmp_path, 1, 1, 1)
+    real, count = getattr(os, call), 0
+    for allowed in range(20):
+        count = 0
+
+        def refuse(*args: object, allowed: int = allowed) -> object:
+            nonlocal count
+            count += 1
+            if count > allowed:
+                raise OSError(28, "No space left on device")
+            return real(*args)
+
+        source = filled(tmp_path, 2)
+        monkeypatch.setattr(os, call, refuse)
+        try:
+            own_ckpt.commit(source, tmp_path, 2, 1, 1)
+        except OSError:
+            assert ckpt_format.verify(own_ckpt.newest(tmp_path, 1, may_change=False)[0] or tmp_path)
+        else:
+            break
+        finally:
+            monkeypatch.setattr(os, call, real)
+            shutil.rmtree(own_ckpt.staging(tmp_path, 2, 1))
+    assert allowed < 19 and count
+    assert ckpt_format.verify(ckpt_format.path_of(tmp_path, 2)).step == 2
+
+
+def test_a_manifest_that_points_outside_is_refused(tmp_path: Path) -> None:
+    for name in ("../other", "/etc/hostname", "a/../../b"):
+        path = ckpt_format.path_of(tmp_path, 1)
+        path.mkdir(exist_ok=True)
+        (path / "manifest.json").write_text(ckpt_format.Manifest(1, 1, {name: ckpt_format.FileEntry(1, "0")}, {"own": True}).text())
+        with pytest.raises(CheckpointError, match="outside"):
+            ckpt_format.verify(path)
+
+
+def test_leftovers_of_earlier_attempts_go_and_this_ones_stay(tmp_path: Path) -> None:
+    own_ckpt.staging(tmp_path, 4, 1), own_ckpt.staging(tmp_path, 4, 2), (tmp_path / ".damaged-step-1-1").mkdir()
+    own_ckpt.clear_leftovers(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".damaged-step-1-1", ".step-00000004.tmp-2"]
+
+
+# -- which script ------------------------------------------------------------------------------------------------------
+
+
+def git(cwd: Path, *words: str) -> None:
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=cwd, check=True, capture_output=True)
+
+
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mine.py").write_text("import other\nprint('hello', other.WORD)\n")
+    (tmp_path / "other.py").write_text("WORD = 'frozen'\n")
+    (tmp_path / ".gitignore").write_text("ignored.py\nruns/\n")
+    (tmp_path / "ignored.py").write_text("print('from a file that git ignores')\n")
+    git(tmp_path, "init")
+    git(tmp_path, "add", "."), git(tmp_path, "commit", "-m", "x")
+    return tmp_path
+
+
+def started(cwd: Path, entry: str) -> str:
+    run, _ = prepare(resolve_here([f"ENTRY={entry}", "DEVICE=cpu", f"RUNS_DIR={cwd}/runs"], {}, cwd), cwd, sys.executable)
+    (cwd / "other.py").write_text("WORD = 'changed since'\n")
+    code = run_attempts(run, ENVIRON)
+    said = run.log(ledger.read(run.ledger)[0]["job_id"], 0).read_text()
+    assert code == Exit.DONE, said
+    return said
+
+
+def test_a_script_in_a_subfolder_runs_frozen_and_finds_the_frozen_modules_beside_it(tmp_path: Path) -> None:
+    assert started(project(tmp_path) / "sub", "mine.py") == "hello frozen\n"
+
+
+def test_a_script_that_git_ignores_or_where_there_is_no_git_is_frozen_too(tmp_path: Path) -> None:
+    assert "git ignores" in started(project(tmp_path), str(tmp_path / "ignored.py"))
+    plain = tmp_path / "plain"
+    (plain / "train").mkdir(parents=True)
+    (plain / "train.py").write_text("import train as me, holdfast\nprint(me.__file__ == __file__, holdfast.inside)\n")
+    assert started(plain, "train.py") == "True True\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("entry", "made", "said"),
+    [
+        ("missing.py", None, "'missing.py' does not exist"),
+        ("-m train", None, "holdfast's own package"),
+        ("sub/mine.py", "jobs/__init__.py", "package jobs/ in your working tree"),
+    ],
+)
+def test_what_could_not_start_is_refused_at_submit(tmp_path: Path, entry: str, made: str | None, said: str) -> None:
+    project(tmp_path)
+    if made:
+        (tmp_path / made).parent.mkdir()
+        (tmp_path / made).touch()
+    with pytest.raises(SettingError, match=said):
+        prepare(resolve_here([f"ENTRY={entry}", "DEVICE=cpu"], {}, tmp_path), tmp_path, sys.executable)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_train_package_of_ones_own_is_left_alone(tmp_path: Path) -> None:
+    project(tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "__init__.py").write_text("WORD = 'mine'\n")
+    (tmp_path / "sub" / "mine.py").write_text("import train\nprint(train.WORD)\n")
+    assert started(tmp_path, "sub/mine.py") == "mine\n"
+    assert [path.name for path in (next((tmp_path / "runs").iterdir()) / "code" / "train").iterdir() if path.name != "__pycache__"] == ["__init__.py"]
+
+
+def test_settings_that_a_script_of_ones_own_does_not_use_do_not_stop_it() -> None:
+    job = resolve_here(["ENTRY=x.py", "NODES=3", "GPUS_PER_NODE=5", "GPU_ARCH=sm_70"], {}, REPOSITORY).job
+    assert job.world_size == 15
+    assert snapshot.place_of("tests/own_script.py", REPOSITORY) == "tests/own_script.py"
+    assert snapshot.place_of("own_script.py", REPOSITORY / "tests") == "tests/own_script.py"
+    assert snapshot.place_of("/opt/x.py", REPOSITORY) == "/opt/x.py"
