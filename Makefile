@@ -9,7 +9,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 READY := .venv/.ready
 HOLDFAST := .venv/bin/holdfast
-JOB_TARGETS := run render explain precision submit sweep status watch logs cancel resume rerun diff doctor drill
+JOB_TARGETS := run render explain precision submit sweep status watch logs cancel resume rerun diff doctor drill report
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu chaos lint golden bench-launch clean $(JOB_TARGETS) lab lab-stop te

@@ -104,6 +104,11 @@ class RunDir:
         return self.path / "loss.png"
 
     @property
+    def report(self) -> Path:
+        """The page that `holdfast report` writes."""
+        return self.path / "report.html"
+
+    @property
     def pace(self) -> Path:
         """How long steps, validations and saves of this run take, as seen from outside."""
         return self.path / "pace.json"

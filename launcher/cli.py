@@ -237,6 +237,19 @@ def clean(
     raise typer.Exit(clean_runs(folder, runs, older=older, failed=failed, keep_checkpoints=keep_checkpoints, yes=yes, as_json=as_json))
 
 
+@app.command(context_settings=_SETTINGS, options_metavar="[RUN]... [RUNS_DIR=folder]")
+def report(
+    ctx: typer.Context,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; report.html in the run directory when left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one page with curves, attempts, useful time, settings and code of a run, or of several to compare."""
+    from launcher.report import runs_named
+    from launcher.report_page import write_report
+
+    raise typer.Exit(write_report(*runs_named(_words(ctx), os.environ, Path.cwd()), out, as_json))
+
+
 @ckpt_app.command("ls", context_settings=_SETTINGS, options_metavar=_RUN_HINT)
 def ckpt_ls(ctx: typer.Context, as_json: Json = False) -> None:
     """Show the checkpoints of a run by their names and manifests."""
