@@ -6,6 +6,8 @@
       code/  snapshot.json  code.diff frozen code, its git commit and what was not committed
       code.json                       sha256 of every frozen file
       ledger.jsonl  metrics.jsonl
+      tensorboard/  wandb/            what trackers wrote, where they are used
+      report.html                     made by holdfast report
       attempts/3/                     what one attempt leaves behind: environment, progress, markers, errors
       checkpoints/step-00001200/
       logs/<jobid>.<rank>.out         and <jobid>.batch.out
@@ -89,6 +91,15 @@ class RunDir:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        """wandb makes this folder itself."""
+        return self.path / "wandb"
 
     @property
     def stop_file(self) -> Path:

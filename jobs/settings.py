@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from jobs.contract import RankEnv
+from jobs.names import nearest
 from jobs.precision import ALIASES, AUTO, Precision
 
 
@@ -170,6 +171,21 @@ def _scalar_text(value: Any) -> str:
 
 
 _MOST_PROFILED = 50
+# Where metrics may go beside metrics.jsonl, by the names that Accelerate has for them; auto is TensorBoard where it is installed.
+AUTO_TRACKER = "auto"
+TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio")
+
+
+def _trackers(given: tuple[str, ...]) -> tuple[str, ...]:
+    known = (*TRACKERS, AUTO_TRACKER)
+    for name in given:
+        if name not in known:
+            close = nearest(name, known)
+            raise ValueError(f"has {name[:60]!r}, which is no tracker; choose of {', '.join(TRACKERS)}, or auto or none." + (f" Did you mean {close!r}?" if close else ""))
+    if AUTO_TRACKER in given and len(given) > 1:
+        raise ValueError("has auto beside others; name all that you want")
+    return tuple(dict.fromkeys(given))
+
 
 Text = Annotated[str, AfterValidator(_storable)]
 Line = Annotated[str, AfterValidator(_storable), AfterValidator(_one_line)]
@@ -205,6 +221,7 @@ class Job(BaseModel):
     notify_webhook_file: Annotated[Line, AfterValidator(_no_address)] | None = setting(
         None, "file with the address to post to when the run is over; the environment variable HOLDFAST_NOTIFY_WEBHOOK does the same", group="run"
     )
+    trackers: Annotated[Words, AfterValidator(_trackers)] = setting((AUTO_TRACKER,), "where metrics also go: auto (TensorBoard where it is installed), none, or names such as tensorboard,wandb", group="run")
 
     # --- what to ask of Slurm
     partition: Line | None = setting(None, "Slurm partition", group="slurm")

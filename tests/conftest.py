@@ -35,6 +35,8 @@ SMALL = {
     "LOG_EVERY": "10",
     "PRECISION": "fp32",
     "SEED": "7",
+    # TensorBoard takes a second to import, in each of some hundred runs; test_trackers.py has it.
+    "TRACKERS": "none",
 }
 
 

@@ -44,6 +44,7 @@ from train.saver import Saver
 from train.seeds import seed_everything
 from train.step import Stepper
 from train.tracer import Tracer
+from train.track import Trackers
 
 # Seconds that a rank waits for its samples before it listens for a stop again.
 _LISTEN_S = 0.2
@@ -89,6 +90,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
         say(f"  model {job.model}: {sum(p.numel() for p in inner.parameters()):,} parameters · data {data.name}: {len(data):,} samples · batch {job.batch_size} = {rt.world} x {job.micro_batch_size} x {job.grad_accum_steps}")
 
     metrics = MetricsLog(run.metrics, resumed or 0, again=pending is not None) if rt.is_main else None
+    trackers = Trackers(job, run, (resumed or 0) - (pending is not None), say) if rt.is_main else None
     progress = Progress(run.attempt(rt.attempt), rt.is_main)
     progress.set(resumed or 0)
     progress.enter("first_step")
@@ -169,6 +171,8 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
     def log(line: dict[str, Any]) -> None:
         if metrics is not None:
             metrics.write(**line)
+        if trackers is not None:
+            trackers.log(line)
         say(progress_text(line, job.max_steps))
 
     def validate() -> dict[str, float] | None:
@@ -261,6 +265,8 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
     rt.barrier()
     if metrics is not None:
         metrics.close()
+    if trackers is not None:
+        trackers.close(stopped=bool(stopped_by))
     return Outcome(step, name_of(stopped_by) if stopped_by else None)
 
 
