@@ -127,6 +127,8 @@ class Suspects:
 
 
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line \d+ in (?P<name>.+)$')
+# Threads that are no part of training and that only rank 0 has: its clock, and the trackers with their own (train/track.py).
+_ASIDE = re.compile(r"(?:^|/)(?:clock\.py:_beat$|track\.py:_work$)|(?:site|dist)-packages/(?:tensorboard|tensorboardX|wandb|mlflow|comet_ml|aim|clearml|dvclive|swanlab|trackio)/")
 # Where a thread rests that waits for others; the innermost frame says it.
 _WAITING = re.compile(
     r"wait|get|acquire|select|poll|accept|recv|recv_into|join|_wait_for_tstate_lock|readline|_worker|watch|all_reduce|all_gather\w*|allreduce|broadcast\w*"
@@ -144,8 +146,7 @@ def suspects(stacks: Mapping[int, str], world: int) -> Suspects:
         return Suspects(silent, "did not answer when asked for its stacks (stopped, or not scheduled)")
     if silent:
         return Suspects((), "no rank answered when asked for its stacks")
-    # Rank 0's clock (train/clock.py) is no part of training, and no other rank has one.
-    tops = {rank: [names[0] for names in _threads(text) if names and not any(file.endswith("clock.py") and name == "_beat" for file, name in names)] for rank, text in stacks.items()}
+    tops = {rank: [names[0] for names in _threads(text) if names and not any(_ASIDE.search(f"{file}:{name}") for file, name in names)] for rank, text in stacks.items()}
     busy = {rank: [f"{file}:{name}" for file, name in found if not _WAITING.fullmatch(name)] for rank, found in tops.items()}
     working = tuple(rank for rank in sorted(busy) if busy[rank])
     if working and len(working) < world:

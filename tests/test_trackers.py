@@ -14,6 +14,7 @@ from jobs.errors import SettingError
 from jobs.rundir import RunDir
 from jobs.settings import Job
 from jobs.sources import resolve
+from launcher.watchdog import suspects
 from slurm import sitefile
 from train import track
 from train.track import Trackers, chosen
@@ -172,3 +173,16 @@ def test_without_trackers_nothing_is_imported_and_no_thread_started(tmp_path: Pa
     trackers.log(LINE)
     trackers.close(stopped=False)
     assert trackers._thread is None and not {name for name in set(sys.modules) - before if "wandb" in name or "tensorboard" in name}
+
+
+def test_the_threads_of_trackers_make_nobody_suspect_of_a_hang() -> None:
+    def thread(word: str, *frames: str) -> str:
+        return f"{word} 0x00007f01 (most recent call first):\n" + "".join(f'  File "{file}", line 3 in {name}\n' for file, name in (frame.split(":") for frame in frames))
+
+    training = thread("Current thread", "/r/code/train/step.py:all_reduce", "/r/code/train/loop.py:train")
+    ours = thread("Thread", "/usr/lib/python3.11/socket.py:sendall", "/v/site-packages/wandb/sdk/wandb_run.py:log", "/r/code/train/track.py:_work")
+    theirs = thread("Thread", "/v/site-packages/tensorboard/summary/writer/event_file_writer.py:_run")
+    busy = thread("Current thread", "/r/code/train/feed.py:crunch", "/r/code/train/loop.py:train")
+    assert suspects({0: ours + theirs + training, 1: training}, 2).ranks == ()
+    assert suspects({0: ours + theirs + training, 1: busy}, 2).ranks == (1,)
+    assert suspects({0: ours + theirs + busy, 1: training}, 2).ranks == (0,)
