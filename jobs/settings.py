@@ -248,7 +248,7 @@ class Job(BaseModel):
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "where to train; auto takes the GPU, and a CPU only where no GPU was asked of Slurm", group="site")
     modules: Words = setting((), "environment modules to load", group="site")
     setup_script: Line | None = setting(None, "shell file on the cluster that each attempt sources first", group="site")
-    node_env: Annotated[Pairs, AfterValidator(_environment)] = setting({}, "environment variables for the nodes, such as the NCCL ones", group="site")
+    node_env: Annotated[Pairs, AfterValidator(_environment)] = setting({}, "environment variables for the nodes, such as the NCCL ones; no secrets: export those in the shell that submits, or in SETUP_SCRIPT", group="site")
     node_mtbf_days: float = setting(250.0, "days that a node runs between failures that give no warning; where checkpoint_every=auto starts from", group="site", unit="days", gt=0)
     node_python: Line | None = setting(None, "Python on the nodes; left out, the one that submits", group="site")
     container_image: Line | None = setting(None, "container image to train in", group="site")

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from jobs import advice, misplaced, plain_yaml, rules
+from jobs import advice, misplaced, plain_yaml, rules, secret
 from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
 from jobs.precision import AUTO, Precision
 from jobs.settings import JOB_WORD, NAME_ALIASES, Job, names
@@ -296,6 +296,7 @@ def resolve(
     if allocation:
         layers.append(_Layer([Given(name, value, allocation_origin) for name, value in allocation.items()]))
     resolved = _combine(layers, default_name=gathered.default_name, notes=gathered.notes, cwd=cwd)
+    secret.check(resolved.job, resolved.origins, environ)
     return replace(resolved, files=(*gathered.files, *resolved.files))
 
 
@@ -316,6 +317,7 @@ def resolve_each(words: Iterable[str], points: Iterable[Sequence[str]], environ:
         for key, value in pairs:
             command_line.add(key, value, "command line")
         resolved = _combine([*below[:-1], command_line], default_name=gathered.default_name, notes=(*gathered.notes, *_alias_notes(pairs)), cwd=cwd)
+        secret.check(resolved.job, resolved.origins, environ)
         each.append(replace(resolved, files=(*gathered.files, *resolved.files)))
     return each
 
@@ -391,7 +393,9 @@ def amend(values: Mapping[str, Any], origins: Mapping[str, str], words: Iterable
     # Beside warmup_steps the share counted for nothing, wherever it came from.
     void = {"warmup_pct"} if values.get("warmup_steps") is not None else set()
     frozen = _Layer([Given(name, value, origins.get(name, "default")) for name, value in values.items() if name not in void])
-    return _combine([frozen, command_line], default_name=str(values["job_name"]), notes=_alias_notes(pairs))
+    resolved = _combine([frozen, command_line], default_name=str(values["job_name"]), notes=_alias_notes(pairs))
+    secret.check(resolved.job, resolved.origins, {})
+    return resolved
 
 
 def _environment_layer(environ: Mapping[str, str]) -> _Layer:

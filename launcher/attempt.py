@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jobs import goodput, lease, ledger
+from jobs import access, goodput, lease, ledger
 from jobs.contract import Cause, Event, Exit, RankEnv
 from jobs.errors import HoldfastError, RunOwnedError, SubmitError
 from jobs.rundir import RunDir
@@ -74,6 +74,9 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> dict[
     attempt = run.attempt(number)
     run.logs.mkdir(exist_ok=True)
     batch_log = run.log(job_id, "batch")
+    if batch_log.exists():
+        # Slurm made it with the umask of whoever called sbatch.
+        access.close_to_others(batch_log)
     values = {
         RankEnv.ATTEMPT.value: str(number),
         RankEnv.MASTER_ADDR.value: address,
@@ -610,6 +613,7 @@ def main() -> int:
     ending.add_argument("--code", type=int, required=True)
     ending.add_argument("--signals", default="")
     args = parser.parse_args()
+    access.keep_to_oneself()
     started = datetime.now().isoformat(timespec="seconds")
     try:
         if args.command == "adopt":

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from jobs import access
 from jobs.contract import Exit
 from jobs.errors import HoldfastError
 
@@ -443,6 +444,7 @@ def main() -> None:
 
 
 def run_app(arguments: list[str] | None = None) -> int:
+    access.keep_to_oneself()
     try:
         app(arguments)
     except HoldfastError as err:

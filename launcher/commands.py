@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs import ledger, rundir
+from jobs import access, ledger, rundir
 from jobs.contract import Cause, Event, Exit
 from jobs.errors import SettingError, SubmitError
 from jobs.rundir import RunDir
@@ -97,6 +97,7 @@ def run_here(words: Sequence[str], cwd: Path) -> int:
 
 def resume_run(run: RunDir, local: bool, words: Sequence[str] = (), allow: bool = False) -> int:
     """Starts a run again. Its settings are those that were frozen, with `words` over them; its budgets and a wish to stop are forgotten."""
+    access.refuse_foreign(run.path, "holdfast resume")
     events = ledger.read(run.ledger)
     attempts = ledger.attempts(events)
     if attempts and attempts[-1].cause is Cause.FINISHED and not allow:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
+from jobs import access
 from jobs.contract import PEER_EXIT_WAIT_S, STACKS_SIGNAL, STOP_SIGNALS, Cause, Exit, RankEnv
 from jobs.rundir import RunDir
 from jobs.settings import Job
@@ -153,6 +154,7 @@ def gpus_here() -> int:
 
 def main() -> int:
     """`python -m launcher.local RUN_DIR`: attempts of a run that exists, until it is over or its budgets are used up."""
+    access.keep_to_oneself()
     return run_attempts(RunDir(Path(sys.argv[1]).absolute()), os.environ)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +111,7 @@ def prepare(resolved: Resolved, cwd: Path, executable: str, members: Sequence[Re
     staging = rundir.stage(final)
     try:
         _write_run(staging, resolved)
-        snapshot.freeze(staging, cwd, job.code_include, leave_out=Path(os.path.abspath(runs_dir)), entry=job.entry)
+        kept_back = snapshot.freeze(staging, cwd, job.code_include, leave_out=Path(os.path.abspath(runs_dir)), environ=os.environ, entry=job.entry)
         staging.script.write_text(text)
         staging.script.chmod(0o755)
         in_parallel(lambda index: _write_run(staging.member(index), members[index]), len(members))
@@ -126,6 +127,9 @@ def prepare(resolved: Resolved, cwd: Path, executable: str, members: Sequence[Re
         rundir.discard(staging, with_parent=not was_there)
         raise SettingError(f"run directory {final.path} cannot be made: {err.strerror or err}") from err
     rundir.publish(staging, final)
+    if kept_back:
+        names = ", ".join(map(str, kept_back[:3])) + (f" and {len(kept_back) - 3} more" if len(kept_back) > 3 else "")
+        print(f"not copied with the code, since secrets may stand there: {names}. CODE_INCLUDE={kept_back[0]} copies it all the same.", file=sys.stderr)
     return final, True
 
 

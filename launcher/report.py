@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import ledger, metrics, rundir, secrets
+from jobs import ledger, metrics, rundir, secret
 from jobs.contract import Event
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
@@ -166,7 +166,7 @@ def _attempts(events: Sequence[Mapping[str, Any]], begun: float, now: float | No
         bands.append(
             {
                 "number": attempt.number, "job_id": attempt.job_id, "cause": attempt.cause.value if attempt.cause else "running" if now is not None and after is None else "open",
-                "evidence": secrets.masked(attempt.evidence), "from": round(attempt.started - begun, 1), "until": round(until - begun, 1), "from_step": attempt.start_step,
+                "evidence": secret.masked(attempt.evidence), "from": round(attempt.started - begun, 1), "until": round(until - begun, 1), "from_step": attempt.start_step,
                 "until_step": min(reached, after) if reached is not None and after is not None else reached if reached is not None else after,
                 "reached_step": reached, "lost_steps": attempt.lost_steps, "nodes": list(attempt.nodes), "world": world, "seconds": round(seconds, 1), "gpu_hours": seconds * world / 3600,
             }  # fmt: skip
@@ -251,7 +251,7 @@ def _settings(run: RunDir, job: Job | None) -> list[dict[str, str]]:
         origins = json.loads(run.origins.read_text())
     except (OSError, ValueError):
         origins = {}
-    return [{"name": name, "value": secrets.masked(show._masked(name, job)), "unit": unit_of(name), "from": str(origins.get(name, "")), "group": group_of(name), "meaning": help_of(name)} for name in names()]
+    return [{"name": name, "value": secret.masked(show._masked(name, job)), "unit": unit_of(name), "from": str(origins.get(name, "")), "group": group_of(name), "meaning": help_of(name)} for name in names()]
 
 
 def _code(run: RunDir, most: int) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def _code(run: RunDir, most: int) -> dict[str, Any]:
         raw = shared.diff.read_bytes()
     except OSError:
         raw = b""
-    diff = secrets.masked(raw[:most].decode(errors="replace"))
+    diff = secret.masked(raw[:most].decode(errors="replace"))
     known = {name: facts.get(name) for name in ("commit", "branch", "dirty", "from", "files", "bytes", "time")} if isinstance(facts, dict) else {}
     return {**known, "diff": diff, "diff_bytes": len(raw), "diff_cut": len(raw) > most}
 

@@ -12,10 +12,7 @@ from datetime import datetime
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-import jinja2
-from markupsafe import Markup
+from typing import TYPE_CHECKING, Any
 
 from jobs.contract import Exit
 from jobs.errors import SettingError
@@ -23,6 +20,9 @@ from jobs.rundir import RunDir
 from launcher import report, show
 from launcher.refreeze import replace_file
 from launcher.report_time import PARTS
+
+if TYPE_CHECKING:
+    import jinja2
 
 
 def write_report(runs: Sequence[RunDir], first: RunDir, out: Path | None, as_json: bool) -> int:
@@ -64,10 +64,10 @@ def page(figures: Mapping[str, Any]) -> str:
     drawn = {"figures": figures["figures"], "runs": [{name: run[name] for name in ("id", "curves", "overflows", "attempts")} for run in runs]}
     return _template().render(
         **figures,
-        css=Markup(_own("report.css")),
-        script=Markup(script),
+        css=_own("report.css"),
+        script=script,
         digest=digest,
-        data=Markup(_in_script(drawn)),
+        data=_in_script(drawn),
         rows=_setting_rows(runs),
         parts=_part_rows(runs),
         title=runs[0]["id"] if len(runs) == 1 else f"{len(runs)} runs compared",
@@ -107,7 +107,9 @@ def _part_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 @lru_cache
-def _template() -> jinja2.Template:
+def _template() -> "jinja2.Template":
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(str(resources.files("launcher") / "templates")), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -84,7 +84,7 @@ def make(source: RunDir, resolved: Resolved, cwd: Path, *, current_code: bool) -
     try:
         _write_run(staging, resolved)
         if current_code:
-            snapshot.freeze(staging, cwd, job.code_include, leave_out=folder, entry=job.entry)
+            snapshot.freeze(staging, cwd, job.code_include, leave_out=folder, environ=os.environ, entry=job.entry)
         else:
             snapshot.freeze_again(staging, source)
         staging.script.write_text(text)

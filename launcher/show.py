@@ -1,7 +1,6 @@
 """What commands print: tables on a terminal, plain text in a pipe, JSON for programs."""
 
 import json
-import re
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -20,6 +19,7 @@ from jobs import goodput, ledger, memory, metrics, rundir, sources
 from jobs.contract import Cause, Event
 from jobs.errors import HoldfastError, SubmitError
 from jobs.rundir import RunDir
+from jobs.secret import is_secret_name
 from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, unit_of
 from jobs.sources import Resolved
 from jobs.verdict import judge
@@ -32,7 +32,6 @@ from slurm.states import base
 _DAY_S = 86_400
 # Lines of metrics that say how fast a run is just now.
 _PACE_LINES = 8
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.I)
 
 
 @dataclass(frozen=True)
@@ -349,7 +348,7 @@ def near(path: Path) -> str:
 def _masked(name: str, job: Job) -> str:
     """A setting as text, with secrets among the environment variables hidden."""
     if name == "node_env":
-        return ",".join(f"{key}={'***' if _SECRET.search(key) else value}" for key, value in job.node_env.items())
+        return ",".join(f"{key}={'***' if is_secret_name(key) else value}" for key, value in job.node_env.items())
     return job.text(name)
 
 

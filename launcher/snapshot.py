@@ -1,6 +1,7 @@
 """Freezing the code of a run: what git tracks, what is not committed yet, and what the job lists beside it.
 
-A requeued attempt runs this copy, whatever happened to the working tree in the meantime.
+A requeued attempt runs this copy, whatever happened to the working tree in the meantime. Files that exist to keep secrets
+(.env, private keys, credentials) stay out of it, tracked or not, unless CODE_INCLUDE names them one by one.
 """
 
 import hashlib
@@ -9,17 +10,20 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
+from jobs import access, secret
 from jobs.errors import SettingError
 from jobs.rundir import RunDir
 
 # A copy of a data set or of checkpoints is a mistake, and costs every submit its time.
 MAX_BYTES = 200 * 2**20
+# Larger files are data, in which nobody writes a token by hand.
+_SEARCHED_BYTES = 2**20
 _OWN_PACKAGES = ("jobs", "slurm", "launcher", "train")
 # What `import holdfast` in a person's own script means.
 _HELPER = "holdfast.py"
@@ -32,13 +36,17 @@ def place_of(entry: str, cwd: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
-def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, entry: str | None = None) -> None:
-    """Copies the working tree around `cwd` into run.code, without `leave_out` (the runs directory).
+def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, environ: Mapping[str, str], entry: str | None = None) -> list[Path]:
+    """Copies the working tree around `cwd` into run.code, without `leave_out` (the runs directory). Returns the files of git that
+    were not copied because they may keep secrets.
 
     `entry` is a person's own script (`place_of`) or `-m module`; the script is copied also where git does not track it.
-    Raises SettingError when a listed path does not exist or the copy would be larger than MAX_BYTES."""
+    Raises SettingError when a listed path does not exist, the copy would be larger than MAX_BYTES, or a file holds the value of
+    a secret variable of `environ`."""
     root = _git_root(cwd)
-    files = _tracked_and_new(root) if root else []
+    found = _tracked_and_new(root) if root else []
+    kept_back = [path for path in found if secret.is_secret_file(path) and (root / path).is_file()] if root else []
+    files = [path for path in found if not secret.is_secret_file(path)]
     origin = root or cwd
     files += _entry_file(entry, origin)
     for word in include:
@@ -47,24 +55,49 @@ def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, entr
             raise SettingError(f"CODE_INCLUDE: {word!r} does not exist in {cwd}.")
         if not path.is_relative_to(origin):
             raise SettingError(f"CODE_INCLUDE: {word!r} lies outside {origin}, which is what is frozen.")
-        files += [p.relative_to(origin) for p in ([path] if path.is_file() else sorted(path.rglob("*"))) if p.is_file()]
+        files += [p.relative_to(origin) for p in ([path] if path.is_file() else sorted(path.rglob("*"))) if p.is_file() and (p == path or not secret.is_secret_file(p))]
     chosen = [path for path in dict.fromkeys(files) if (origin / path).is_file() and not (origin / path).is_relative_to(leave_out)]
     sizes = {path: (origin / path).stat().st_size for path in chosen}
     total = sum(sizes.values())
     if total > MAX_BYTES:
         largest = ", ".join(f"{path} ({sizes[path] / 2**20:.0f} MB)" for path in sorted(sizes, key=lambda p: -sizes[p])[:3])
         raise SettingError(f"the code to freeze has {total / 2**20:.0f} MB, at most {MAX_BYTES // 2**20} are copied. Largest: {largest}. Add what is no code to .gitignore.")
+    _refuse_secrets(origin, sizes, environ)
     run.code.mkdir()
     for path in chosen:
         target = run.code / path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(origin / path, target)
     _add_own_packages(run.code, entry)
+    access.close_to_others(run.code)
     git = _git_facts(root) if root else {}
     facts = {"time": round(time.time(), 3), "from": str(origin), "files": len(chosen), "bytes": total, **git, "versions": versions_here()}
     run.snapshot.write_text(json.dumps(facts, indent=1) + "\n")
     run.code_sums.write_text(json.dumps(sums_of(run.code), indent=0) + "\n")
-    run.diff.write_bytes(_git(root, "diff", "HEAD") if root and git.get("commit") else b"")
+    run.diff.write_bytes(_uncommitted(root, environ) if root and git.get("commit") else b"")
+    return [path for path in kept_back if path not in set(chosen)]
+
+
+def _refuse_secrets(origin: Path, sizes: Mapping[Path, int], environ: Mapping[str, str]) -> None:
+    """Raises SettingError for a file with the value of a secret in it: the copy outlives the key's being changed."""
+    wanted = {name: value.encode() for name, value in secret.secrets_of(environ).items()}
+    if not wanted:
+        return
+    for path, size in sizes.items():
+        content = (origin / path).read_bytes() if size <= _SEARCHED_BYTES else b""
+        for name, value in wanted.items():
+            if value in content:
+                raise SettingError(f"{path} holds the value of {name}, and the code is copied into the run directory, where others may read it. Let the code read it when it runs: os.environ[{name!r}].")
+
+
+def _uncommitted(root: Path, environ: Mapping[str, str]) -> bytes:
+    """What differs from the commit, without the files that keep secrets and with what looks like one masked."""
+    changed = [Path(name.decode(errors="surrogateescape")) for name in _git(root, "diff", "HEAD", "--name-only", "--no-renames", "-z").split(b"\0") if name]
+    hidden = [f":(top,exclude,literal){path}" for path in changed if secret.is_secret_file(path)]
+    text = _git(root, "diff", "HEAD", "--", ":/", *hidden).decode(errors="surrogateescape")
+    for value in secret.secrets_of(environ).values():
+        text = text.replace(value, "***")
+    return secret.masked(text).encode(errors="surrogateescape")
 
 
 def freeze_again(run: RunDir, source: RunDir) -> None:

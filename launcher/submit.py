@@ -17,7 +17,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 
-from jobs import ledger
+from jobs import access, ledger
 from jobs.contract import Event
 from jobs.errors import SubmitError
 from jobs.rundir import RunDir
@@ -86,6 +86,8 @@ def to_slurm(run: RunDir, job: Job, environ: Mapping[str, str], members: int = 0
 
 def to_local(run: RunDir, job: Job) -> "submitit.Job[int]":
     """Starts a run on this machine by submitit's local executor, in the background."""
+    # submitit's own process loads the pickle that is written here.
+    access.refuse_foreign(run.path, "holdfast submit --local")
     executor = submitit.LocalExecutor(folder=run.submitit, python=sys.executable)
     # The time limit is that of the job; a local run has no queue behind it, so the warning is one minute at most.
     executor.update_parameters(timeout_min=job.time_limit, tasks_per_node=1, signal_delay_s=min(job.stop_lead_s, 60), gpus_per_node=0 if job.device == "cpu" else job.gpus_per_node)

@@ -29,8 +29,8 @@ ALWAYS = {
 LAZILY = {
     "jobs": set(),
     "slurm": set(),
-    "launcher": {"matplotlib", "optuna"},
-    "train": {"transformers", "tokenizers", "datasets", "pyarrow", "sklearn", "transformer_engine", "torchao"},
+    "launcher": {"jinja2", "matplotlib", "optuna"},
+    "train": {"transformers", "tokenizers", "datasets", "pyarrow", "sklearn", "transformer_engine", "torchao", "wandb"},
     HELPER: set(),
 }
 # The one module that imports submitit; the command line imports it inside functions only.

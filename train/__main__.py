@@ -10,6 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from jobs import access
 from jobs.contract import STACKS_SIGNAL, Exit, RankEnv
 from jobs.errors import HoldfastError
 from jobs.rundir import AttemptDir, RunDir
@@ -21,6 +22,7 @@ from train.clock import Clock
 def main() -> int:
     # Before anything slow is imported: a warning that comes during the seconds of `import torch` must not kill us.
     flag = StopFlag.install()
+    access.keep_to_oneself()
     parser = argparse.ArgumentParser(prog="python -m train", description="One training process of a run directory that holdfast made.")
     parser.add_argument("--run-dir", "--run_dir", type=Path, default=os.environ.get(RankEnv.RUN_DIR))
     args = parser.parse_args()

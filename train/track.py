@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jobs import secrets
+from jobs import secret
 from jobs.contract import STOP_SIGNALS
 from jobs.rundir import RunDir
 from jobs.settings import AUTO_TRACKER, Job
@@ -85,9 +85,9 @@ class Trackers:
         except BaseException as err:  # wandb leaves by SystemExit where it wants a key
             living.pop(name, None)
             said = " ".join(str(err).split())[:300]
-            for key, value in secrets.secrets_of(os.environ).items():
+            for key, value in secret.secrets_of(os.environ).items():
                 said = said.replace(value, f"<{key}>")
-            self._say(f"  WARNING: tracker {name} is off from here: {type(err).__name__}: {secrets.masked(said)}. Training goes on; metrics.jsonl has every line.")
+            self._say(f"  WARNING: tracker {name} is off from here: {type(err).__name__}: {secret.masked(said)}. Training goes on; metrics.jsonl has every line.")
 
     def _start(self, name: str) -> Any:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -131,4 +131,4 @@ def chosen(job: Job) -> tuple[str, ...]:
 
 def _config(job: Job) -> dict[str, Any]:
     """The settings as a tracker may have them: plain values, without what could hold a secret."""
-    return {name: value if isinstance(value, bool | int | float) else secrets.masked(job.text(name)) for name, value in job.model_dump().items() if name not in ("node_env", "entry_args")}
+    return {name: value if isinstance(value, bool | int | float) else secret.masked(job.text(name)) for name, value in job.model_dump().items() if name not in ("node_env", "entry_args")}

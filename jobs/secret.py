@@ -6,11 +6,14 @@ names is sourced by every attempt.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import PurePath
 
+from jobs.errors import SettingError
+from jobs.settings import Job
+
 # The last word of a name decides: WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY; not TOKENIZERS_PARALLELISM, HF_TOKEN_PATH, MAX_TOKENS, NCCL_IB_PKEY.
-_NAME = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|PAT|APIKEY|KEY(?:_ID)?)\d*$", re.I)
+_NAME = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|PAT|APIKEY|KEY(?:_ID)?|WEBHOOK(?:_URL)?)\d*$", re.I)
 # How well-known ones begin, and a password inside a URL.
 _VALUE = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|wandb_v1_\w{20,})"
@@ -52,10 +55,27 @@ def masked(text: str) -> str:
 
 
 def secrets_of(environ: Mapping[str, str]) -> dict[str, str]:
-    """Name -> value of the variables that hold a secret and are long enough to be looked for."""
-    return {name: value for name, value in environ.items() if is_secret_name(name) and len(value) >= _LEAST_LENGTH and not value.startswith("/")}
+    """Name -> value of the variables that hold a secret and can be told from an ordinary word when they are looked for."""
+    return {name: value for name, value in environ.items() if is_secret_name(name) and len(value) >= _LEAST_LENGTH and not value.startswith("/") and not value.isalpha()}
 
 
-def named_in(text: str, secrets: Mapping[str, str]) -> Iterable[str]:
-    """The names of those secrets whose value stands in `text`."""
-    return (name for name, value in secrets.items() if value in text)
+def named_in(text: str, environ: Mapping[str, str]) -> list[str]:
+    """The names of those secrets of `environ` whose value stands in `text`."""
+    return [name for name, value in secrets_of(environ).items() if value in text]
+
+
+def check(job: Job, origins: Mapping[str, str], environ: Mapping[str, str]) -> None:
+    """Raises SettingError with one line for each setting that would carry a secret into job.yaml and submit.sbatch."""
+    faults = []
+    for name, value in job.node_env.items():
+        if is_secret_name(name) or looks_secret(value):
+            faults.append(f"NODE_ENV: {name} looks like a secret ({origins.get('node_env', 'default')}); it would stand in job.yaml and submit.sbatch, where others may read it. {HOW_TO_HAND_OVER}")
+    # What nobody gave is no secret.
+    for name in (name for name, origin in origins.items() if origin not in ("default", "derived") and name in Job.model_fields):
+        text = job.text(name)
+        held = named_in(text, environ)
+        if name != "node_env" and (held or looks_secret(text)):
+            what = f"holds the value of {held[0]}" if held else "holds something that looks like a secret"
+            faults.append(f"{name.upper()} {what} ({origins.get(name, 'default')}); settings stand in job.yaml, where others may read them. {HOW_TO_HAND_OVER}")
+    if faults:
+        raise SettingError("\n".join(faults))
