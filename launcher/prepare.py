@@ -128,7 +128,7 @@ def prepare(resolved: Resolved, cwd: Path, executable: str, members: Sequence[Re
         raise SettingError(f"run directory {final.path} cannot be made: {err.strerror or err}") from err
     rundir.publish(staging, final)
     if kept_back:
-        names = ", ".join(map(str, kept_back[:3])) + (f" and {len(kept_back) - 3} more" if len(kept_back) > 3 else "")
+        names = ", ".join(map(str, kept_back[:8])) + (f" and {len(kept_back) - 8} more" if len(kept_back) > 8 else "")
         print(f"not copied with the code, since secrets may stand there: {names}. CODE_INCLUDE={kept_back[0]} copies it all the same.", file=sys.stderr)
     return final, True
 

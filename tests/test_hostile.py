@@ -23,7 +23,7 @@ from slurm.render import Script, render_script
 
 _MANY = typing.get_origin(_bare_type("modules")), typing.get_origin(_bare_type("node_env"))
 TEXTS = [name for name in names() if _bare_type(name) is str]
-LISTS = [name for name in names() if typing.get_origin(_bare_type(name)) is _MANY[0]]
+LISTS = [name for name in names() if typing.get_origin(_bare_type(name)) is _MANY[0] and name != "trackers"]  # whose names are a closed set
 MAPPINGS = ["node_env", "sbatch_options", "model_options"]
 
 PIECES = (
