@@ -19,6 +19,7 @@ from jobs.rundir import RunDir
 from jobs.settings import Job, group_of, help_of, names, unit_of
 from jobs.sources import load
 from launcher import show
+from launcher.attempt import LOCAL
 from launcher.report_time import time_of
 
 MAX_RUNS = 50
@@ -33,7 +34,8 @@ _MOST_OTHERS = 12
 
 @dataclass(frozen=True)
 class Figure:
-    """One chart. `keys` are the names in metrics.jsonl that it may draw, `dots` those that are drawn as points beside the line."""
+    """One chart. `keys` are the names in metrics.jsonl that it may draw, `dots` those that are drawn as points beside the line.
+    `missing` is what the page says where a run has none of them; nothing where it is empty."""
 
     title: str
     unit: str
@@ -49,9 +51,12 @@ FIGURES = {
     "peak": Figure("Share of peak", "% of the dense bf16 peak", ("peak_pct", "mfu_pct", "mfu"), missing="known only where the peak of the GPU is"),
     "memory": Figure("Memory", "GB, largest so far on rank 0", ("memory_gb", "peak_memory_gb", "mem_gb")),
     "scale": Figure("Loss scale", "crosses: skipped steps", ("loss_scale",), missing="no loss scaling in this precision"),
+    "bits": Figure("Validation, bits per byte", "", ("val_bits_per_byte",), missing=""),
+    "accuracy": Figure("Validation, accuracy", "", ("val_accuracy",), missing=""),
     "norm": Figure("Gradient norm", "before clipping", ("grad_norm",)),
 }  # fmt: skip
-_NOT_DRAWN = frozenset({"step", "time", "attempt", "tokens", "growth_tracker"})
+# The entropy of the validation bytes is one and the same number in every line.
+_NOT_DRAWN = frozenset({"step", "time", "attempt", "tokens", "growth_tracker", "val_entropy_bits_per_byte"})
 
 
 def figures_of(runs: Sequence[RunDir], now: float | None = None) -> dict[str, Any]:
@@ -64,7 +69,12 @@ def figures_of(runs: Sequence[RunDir], now: float | None = None) -> dict[str, An
     curves = sum(len(columns) for columns in kept) or 1
     points = max(min(_POINTS // curves, _POINTS_OF_A_CURVE), 40)
     shown = [_run(run, columns, queue, moment, points, _DIFF_BYTES // len(runs)) for run, columns in zip(runs, kept, strict=True)]
-    return {"made": round(moment, 1), "trouble": trouble if any(run["state"] in ("running", "waiting", "stopped") for run in shown) else "", "points_of_a_curve": points, "thinned": any(run["thinned"] for run in shown), "figures": _figures(shown), "runs": shown}
+    return {"made": round(moment, 1), "trouble": " ".join(trouble.split())[:240] if any(_needs_slurm(run) for run in shown) else "", "points_of_a_curve": points, "thinned": any(run["thinned"] for run in shown), "figures": _figures(shown), "runs": shown}
+
+
+def _needs_slurm(run: Mapping[str, Any]) -> bool:
+    """Whether only Slurm knows what became of a run."""
+    return run["state"] in ("running", "waiting", "stopped") and not any(attempt["job_id"].startswith(LOCAL) for attempt in run["attempts"][-1:])
 
 
 def _figures(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -79,7 +89,7 @@ def _figures(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         charts.append({"name": name, "title": figure.title, "unit": figure.unit, "line": key, "dots": dots, "missing": None if there else figure.missing})
     ours = {key for figure in FIGURES.values() for key in (*figure.keys, *figure.dots)}
     for key in sorted(have - ours)[:_MOST_OTHERS]:
-        charts.append({"name": f"other-{key}", "title": key, "unit": "", "line": key, "dots": None, "missing": None})
+        charts.append({"name": f"other-{key}", "title": key.replace("_", " "), "unit": "", "line": key, "dots": None, "missing": None})
     return charts
 
 
@@ -135,7 +145,7 @@ def _run(run: RunDir, columns: dict[str, _Column], queue: dict[str, tuple[str, s
     return {
         "id": run.id, "path": str(run.path), "state": status.state, "note": status.note, "step": status.step, "max_steps": status.max_steps,
         "headline": show.headline(job) if job else "", "remark": job.note if job else "", "begun": round(begun, 1),
-        "attempts": _attempts(events, begun, now if live else None), "final": _final(columns, status, events), "thinned": any(len(column.values) > points for column in columns.values()),
+        "attempts": _attempts(events, begun, now if live else None, status.step), "final": _final(columns, status, events), "thinned": any(len(column.values) > points for column in columns.values()),
         "time": time_of(run, events, now if live else None), "curves": curves, "overflows": _overflows(events, begun), "settings": _settings(run, job), "code": _code(run, diff_bytes),
     }  # fmt: skip
 
@@ -150,7 +160,7 @@ def _begun(events: Sequence[Mapping[str, Any]], columns: Mapping[str, _Column], 
         return 0.0
 
 
-def _attempts(events: Sequence[Mapping[str, Any]], begun: float, now: float | None) -> list[dict[str, Any]]:
+def _attempts(events: Sequence[Mapping[str, Any]], begun: float, now: float | None, step: int) -> list[dict[str, Any]]:
     """One band each: seconds since the run began, and the steps that it brought. `until` of the newest is the present while it runs."""
     found = ledger.attempts(events)
     bands = []
@@ -159,7 +169,7 @@ def _attempts(events: Sequence[Mapping[str, Any]], begun: float, now: float | No
         after = found[index + 1].start_step if index + 1 < len(found) else None
         last = max([float(event["time"]) for event in mine], default=attempt.started)
         until = attempt.ended if attempt.ended is not None else now if now is not None and after is None else last
-        reached = attempt.step if attempt.step is not None else None
+        reached = attempt.step if attempt.step is not None else step if after is None else None
         world = next((int(event["world"]) for event in mine if event["event"] == Event.START and _is_number(event.get("world"))), 1)
         end = next((event for event in mine if event["event"] == Event.END), {})
         seconds = float(end["seconds"]) if _is_number(end.get("seconds")) else max(until - attempt.started, 0.0)

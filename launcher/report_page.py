@@ -52,7 +52,7 @@ def _line(run: Mapping[str, Any]) -> str:
     parts = [f"{run['id']}: {run['state']}", f"step {final['step']:,}/{final['max_steps']:,}"]
     parts += [f"loss {final['loss']:.4f}"] if final["loss"] is not None else []
     parts += [f"{len(run['attempts'])} attempt{'s' if len(run['attempts']) > 1 else ''}"] if run["attempts"] else []
-    parts += [f"{time['useful_share']:.1%} of {time['gpu_hours']:.2f} GPU-hours useful"] if time["useful_share"] is not None and time["measured"] else []
+    parts += [f"{time['useful_share']:.1%} of {_hours(time['gpu_hours'])} GPU-hours useful"] if time["useful_share"] is not None and time["measured"] else []
     return " · ".join(parts)
 
 
@@ -132,7 +132,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:,.0f}" if hours >= 1000 else f"{hours:.1f}" if hours >= 10 else f"{hours:.3f}"
+    return f"{hours:,.0f}" if hours >= 1000 else f"{hours:.1f}" if hours >= 10 else f"{hours:.2f}" if hours >= 1 else f"{hours:.2g}"
 
 
 def _number(value: float | None) -> str:

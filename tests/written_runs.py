@@ -50,6 +50,7 @@ def written_run(runs: Path, name: str, *, steps: int = 6000, every: int = 10, se
                     line["loss_scale"] = 65536.0 / 2 ** (step // 2000)
                 if step % (every * 25) == 0 or step == steps:
                     line["val_loss"] = 2.5 + 7 * math.exp(-step / (steps / 9)) + rng.gauss(0, 0.01)
+                    line["val_bits_per_byte"] = line["val_loss"] / math.log(2)
                 metrics.append(line)
         seconds = clock - began + 12
         work = clock - began - 95
