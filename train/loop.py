@@ -90,7 +90,6 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
         say(f"  model {job.model}: {sum(p.numel() for p in inner.parameters()):,} parameters · data {data.name}: {len(data):,} samples · batch {job.batch_size} = {rt.world} x {job.micro_batch_size} x {job.grad_accum_steps}")
 
     metrics = MetricsLog(run.metrics, resumed or 0, again=pending is not None) if rt.is_main else None
-    trackers = Trackers(job, run, (resumed or 0) - (pending is not None), say) if rt.is_main else None
     progress = Progress(run.attempt(rt.attempt), rt.is_main)
     progress.set(resumed or 0)
     progress.enter("first_step")
@@ -107,6 +106,8 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
     tracer = Tracer(job, run.attempt(rt.attempt).trace, say, enabled=rt.is_main)
     stepper.settle(first_batch)
     live.restart()
+    # After the reading processes are forked, which inherit no thread but might inherit a lock that one holds.
+    trackers = Trackers(job, run, (resumed or 0) - (pending is not None), say) if rt.is_main else None
     saver = Saver(run, job, rt, say, sharded=is_sharded(inner), saved=resumed)
     rhythm = Rhythm(job, ledger.read(run.ledger), say)
     tokens_per_step = loaded.tokens // loaded.step if loaded and loaded.step else 0
