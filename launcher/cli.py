@@ -245,10 +245,12 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one page with curves, attempts, useful time, settings and code of a run, or of several to compare."""
-    from launcher.report import runs_named
+    from jobs import rundir
+    from launcher.choose import runs_named
     from launcher.report_page import write_report
 
-    raise typer.Exit(write_report(*runs_named(_words(ctx), os.environ, Path.cwd()), out, as_json))
+    folder, runs = runs_named(_words(ctx), os.environ, Path.cwd())
+    raise typer.Exit(write_report(runs or [rundir.find(None, folder)], out, as_json))
 
 
 @ckpt_app.command("ls", context_settings=_SETTINGS, options_metavar=_RUN_HINT)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import ledger, metrics, rundir, secret
+from jobs import ledger, metrics, secret
 from jobs.contract import Event
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
@@ -48,15 +48,17 @@ FIGURES = {
     "loss": Figure("Loss", "training: line, validation: dots", ("loss",), ("val_loss",)),
     "lr": Figure("Learning rate", "", ("lr",)),
     "throughput": Figure("Throughput", "targets per second, all GPUs", ("tokens_per_s",)),
-    "peak": Figure("Share of peak", "% of the dense bf16 peak", ("peak_pct", "mfu_pct", "mfu"), missing="known only where the peak of the GPU is"),
-    "memory": Figure("Memory", "GB, largest so far on rank 0", ("memory_gb", "peak_memory_gb", "mem_gb")),
+    "peak": Figure("Share of peak", "% of the GPU's peak", ("peak_pct",), missing="known for some GPUs, and models whose FLOPs are"),
+    "memory": Figure("Memory", "GiB, largest so far on rank 0's GPU", ("gpu_memory_gib",), missing="of GPUs only"),
     "scale": Figure("Loss scale", "crosses: skipped steps", ("loss_scale",), missing="no loss scaling in this precision"),
+    "data": Figure("Waiting for data", "% of the time", ("data_wait_pct",), missing=""),
+    "saves": Figure("Waiting for saves", "% of the time", ("save_wait_pct",), missing=""),
     "bits": Figure("Validation, bits per byte", "", ("val_bits_per_byte",), missing=""),
     "accuracy": Figure("Validation, accuracy", "", ("val_accuracy",), missing=""),
     "norm": Figure("Gradient norm", "before clipping", ("grad_norm",)),
 }  # fmt: skip
-# The entropy of the validation bytes is one and the same number in every line.
-_NOT_DRAWN = frozenset({"step", "time", "attempt", "tokens", "growth_tracker", "val_entropy_bits_per_byte"})
+# The entropy of the validation bytes is one and the same number in every line; TFLOP/s and share of peak are one curve.
+_NOT_DRAWN = frozenset({"step", "time", "attempt", "tokens", "growth_tracker", "tflops", "val_entropy_bits_per_byte"})
 
 
 def figures_of(runs: Sequence[RunDir], now: float | None = None) -> dict[str, Any]:
@@ -204,7 +206,7 @@ def _final(columns: Mapping[str, _Column], status: show.RunStatus, events: Seque
     peaks, memory = _first(columns, FIGURES["peak"].keys), _first(columns, FIGURES["memory"].keys)
     return {
         "step": status.step, "max_steps": status.max_steps, "loss": last("loss"), "val_loss": last("val_loss"), "best_val_loss": _plain(best[0]), "best_val_step": best[1], "lr": last("lr"),
-        "tokens_per_s_median": _plain(_median(rates)), "peak_pct": _plain(_median(peaks)), "memory_gb": _plain(max(memory, default=None)),
+        "tokens_per_s_median": _plain(_median(rates)), "peak_pct": _plain(_median(peaks)), "memory_gib": _plain(max(memory, default=None)),
         "overflows": sum(event["event"] == Event.OVERFLOW for event in events), "lost_steps": status.lost_steps,
     }  # fmt: skip
 
@@ -280,22 +282,13 @@ def _code(run: RunDir, most: int) -> dict[str, Any]:
     return {**known, "diff": diff, "diff_bytes": len(raw), "diff_cut": len(raw) > most}
 
 
-def runs_named(words: Sequence[str], environ: Mapping[str, str], cwd: Path) -> tuple[list[RunDir], RunDir]:
-    """The runs that a person means, an array standing for its members, and the run or array that was named first. Raises NotFoundError."""
-    from jobs.sources import words_from_make
-    from launcher.prepare import which_run
-
-    given = [*words_from_make(environ), *words]
-    plain = {name: value for name, value in environ.items() if name != "MAKEFLAGS"}
-    naming = [word for word in given if not word.startswith("-") and not word.partition("=")[0].isidentifier() or "=" not in word and not word.startswith("-")]
-    folder, named = which_run([word for word in given if word not in naming], plain, cwd)
-    asked = [*([named] if named else []), *naming]
-    found = [rundir.find(word, folder) for word in asked] or [rundir.find(None, folder)]
-    runs: dict[Path, RunDir] = {}
-    for run in found:
-        for one in [run.member(int(path.name)) for path in sorted(run.members.iterdir(), key=_index) if (path / "job.yaml").is_file()] if run.has_members else [run]:
-            runs.setdefault(one.path, one)
-    return list(runs.values()), found[0]
+def members_of(runs: Sequence[RunDir]) -> list[RunDir]:
+    """The same runs, each once, an array standing for its members."""
+    found: dict[Path, RunDir] = {}
+    for run in runs:
+        members = [run.member(int(path.name)) for path in sorted(run.members.iterdir(), key=_index) if (path / "job.yaml").is_file()] if run.has_members else [run]
+        found |= {one.path: one for one in members}
+    return list(found.values())
 
 
 def _index(path: Path) -> int:

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     import jinja2
 
 
-def write_report(runs: Sequence[RunDir], first: RunDir, out: Path | None, as_json: bool) -> int:
-    """Writes the page (or prints the figures as JSON). Returns the exit code. Raises SettingError where no place for it was named."""
-    if len(runs) > 1 and out is None and not first.has_members and not as_json:
+def write_report(named: Sequence[RunDir], out: Path | None, as_json: bool) -> int:
+    """Writes the page of these runs and arrays (or prints the figures as JSON). Returns the exit code. Raises SettingError where no
+    place for it was named."""
+    runs, first = report.members_of(named), named[0]
+    if len(named) > 1 and out is None and not as_json:
         raise SettingError(f"{len(runs)} runs in one report: say where it goes, as in --out comparison.html")
     figures = report.figures_of(runs)
     if as_json:

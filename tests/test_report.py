@@ -23,7 +23,8 @@ from jobs.contract import Event
 from jobs.errors import SettingError
 from jobs.rundir import RunDir
 from launcher import report, report_page
-from launcher.report import figures_of, runs_named, thinned
+from launcher.choose import runs_named
+from launcher.report import figures_of, members_of, thinned
 from launcher.report_page import page, write_report
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">{{ 7*7 }} &amp; \u2028 '\""
@@ -115,7 +116,7 @@ def test_the_figures_of_an_interrupted_run(tmp_path: Path) -> None:
 
 def test_a_hundred_thousand_lines_make_a_small_page_quickly(tmp_path: Path) -> None:
     run = written_run(tmp_path, "long-a2b3", steps=100, diff="+" + "x" * 99 + "\n", causes=("preempted", "finished"))
-    line = '{"step": %d, "loss": %.5f, "lr": %.6g, "grad_norm": 0.61234, "tokens": 1, "tokens_per_s": 1140123.4, "memory_gb": 66.2, "attempt": 1, "time": %.3f}\n'
+    line = '{"step": %d, "loss": %.5f, "lr": %.6g, "grad_norm": 0.61234, "tokens": 1, "tokens_per_s": 1140123.4, "gpu_memory_gib": 66.2, "attempt": 1, "time": %.3f}\n'
     lines = [line % (step, 2 + 8 / (1 + step / 900) + (step * 7919 % 101) / 900, 1 / (step + 3000), BEGAN + step) for step in range(1, 100_001)]
     lines[50_000] = line % (50_001, 123.5, 0.001, BEGAN + 50_001)
     run.metrics.write_text("".join(lines))
@@ -221,18 +222,18 @@ def test_an_array_is_a_comparison_of_its_members(tmp_path: Path) -> None:
     shutil.copy(array.member(0).snapshot, array.snapshot)
     for index in range(11):
         array.member(index).snapshot.unlink()
-    runs, first = runs_named(["sweep-a2b3", f"RUNS_DIR={tmp_path}"], {}, Path.cwd())
-    assert [run.id for run in runs] == [f"sweep-a2b3.{index}" for index in range(11)]
-    write_report(runs, first, None, False)
+    _, named = runs_named(["sweep-a2b3", f"RUNS_DIR={tmp_path}"], {}, Path.cwd())
+    assert [run.id for run in members_of(named)] == [f"sweep-a2b3.{index}" for index in range(11)]
+    write_report(named, None, False)
     assert "11 runs compared" in array.report.read_text()
     # A member alone has the code of its array.
-    (member,) = runs_named(["sweep-a2b3.3", f"RUNS_DIR={tmp_path}"], {}, Path.cwd())[0]
+    (member,) = runs_named(["sweep-a2b3.3", f"RUNS_DIR={tmp_path}"], {}, Path.cwd())[1]
     assert figures_of([member])["runs"][0]["code"]["commit"] == "3f0c9a1be2"
 
 
 def test_a_report_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = written_run(tmp_path, "gpt-a2b3", steps=100)
-    write_report([run], run, None, False)
+    write_report([run], None, False)
     before = run.report.read_bytes()
 
     def broken(*words: Any) -> str:
@@ -240,7 +241,7 @@ def test_a_report_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, mon
 
     monkeypatch.setattr(report_page, "page", broken)
     with pytest.raises(RuntimeError):
-        write_report([run], run, None, False)
+        write_report([run], None, False)
     assert run.report.read_bytes() == before
 
 
@@ -282,7 +283,7 @@ def test_the_page_fetches_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fragment", ["", "#wall-time"])
 def test_a_browser_draws_every_figure_of_a_run(tmp_path: Path, fragment: str) -> None:
     run = written_run(tmp_path, "gpt-a2b3", steps=1000, causes=("preempted", "hang", "finished"), diff="+one\n")
-    write_report([run], run, None, False)
+    write_report([run], None, False)
     dom = open_in_browser(run.report, fragment=fragment)
     assert 'data-drawn="yes"' in dom
     drawn = charts(dom)
@@ -297,7 +298,7 @@ def test_a_browser_draws_every_figure_of_a_run(tmp_path: Path, fragment: str) ->
 def test_a_browser_draws_compared_runs_and_no_hostile_word_is_executed(tmp_path: Path) -> None:
     runs = [hostile_run(tmp_path), *(written_run(tmp_path, f"gpt-{index}", steps=200, seed=index, loss_scale=False) for index in range(9))]
     out = tmp_path / "all.html"
-    write_report(runs, runs[0], out, False)
+    write_report(runs, out, False)
     dom = open_in_browser(out, width=500)
     assert "<title>10 runs compared" in dom and "<img" not in dom and 'data-drawn="yes"' in dom
     inks = set(re.findall(r'<path class="curve"[^>]*stroke="(var\(--run-\d\))"(?: stroke-dasharray="([^"]*)")?', dom))

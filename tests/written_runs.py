@@ -44,7 +44,7 @@ def written_run(runs: Path, name: str, *, steps: int = 6000, every: int = 10, se
                 line = {
                     "step": step, "loss": 2.4 + 7 * math.exp(-step / (steps / 9)) + rng.gauss(0, 0.04), "lr": lr * min(step / (steps * 0.05), 0.5 + 0.5 * math.cos(math.pi * step / steps)),
                     "grad_norm": 0.4 + 3 * math.exp(-step / 300) + abs(rng.gauss(0, 0.08)), "tokens": step * 1_048_576, "tokens_per_s": rng.gauss(1_140_000, 9_000), "peak_pct": rng.gauss(55, 0.5),
-                    "memory_gb": 61.2 + min(step, 200) / 40, "attempt": number, "time": clock,
+                    "data_wait_pct": abs(rng.gauss(0, 0.2)), "save_wait_pct": 0.0, "gpu_memory_gib": 61.2 + min(step, 200) / 40, "attempt": number, "time": clock,
                 }  # fmt: skip
                 if loss_scale:
                     line["loss_scale"] = 65536.0 / 2 ** (step // 2000)

@@ -4,7 +4,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const runs = data.runs;
   const view = { axis: "step", log: false, hidden: new Set(), zoom: null };
-  const CAUSES = ["finished", "running", "preempted", "time_limit", "requeued", "node_failure", "cancelled", "open"];
+  const CAUSES = ["finished", "running", "preempted", "time_limit", "requeued", "node_failure", "cancelled", "pruned", "open"];
   const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
   const NS = "http://www.w3.org/2000/svg";
 
@@ -131,7 +131,7 @@
     for (const one of drawn) for (const [x, v] of one.points) seen(x, v);
     for (const [x, v] of marks) seen(x, v);
     if (y0 === Infinity) { y0 = 0; y1 = 1; }
-    if (!log && (chart.name === "lr" || chart.name === "throughput" || chart.name === "memory" || chart.name === "peak")) y0 = Math.min(y0, 0);
+    if (!log && (chart.name === "lr" || chart.name === "throughput" || chart.name === "memory" || chart.name === "peak" || chart.name === "data" || chart.name === "saves")) y0 = Math.min(y0, 0);
     if (y1 === y0) { const half = Math.abs(y1) * 0.5 || 1; y0 = y0 === 0 ? 0 : y0 - half; y1 += half; }
     const pad = (y1 - y0) * 0.06;
     y1 += pad; if (y0 !== 0) y0 -= pad;
