@@ -58,11 +58,11 @@ def names(folder: Path) -> list[str]:
 def test_without_yes_nothing_goes_and_what_would_is_said_with_its_size(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     made(runs, "old", age_s=40 * DAY_S), made(runs, "new")
-    done = subprocess.run([sys.executable, "-m", "launcher.cli", "clean", "--older", "30d", f"RUNS_DIR={runs}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "launcher.cli", "clean", "--older", "30d", f"RUNS_DIR={runs}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "1 of 2 runs would go" in done.stdout and "--yes does it" in done.stdout and " MB" in done.stdout
     assert "left: last touched" in done.stdout
     assert names(runs) == ["new", "old"]
-    done = subprocess.run([sys.executable, "-m", "launcher.cli", "clean", "--yes", f"RUNS_DIR={runs}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "launcher.cli", "clean", "--yes", f"RUNS_DIR={runs}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert "nothing is chosen" in done.stdout and names(runs) == ["new", "old"]
 
 
@@ -173,8 +173,8 @@ def test_what_slurm_runs_or_queues_stays_and_so_does_everything_when_slurm_is_si
     finally:
         for one in (cluster.job_id(run), cluster.job_id(queued.member(0)).partition("_")[0]):
             cluster.slurm("scancel", one)
-    until(lambda: ledger.attempts(ledger.read(run.ledger))[-1].cause, 30, "the end of the run")
-    until(lambda: not cluster.slurm("squeue", "-h", "-j", cluster.job_id(run)).strip(), 30, "its job to leave the queue")
+    until(lambda: ledger.attempts(ledger.read(run.ledger))[-1].cause, 90, "the end of the run")
+    until(lambda: not cluster.slurm("squeue", "-h", "-j", cluster.job_id(run)).strip(), 90, "its job to leave the queue")
     said = json.loads(cluster.holdfast("clean", "--json", "--yes", str(run.path), str(queued.path), str(preempted.path)).stdout)
     assert [one["why_left"] for one in said["runs"]] == ["", "", ""]
     assert not run.path.exists() and not queued.path.exists()

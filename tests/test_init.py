@@ -141,7 +141,7 @@ def test_odd_names_are_written_so_that_they_come_back(alps: Found, tmp_path: Pat
 def test_on_the_lab_the_file_is_right_and_slurm_takes_a_job_with_it(cluster: Cluster, tmp_path: Path) -> None:
     def init(*words: str) -> subprocess.CompletedProcess[str]:
         env = {name: value for name, value in cluster.env.items() if name not in ("HOLDFAST_SITE", "RUNS_DIR")}
-        return subprocess.run([sys.executable, "-m", "launcher.cli", "init", *words], cwd=tmp_path, env={**env, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=60)
+        return subprocess.run([sys.executable, "-m", "launcher.cli", "init", *words], cwd=tmp_path, env={**env, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120)
 
     done = init()
     assert done.returncode == 2 and "say PARTITION=low (or high)" in done.stderr and not any(tmp_path.iterdir())
@@ -167,7 +167,7 @@ def test_at_a_terminal_it_asks_and_asks_again(cluster: Cluster, tmp_path: Path) 
     process = subprocess.Popen([sys.executable, "-m", "launcher.cli", "init"], cwd=tmp_path, env={**cluster.env, "PYTHONPATH": str(REPOSITORY), "TERM": "dumb"}, stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
     os.write(master, b"hihg\nhigh\n")
-    assert process.wait(60) == 0
+    assert process.wait(120) == 0
     said = b"".join(read_all(master)).decode()
     assert "partition (low, high) [low]:" in said and "'hihg' is not one of them" in said
     assert yaml.safe_load((tmp_path / "site.yaml").read_text())["partition"] == "high"
