@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -88,6 +89,8 @@ def test_what_is_not_certainly_a_run_of_ones_own_that_is_over_stays(tmp_path: Pa
     made(runs, "goes")
     made(runs, "works", None, job_id=f"local-{os.getpid()}")
     base = made(runs, "base")
+    made(runs, "unseen", None, job_id="local-999999999")
+    made(runs, "lost", None, 2 * 3600, job_id="local-999999999")
     made(runs, "child", None, job_id=f"local-{os.getpid()}", init_from=str(base.checkpoints / "step-00000005"))
     (runs / "foreign").mkdir()
     (runs / "foreign" / "thesis.tex").write_text("years of work")
@@ -99,12 +102,12 @@ def test_what_is_not_certainly_a_run_of_ones_own_that_is_over_stays(tmp_path: Pa
     (runs / "linked").symlink_to(elsewhere.path)
     (runs / "goes" / "data").symlink_to(tmp_path / "elsewhere")
     before = names(runs)
-    said = cleaned(runs, "--older", "0d", "--yes")
+    said = {run: re.sub(r"to \d+ s ago", "to 0 s ago", why) for run, why in cleaned(runs, "--older", "0d", "--yes").items()}
     assert said == {
-        "goes": "", "works": "it is running", "base": "run child starts from it", "child": "it is running", "alike": "it is no run directory of ours",
+        "goes": "", "lost": "", "unseen": "it has no end yet and was written to 0 s ago", "works": "it is running", "base": "run child starts from it", "child": "it is running", "alike": "it is no run directory of ours",
         "odd": "its job.yaml cannot be read, so it may be something else", "linked": "it is a symbolic link",
     }  # fmt: skip
-    assert names(runs) == [name for name in before if name != "goes"]
+    assert names(runs) == [name for name in before if name not in ("goes", "lost")]
     assert (elsewhere.path / "job.yaml").exists(), "a link inside of a run was followed"
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
     assert clean._not_ours(base) == "it belongs to somebody else"

@@ -296,7 +296,10 @@ def started(cwd: Path, entry: str) -> str:
 
 
 def test_a_script_in_a_subfolder_runs_frozen_and_finds_the_frozen_modules_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "holdfast-run").mkdir()
+    (tmp_path / "holdfast-run" / "checkpoint").write_text("of a run by hand")
     assert started(project(tmp_path) / "sub", "mine.py") == "hello frozen\n"
+    assert not list(tmp_path.glob("sub/runs/*/code/holdfast-run"))
 
 
 def test_a_script_that_git_ignores_or_where_there_is_no_git_is_frozen_too(tmp_path: Path) -> None:
