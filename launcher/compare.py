@@ -218,7 +218,7 @@ def _print(first: RunDir, second: RunDir, found: Difference, results: tuple[Resu
 def code_line(found: Difference, total: int) -> str:
     """One line about the code of two runs."""
     commits = found.commits[0] if found.commits[0] == found.commits[1] else f"{found.commits[0]} -> {found.commits[1]}"
-    what = f"the same {total} files" if not found.files else f"{len(found.files)} file{'s' if len(found.files) > 1 else ''} differ"
+    what = f"the same {total} files" if not found.files else f"{len(found.files)} files differ" if len(found.files) > 1 else "1 file differs"
     return f"{what} ({commits})"
 
 

@@ -340,6 +340,11 @@ def test_a_train_package_of_ones_own_is_left_alone(tmp_path: Path) -> None:
 def test_settings_that_a_script_of_ones_own_does_not_use_do_not_stop_it() -> None:
     job = resolve_here(["ENTRY=x.py", "NODES=3", "GPUS_PER_NODE=5", "GPU_ARCH=sm_70"], {}, REPOSITORY).job
     assert job.world_size == 15
+    # And the example of the built-in training is nothing to it, unless it is asked for.
+    assert (job.job_name, job.lr, job.nodes) == ("x", 1e-3, 3)
+    assert resolve_here(["ENTRY=-m pkg.mine"], {}, REPOSITORY).job.job_name == "pkg.mine"
+    asked = resolve_here(["jobs/quickstart.yaml", "ENTRY=x.py"], {}, REPOSITORY).job
+    assert (asked.job_name, asked.lr, asked.nodes) == ("quickstart", 3e-3, 2)
     assert snapshot.place_of("tests/own_script.py", REPOSITORY) == "tests/own_script.py"
     assert snapshot.place_of("own_script.py", REPOSITORY / "tests") == "tests/own_script.py"
     assert snapshot.place_of("/opt/x.py", REPOSITORY) == "/opt/x.py"
