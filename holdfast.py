@@ -42,7 +42,7 @@ from jobs import ckpt_format, lease, ledger, metrics, own_ckpt
 from jobs.contract import STACKS_SIGNAL, STOP_SIGNALS, Event, Exit, RankEnv
 from jobs.errors import CheckpointError
 from jobs.progress import Progress
-from jobs.rundir import RunDir
+from jobs.rundir import ALONE, RunDir
 from jobs.stop import OWN_WISH, StopFlag, leave_marker, name_of
 
 if TYPE_CHECKING:
@@ -58,8 +58,6 @@ __all__ = [
     "rank", "run_dir", "setting", "step_of", "stop_agreed", "stop_requested", "world_size",
 ]  # fmt: skip
 
-# Where a script that holdfast did not start keeps its files.
-_ALONE = "holdfast-run"
 # Seconds that a rank waits for rank 0 to be done, before it leaves or goes on.
 _RANK_0_S = 600.0
 _LOOK_S = 0.05
@@ -73,7 +71,7 @@ class _Here:
     def __init__(self) -> None:
         given = os.environ.get(RankEnv.RUN_DIR)
         self.inside = bool(given)
-        self.run = RunDir(Path(given or _ALONE).absolute())
+        self.run = RunDir(Path(given or ALONE).absolute())
         self.attempt = int(os.environ.get(RankEnv.ATTEMPT, "0")) if self.inside else 0
         self.rank = int(os.environ.get(RankEnv.RANK, "0"))
         self.world = int(os.environ.get(RankEnv.WORLD_SIZE, "1"))

@@ -28,6 +28,8 @@ from jobs.errors import NotFoundError, SettingError
 
 _ID_LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"
 _STAGING = ".staging-"
+# Where a person's own script keeps its files when holdfast did not start it (holdfast.py).
+ALONE = "holdfast-run"
 # Job arrays keep their members under this folder of the array's own directory.
 _MEMBERS = "tasks"
 

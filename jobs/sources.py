@@ -335,14 +335,18 @@ class _Gathered:
 
 def _gather(words: Iterable[str], environ: Mapping[str, str], cwd: Path, load_site: LoadSite, job_file: str | None) -> _Gathered:
     pairs, named, faults = split_words(words)
-    asked = named or job_file or environ.get("HOLDFAST_JOB") or environ.get("JOB") or DEFAULT_JOB
-    path, shown = find_job_file(asked, cwd)
-
+    asked = named or job_file or environ.get("HOLDFAST_JOB") or environ.get("JOB")
     command_line = _Layer(faults=faults)
     for key, value in pairs:
         command_line.add(key, value, "command line")
     environment = _environment_layer(environ)
-    file_layer = _file_layer(read_yaml(path, shown), shown)
+    own_script = next((str(given.value) for layer in (command_line, environment) for given in layer.given if given.name == "entry"), None)
+    if own_script and not asked:
+        # The default job file is an example of the built-in training: its learning rate is nothing to a script of somebody's own.
+        file_layer, path, default_name = _Layer(), None, own_script.removeprefix("-m ").strip().rpartition("/")[2].removesuffix(".py")
+    else:
+        path, shown = find_job_file(asked or DEFAULT_JOB, cwd)
+        file_layer, default_name = _file_layer(read_yaml(path, shown), shown), path.stem
 
     site_word = "generic"
     site_origin = "default"
@@ -361,8 +365,8 @@ def _gather(words: Iterable[str], environ: Mapping[str, str], cwd: Path, load_si
     except ValueError:
         pass  # NUL, or not encodable: the setting's own check says so below
 
-    files = (str(cwd / asked), str(path), str(site_path))
-    return _Gathered([site_layer, file_layer, environment], command_line, path.stem, _alias_notes(pairs), files)
+    files = (*([str(cwd / (asked or DEFAULT_JOB)), str(path)] if path else []), str(site_path))
+    return _Gathered([site_layer, file_layer, environment], command_line, default_name, _alias_notes(pairs), files)
 
 
 def variables() -> list[str]:

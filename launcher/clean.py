@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jobs import ckpt_format, rundir
+from jobs import ckpt_format, lease, ledger, rundir
 from jobs.contract import Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
@@ -25,6 +25,8 @@ from launcher import show
 _TRASH, _STAGING = ".trash-", ".staging-"
 # What lies aside for so long was left by a command that was killed.
 _LEFTOVER_S = 86_400.0
+# A run without an end that was written to within so many seconds may be at work where nobody can see it from here.
+_FRESH_S = 3600.0
 _UNITS = {"h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
 _LIVE = ("running", "waiting")
 
@@ -88,13 +90,37 @@ def _look(run: RunDir, queue: dict[str, tuple[str, str, str]] | None, silent: bo
     members = [run.member(int(path.name)) for path in run.members.iterdir() if path.name.isdigit()] if run.has_members else [run]
     rows = show.collect([member for member in members if member.job_yaml.exists()], queue)
     states = {row.state for row in rows}
-    touched = max((path.stat().st_mtime for member in members for path in (member.ledger, member.metrics, member.job_yaml) if path.exists()), default=0.0)
-    state = next((word for word in (*_LIVE, "stopped", "failed", "damaged", "cancelled") if word in states), "finished" if states else "damaged")
+    touched = max(_touched(one) for one in {run, *members})
+    state = next((word for word in (*_LIVE, "stopped", "failed", "damaged", "cancelled") if word in states), "finished" if states else "stopped")
     if state in _LIVE:
         why = f"it is {state}"
+    elif any(_is_queued(one, queue) for one in {run, *members}):
+        why = "a job of it is queued"
     elif silent and state != "finished":
         why = "Slurm does not answer, so nobody knows whether it is queued"
+    elif state == "stopped" and time.time() - touched < _FRESH_S and any(_is_open(one) for one in members):
+        # A submit that is at work just now, a run on another machine, another cluster's job: from here nobody can see them.
+        why = f"it has no end yet and was written to {show.ago(touched)}"
     return Candidate(run.id, str(run.path), state, touched, size_of(run.path), why)
+
+
+def _touched(run: RunDir) -> float:
+    """When something of a run was last written."""
+    attempt = run.attempt(lease.newest(run))
+    return max((path.stat().st_mtime for path in (run.job_yaml, run.ledger, run.metrics, attempt.progress) if path.exists()), default=0.0)
+
+
+def _is_open(run: RunDir) -> bool:
+    """Whether the ledger leaves it open that something is at work: nothing was written yet, or an attempt has no end."""
+    events = ledger.read(run.ledger)
+    attempts = ledger.attempts(events)
+    return not events or (bool(attempts) and attempts[-1].cause is None)
+
+
+def _is_queued(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> bool:
+    """Whether Slurm has any job that ever belonged to a run, whatever the run's own state: a job array is one number for all."""
+    known = {str(job_id).partition("_")[0] for event in ledger.read(run.ledger) for job_id in (event["job_id"], event.get("successor"))}
+    return any(job_id.partition("_")[0] in known for job_id in queue or {})
 
 
 def _not_ours(run: RunDir) -> str:

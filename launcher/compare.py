@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,8 @@ from launcher import show, snapshot
 
 # Which run it is, not what it does.
 _NAMES = frozenset({"run_id", "runs_dir"})
-# Of a line of metrics: when and how fast, not what came out.
-_TIMES = frozenset({"time", "tokens_per_s", "attempt", "step"})
+# Of a line of metrics: when, how fast and in how much memory, not what came out (train/live.py has the names).
+_SPEED = re.compile(r"time|attempt|step|tflops|peak_pct|\w+_per_s|\w+_wait_pct|\w*memory\w*|\w+_gb")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def result_of(run: RunDir) -> Result:
         step = max(step, manifest.step)
     last = attempts[-1].cause if attempts else None
     state = "never started" if not attempts else last.value.replace("_", " ") if last else "running"
-    values = {name: value for name, value in (lines[-1] if lines else {}).items() if name not in _TIMES}
+    values = {name: value for name, value in (lines[-1] if lines else {}).items() if not _SPEED.fullmatch(name)}
     return Result(state, step, len(attempts), sum(attempt.lost_steps for attempt in attempts), values, weights)
 
 
@@ -133,7 +134,7 @@ def _other_results(first: RunDir, second: RunDir) -> list[str]:
     trained, nothing is said."""
     lines = [{int(line["step"]): line for line in metrics.read(run.metrics)} for run in (first, second)]
     common = sorted({*lines[0]} & {*lines[1]})[-1:]
-    other = [name for step in common for name in lines[0][step] if name not in _TIMES and name in lines[1][step] and lines[0][step][name] != lines[1][step][name]]
+    other = [name for step in common for name in lines[0][step] if not _SPEED.fullmatch(name) and name in lines[1][step] and lines[0][step][name] != lines[1][step][name]]
     if same_weights(first, second) is False:
         other.append("weights")
     if common and (one := result_of(first)).state != (two := result_of(second)).state and Cause.FINISHED.value in (one.state, two.state):
@@ -218,7 +219,7 @@ def _print(first: RunDir, second: RunDir, found: Difference, results: tuple[Resu
 def code_line(found: Difference, total: int) -> str:
     """One line about the code of two runs."""
     commits = found.commits[0] if found.commits[0] == found.commits[1] else f"{found.commits[0]} -> {found.commits[1]}"
-    what = f"the same {total} files" if not found.files else f"{len(found.files)} file{'s' if len(found.files) > 1 else ''} differ"
+    what = f"the same {total} files" if not found.files else f"{len(found.files)} files differ" if len(found.files) > 1 else "1 file differs"
     return f"{what} ({commits})"
 
 

@@ -75,7 +75,7 @@ A later layer wins over an earlier one:
 
 1. the default, as in the tables below;
 2. the site file (`SITE=name` is `slurm/sites/name.yaml`; a path is a file of your own);
-3. the job file (`JOB=`; jobs/quickstart.yaml when left out);
+3. the job file (`JOB=`; jobs/quickstart.yaml when left out, and none for a script of your own, `ENTRY=`);
 4. the environment;
 5. the command line.
 

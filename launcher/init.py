@@ -15,9 +15,11 @@ from jobs.errors import HoldfastError, SettingError, SubmitError
 from jobs.names import unknown
 from jobs.sources import dump_yaml, resolve, setting_name, split_words, words_from_make
 from launcher import show
+from launcher.local import gpus_here
 from slurm import sitefile
 from slurm.client import Slurm
 from slurm.discover import Cluster, Partition, arch_of, discover
+from slurm.lab_conf import CLUSTER
 from slurm.render import run_dir_of, script_for
 
 DEFAULT_FILE = "site.yaml"
@@ -46,7 +48,9 @@ def init(words: Sequence[str], environ: Mapping[str, str], cwd: Path, *, yes: bo
     chosen = choose(cluster, given, ask, takes_defaults=yes)
     partition = cluster.partition(chosen["partition"])
     assert partition is not None
-    text = site_text(cluster, partition, chosen, date.today())
+    # The GPUs of `holdfast lab` are stand-ins on a machine that has none.
+    pretended = cluster.name == CLUSTER and gpus_here() == 0
+    text = site_text(cluster, partition, chosen, date.today(), pretended)
     answer = _checked(text, path, partition.gpus.count or 1, slurm, cwd)
     _write(path, text)
     if as_json:
@@ -93,7 +97,7 @@ def _account(cluster: Cluster, given: Mapping[str, str], usable: list[str], ask:
     return {"account": account, "qos": qos}
 
 
-def site_text(cluster: Cluster, partition: Partition, chosen: Mapping[str, str], today: date) -> str:
+def site_text(cluster: Cluster, partition: Partition, chosen: Mapping[str, str], today: date, pretended_gpus: bool = False) -> str:
     """The file: what was found as settings, what else is true of the cluster as remarks."""
     gpus = partition.gpus
     lines = [
@@ -117,17 +121,21 @@ def site_text(cluster: Cluster, partition: Partition, chosen: Mapping[str, str],
     if gpus.count:
         if gpus.kind:
             lines.append(_setting("gpu_type", gpus.kind))
-        if arch := arch_of(gpus.kind):
+        if pretended_gpus:
+            pass
+        elif arch := arch_of(gpus.kind):
             lines.append(_setting("gpu_arch", arch))
         else:
             lines.append(_remark("gpu_arch", "sm_90", "compute capability of these GPUs: precisions that they cannot do are then refused before queueing"))
         lines.append(_setting("gpus_per_node", gpus.count))
+        if pretended_gpus:
+            lines += ["# This is the private cluster of holdfast, whose GPUs are only pretended: training is on CPUs.", _setting("device", "cpu"), _setting("mem_gb", 4)]
         lines += [f"# some nodes have {other.count} {other.kind or 'GPUs'} instead" for other in partition.other_gpus]
     else:
         lines += ["# Its nodes have no GPU that Slurm knows of: training is on CPUs, and gpus_per_node counts processes.", _setting("device", "cpu")]
     if partition.cpus >= max(gpus.count, 1):
         lines.append(_setting("cpus_per_gpu", partition.cpus // gpus.count) if gpus.count else _remark("cpus_per_gpu", partition.cpus, "cores of a node; this setting counts them per process"))
-    if partition.memory_gb:
+    if partition.memory_gb and not pretended_gpus:
         lines.append(_remark("mem_gb", partition.memory_gb, "of a node, as Slurm counts it; left out, the site's own default"))
     if partition.max_time not in ("UNLIMITED", ""):
         lines.append(_remark("time_limit", partition.max_time, "the most; a run that needs longer is warned, saved and goes on in the next attempt"))

@@ -19,7 +19,7 @@ from launcher.prepare import _anchor_paths, _unused_id, _write_run
 from slurm.render import script_for
 
 # What follows from the size of the job unless a person gave it.
-_DERIVED = "derived"
+_FOLLOWS = frozenset({"micro_batch_size", "grad_accum_steps"})
 
 
 def rerun(source: RunDir, words: Sequence[str], cwd: Path, *, current_code: bool, local: bool, as_json: bool) -> int:
@@ -62,7 +62,7 @@ def resolved_again(source: RunDir, words: Sequence[str], cwd: Path) -> Resolved:
     origins = compare.origins_of(source)
     # What somebody chose for the first run is by now simply how that run was.
     given = {name: f"run {source.id}" if origin == "command line" else origin for name, origin in origins.items()}
-    values = {name: value for name, value in before.model_dump(mode="json").items() if name != "run_id" and origins.get(name) != _DERIVED}
+    values = {name: value for name, value in before.model_dump(mode="json").items() if name != "run_id" and not (name in _FOLLOWS and origins.get(name) == "derived")}
     resolved = amend(values, given, words)
     wanted = [name for name, origin in resolved.origins.items() if origin == "command line"]
     if "site" in wanted:

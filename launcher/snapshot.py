@@ -18,7 +18,7 @@ from typing import Any
 
 from jobs import access, secret
 from jobs.errors import SettingError
-from jobs.rundir import RunDir
+from jobs.rundir import ALONE, RunDir
 
 # A copy of a data set or of checkpoints is a mistake, and costs every submit its time.
 MAX_BYTES = 200 * 2**20
@@ -37,8 +37,8 @@ def place_of(entry: str, cwd: Path) -> str:
 
 
 def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, environ: Mapping[str, str], entry: str | None = None) -> list[Path]:
-    """Copies the working tree around `cwd` into run.code, without `leave_out` (the runs directory). Returns the files of git that
-    were not copied because they may keep secrets.
+    """Copies the working tree around `cwd` into run.code, without `leave_out` (the runs directory) and what scripts left that were
+    started by hand. Returns the files of git that were not copied because they may keep secrets.
 
     `entry` is a person's own script (`place_of`) or `-m module`; the script is copied also where git does not track it.
     Raises SettingError when a listed path does not exist, the copy would be larger than MAX_BYTES, or a file holds the value of
@@ -56,7 +56,7 @@ def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, envi
         if not path.is_relative_to(origin):
             raise SettingError(f"CODE_INCLUDE: {word!r} lies outside {origin}, which is what is frozen.")
         files += [p.relative_to(origin) for p in ([path] if path.is_file() else sorted(path.rglob("*"))) if p.is_file() and (p == path or not secret.is_secret_file(p))]
-    chosen = [path for path in dict.fromkeys(files) if (origin / path).is_file() and not (origin / path).is_relative_to(leave_out)]
+    chosen = [path for path in dict.fromkeys(files) if (origin / path).is_file() and not (origin / path).is_relative_to(leave_out) and ALONE not in path.parts]
     sizes = {path: (origin / path).stat().st_size for path in chosen}
     total = sum(sizes.values())
     if total > MAX_BYTES:

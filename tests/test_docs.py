@@ -138,7 +138,7 @@ def wrong_words(command: str) -> list[str]:
         return []
     program, rest = words[0], words[1:]
     if program == "make":
-        named = [word for word in rest if "=" not in word and not word.startswith("-")]
+        named = [word for word in rest if "=" not in word and not word.startswith("-") and not word.isupper()]
         return [f"make {word}" for word in named if word not in MAKE_TARGETS] + _settings_of(rest)
     if program.removeprefix(".venv/bin/") != "holdfast" or not rest or not re.fullmatch(r"[a-z]+", rest[0]):
         return []

@@ -75,6 +75,12 @@ def ended(tmp_path: Path, cause: Cause = Cause.FINISHED) -> RunDir:
     return run
 
 
+def hurry(run: RunDir) -> None:
+    """Once the first attempt is over, the second one need not dawdle."""
+    until(lambda: any(attempt.cause for attempt in ledger.attempts(ledger.read(run.ledger))), 90, "the end of the first attempt")
+    (run.path / "hurry").touch()
+
+
 def files_with(folder: Path, text: str) -> list[str]:
     return [str(path) for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
@@ -155,20 +161,22 @@ def test_a_run_without_slurm_tells_too(tmp_path: Path, hook: Hook) -> None:
 @pytest.mark.timeout(240)
 def test_on_a_cluster_a_requeue_is_silent_the_end_is_told_and_the_address_is_written_nowhere(cluster: Cluster, hook: Hook) -> None:
     own = {"NODES": "1", "GPUS_PER_NODE": "1", "ENTRY": "tests/helped_script.py"}
-    words = [*(f"{key}={value}" for key, value in own.items()), "ENTRY_ARGS=120,30,0.05", f"RUNS_DIR={cluster.runs}"]
+    words = [*(f"{key}={value}" for key, value in own.items()), "ENTRY_ARGS=2000,1000,0.05", f"RUNS_DIR={cluster.runs}"]
     run = RunDir(Path(json.loads(cluster.holdfast("submit", "--json", *words, HOLDFAST_NOTIFY_WEBHOOK=hook.url).stdout)["path"]))
-    cluster.at_step(run, 10)
+    cluster.at_step(run, 5)
     cluster.slurm("scontrol", "requeue", cluster.job_id(run))
+    hurry(run)
     attempts = cluster.finished(run)
     assert [str(attempt.cause) for attempt in attempts] == ["requeued", "finished"]
-    until(lambda: hook.got, 20, "the post")
+    until(lambda: hook.got, 90, "the post")
     assert [(body["event"], body["attempts"], body["lost_steps"]) for _, body in hook.got] == [("finished", 2, 0)]
     log = run.log(cluster.job_id(run), "batch")
-    until(lambda: "notified http://127.0.0.1/***" in log.read_text(), 20, "the word in the log")
+    until(lambda: "notified http://127.0.0.1/***" in log.read_text(), 90, "the word in the log")
     assert not files_with(run.path, SECRET)
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_slurm_mails_the_end_and_not_the_requeue() -> None:
     missing = lab.missing_programs()
@@ -183,13 +191,14 @@ def test_slurm_mails_the_end_and_not_the_requeue() -> None:
     here = lab.start(root / "lab", lab.LabConfig(nodes=1, extra_conf=f"MailProg={mailer}"))
     try:
         cluster = Cluster(here, root / "runs")
-        words = ["NODES=1", "GPUS_PER_NODE=1", "ENTRY=tests/helped_script.py", "ENTRY_ARGS=60,30,0.05", f"RUNS_DIR={root}/runs", "NOTIFY_EMAIL=me@example.org"]
+        words = ["NODES=1", "GPUS_PER_NODE=1", "ENTRY=tests/helped_script.py", "ENTRY_ARGS=2000,1000,0.05", f"RUNS_DIR={root}/runs", "NOTIFY_EMAIL=me@example.org"]
         run = RunDir(Path(json.loads(cluster.holdfast("submit", "--json", *words).stdout)["path"]))
         cluster.at_step(run, 5)
         cluster.slurm("scontrol", "requeue", cluster.job_id(run))
+        hurry(run)
         cluster.finished(run)
         # slurmctld hands its mail out every few seconds.
-        until(lambda: box.exists() and "Ended" in box.read_text(), 60, f"the mail; so far: {box.read_text() if box.exists() else None}")
+        until(lambda: box.exists() and "Ended" in box.read_text(), 120, f"the mail; so far: {box.read_text() if box.exists() else None}")
         mails = box.read_text().splitlines()
         assert len(mails) == 1 and "COMPLETED" in mails[0] and "me@example.org" in mails[0], mails
     finally:
@@ -198,6 +207,6 @@ def test_slurm_mails_the_end_and_not_the_requeue() -> None:
 
 
 def test_the_script_asks_slurm_for_its_mail_only_when_told_to() -> None:
-    shown = [subprocess.run([sys.executable, "-m", "launcher.cli", "render", *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=60).stdout for words in ([], ["NOTIFY_EMAIL=a@b.org"])]
+    shown = [subprocess.run([sys.executable, "-m", "launcher.cli", "render", *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=120).stdout for words in ([], ["NOTIFY_EMAIL=a@b.org"])]
     assert "mail" not in shown[0]
     assert "#SBATCH --mail-user=a@b.org\n#SBATCH --mail-type=END,FAIL\n" in shown[1]

@@ -124,13 +124,14 @@ def test_versions_are_compared_where_both_are_known() -> None:
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 def test_on_a_cluster_a_rerun_is_submitted(cluster: Cluster) -> None:
     run = cluster.submit("ENTRY=tests/helped_script.py", "ENTRY_ARGS=10,5,0", NODES="1", GPUS_PER_NODE="1", SEED="3")
-    cluster.finished(run, 60)
+    cluster.finished(run, 150)
     answer = json.loads(cluster.holdfast("rerun", "--json", str(run.path), "TIME_LIMIT=20").stdout)
     again = RunDir(Path(answer["path"]))
     assert answer["rerun_of"] == run.id and answer["settings"] == ["time_limit"] and not answer["files"]
-    cluster.finished(again, 60)
+    cluster.finished(again, 150)
     assert (again.path / "end.0").read_text() == (run.path / "end.0").read_text()
     compared = cluster.holdfast("diff", str(run.path), str(again.path), check=False)
     assert compared.returncode == 1 and "TIME_LIMIT" in compared.stdout and "identical, bit for bit" in compared.stdout

@@ -52,7 +52,7 @@ def test_modules_are_loaded_and_ranks_in_a_container_see_and_hear_everything(clu
     run = RunDir(Path(json.loads(cluster.holdfast("submit", "--json", *words, **env).stdout)["path"]))
     job_id = cluster.job_id(run)
     logs = [run.log(job_id, rank) for rank in (0, 1)]
-    until(lambda: all(log.exists() and log.read_text().count("\n") for log in logs), 60, f"the first words of both ranks\n{cluster.logs(run)}")
+    until(lambda: all(log.exists() and log.read_text().count("\n") for log in logs), 120, f"the first words of both ranks\n{cluster.logs(run)}")
     for rank, log in enumerate(logs):
         seen = json.loads(log.read_text().splitlines()[0])
         assert seen["RANK"] == seen["LOCAL_RANK"] == str(rank) and seen["WORLD_SIZE"] == seen["LOCAL_WORLD_SIZE"] == "2"
@@ -63,7 +63,7 @@ def test_modules_are_loaded_and_ranks_in_a_container_see_and_hear_everything(clu
         assert said[:2] == ["exec", "--bind"] and said[2] == f"{run.path}:{run.path}", "on a CPU without --nv; the run and its code first"
         assert {f"{tmp_path}/own:{tmp_path}/own", "/data:/data", "/scratch/me:/scratch"} <= set(said)
     cluster.slurm("scontrol", "requeue", job_id)
-    attempts = cluster.finished(run, 60)
+    attempts = cluster.finished(run, 150)
     assert [str(attempt.cause) for attempt in attempts] == ["requeued", "finished"]
     markers = [json.loads(run.attempt(1).marker(rank).read_text()) for rank in (0, 1)]
     assert [(marker["reason"], marker["signal"]) for marker in markers] == [("stopped", "TERM")] * 2
