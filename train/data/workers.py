@@ -68,6 +68,8 @@ class Workers:
                 # fork: a memory map is shared and not copied, a data set need not be picklable, and our signal handlers are
                 # in place from the first moment. Workers never touch the GPU.
                 multiprocessing_context="fork",
+                # Its own: DataLoader would draw a number from the generator that dropout draws from.
+                generator=torch.Generator(),
             )  # fmt: skip
         self._batches = iter(self._loader)
 
