@@ -142,7 +142,7 @@ def described(words: Sequence[str], cwd: Path, over: Sequence[str], file: str | 
     asked = named or os.environ.get("HOLDFAST_JOB") or os.environ.get("JOB") or DEFAULT_JOB
     job = base.job.model_copy(update={"array_parallel": min(sweep.parallel, sweep.trials)})
     swept = {dimension.name for dimension in sweep.over}
-    chosen = {name: base.job.text(name) for name, origin in base.origins.items() if name not in swept and origin.startswith(("environment", "command line"))}
+    chosen = {name: base.job.text(name) for name, origin in base.origins.items() if name not in swept and origin.startswith(("environment", "command line", "auto"))}
     # RUN_ID names this sweep, a run of the best values is another one; NODE_ENV may hold a token.
     kept = tuple(f"{name.upper()}={value or 'none'}" for name, value in chosen.items() if name not in ("run_id", "array_parallel", "node_env"))
     sweep = sweep.model_copy(update={"job": find_job_file(asked, cwd)[1], "words": kept})
