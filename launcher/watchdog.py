@@ -143,8 +143,8 @@ def suspects(stacks: Mapping[int, str], world: int) -> Suspects:
         return Suspects(silent, "did not answer when asked for its stacks (stopped, or not scheduled)")
     if silent:
         return Suspects((), "no rank answered when asked for its stacks")
-    # Rank 0's clock (train/clock.py) is no part of training, and no other rank has one.
-    tops = {rank: [names[0] for names in _threads(text) if names and not any(file.endswith("clock.py") and name == "_beat" for file, name in names)] for rank, text in stacks.items()}
+    # Threads of ours that are no part of training.
+    tops = {rank: [names[0] for names in _threads(text) if names and not any(file.endswith(("clock.py", "recorder.py")) and name in ("_beat", "_listen") for file, name in names)] for rank, text in stacks.items()}
     busy = {rank: [f"{file}:{name}" for file, name in found if not _WAITING.fullmatch(name)] for rank, found in tops.items()}
     working = tuple(rank for rank in sorted(busy) if busy[rank])
     if working and len(working) < world:

@@ -397,6 +397,9 @@ def _hang(stage: Stage, fault: str, kind: str, suspect: str = "rank 1") -> Row:
     assert suspect in evidence, evidence
     row.note = evidence.partition("suspect: ")[2].partition(", which")[0] + " named"
     assert "File" in run.attempt(1).stacks(0).read_text()
+    # Rank 0 waits for the other one in a collective, and torch's flight recorder says in which.
+    entries = json.loads(run.attempt(1).collectives(0).read_text())["entries"]
+    assert any(entry["profiling_name"].startswith("gloo:") for entry in entries), entries
     return row
 
 
