@@ -228,6 +228,10 @@ class AttemptDir:
         """Python stacks of a rank, written when the watchdog asks for them."""
         return self.path / f"stacks.{rank}.txt"
 
+    def collectives(self, rank: int) -> Path:
+        """The last collectives of a rank, from torch's flight recorder, written at the same moment."""
+        return self.path / f"collectives.{rank}.json"
+
     def preflight(self, node: str) -> Path:
         return self.path / f"preflight.{node}.json"
 

@@ -26,6 +26,7 @@ _DAEMON_REASON = {
     "NODE FAILURE": Cause.NODE_FAILURE,
 }
 _NODE_FAILURE = re.compile(r"srun: error: Node failure on (\S+)")
+_SRUN_ERROR = re.compile(r"^srun: error: (.+)$", re.M)
 # What a rank says when it is another rank that is gone.
 _PEER_LOST = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket Timeout|NCCL.*remote|connectFullMesh|Timed out waiting|recvValue failed"
@@ -124,9 +125,12 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
         return Cause.CODE_ERROR, "a rank says that this job can never run here"
     if seen.gone and _DAEMON_LINE.search(seen.log):
         return Cause.CANCELLED, "slurmstepd: cancelled, and Slurm did not start it again"
+    # A step that could not be made, for example: srun's own words, where it had any.
+    said = _SRUN_ERROR.search(seen.log)
+    words = f"; srun: {said[1][:160]}" if said else ""
     if missing:
-        return Cause.UNKNOWN, f"exit code {seen.code}, rank {_numbers(missing)} left no marker"
-    return Cause.UNKNOWN, f"exit code {seen.code}"
+        return Cause.UNKNOWN, f"exit code {seen.code}, rank {_numbers(missing)} left no marker{words}"
+    return Cause.UNKNOWN, f"exit code {seen.code}{words}"
 
 
 def _stopped(seen: Evidence, signal: str) -> tuple[Cause, str]:

@@ -127,8 +127,8 @@ class Suspects:
 
 
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line \d+ in (?P<name>.+)$')
-# Threads that are no part of training and that only rank 0 has: its clock, and the trackers with their own (train/track.py).
-_ASIDE = re.compile(r"(?:^|/)(?:clock\.py:_beat$|track\.py:_work$)|(?:site|dist)-packages/(?:tensorboard|tensorboardX|wandb|mlflow|comet_ml|aim|clearml|dvclive|swanlab|trackio)/")
+# Threads that are no part of training: the clock, the one that answers when asked, and the trackers with their own (train/track.py).
+_ASIDE = re.compile(r"(?:^|/)(?:clock\.py:_beat$|recorder\.py:_listen$|track\.py:_work$)|(?:site|dist)-packages/(?:tensorboard|tensorboardX|wandb|mlflow|comet_ml|aim|clearml|dvclive|swanlab|trackio)/")
 # Where a thread rests that waits for others; the innermost frame says it.
 _WAITING = re.compile(
     r"wait|get|acquire|select|poll|accept|recv|recv_into|join|_wait_for_tstate_lock|readline|_worker|watch|all_reduce|all_gather\w*|allreduce|broadcast\w*"

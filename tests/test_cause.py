@@ -184,6 +184,12 @@ _evidence = st.builds(
 )
 
 
+def test_what_srun_says_of_a_step_that_could_not_be_made_stands_in_the_evidence() -> None:
+    log = "srun: error: Unable to create step for job 29: Invalid generic resource (gres) specification\n"
+    cause, evidence = classify(Evidence(code=1, world=2, log=log))
+    assert cause is Cause.UNKNOWN and "Unable to create step" in evidence
+
+
 @given(_evidence)
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_classifying_is_pure_and_total(seen: Evidence) -> None:

@@ -14,12 +14,13 @@ from chaos import Stage
 from conftest import REPOSITORY, Cluster, until
 
 from jobs import ledger
-from jobs.contract import RankEnv
+from jobs.contract import STACKS_SIGNAL, RankEnv
 from jobs.errors import SubmitError
 from jobs.rundir import RunDir
 from jobs.settings import Job
 from launcher import nodes, preflight, rendezvous
 from launcher.doctor import Finding, Need, Site, diagnose, of_node, policy_of, way_back
+from launcher.local import pids_of_ranks
 from launcher.watchdog import Pace, Silence, Watchdog, read_place, suspects
 from slurm.client import Slurm, clean_environment, parse_config
 from train.allreduce import named_slow
@@ -175,6 +176,34 @@ def test_ranks_are_asked_at_the_first_limit_and_killed_at_the_second_only(tmp_pa
     assert told[-1] == "kill 3" and len(told) == 4
 
 
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.timeout(200)
+def test_the_variables_of_the_flight_recorder_reach_every_rank(cluster: Cluster) -> None:
+    run = cluster.submit(NODES="2", GPUS_PER_NODE="1", BATCH_SIZE="12", MAX_STEPS="100000", EVAL_EVERY="0")
+    cluster.at_step(run, 1)
+    try:
+        for rank in range(2):
+            (pid,) = pids_of_ranks(run, rank)
+            variables = dict(part.split("=", 1) for part in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in part)
+            assert variables["TORCH_FR_BUFFER_SIZE"] == "2000" and variables["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+            assert variables["TORCH_FR_DUMP_TEMP_FILE"] == variables["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == f"{run.attempt(1).path}/nccl_trace_rank_"
+            os.kill(pid, STACKS_SIGNAL)
+            until(lambda rank=rank: run.attempt(1).collectives(rank).exists(), 30, "the flight recorder")  # type: ignore[misc]
+            assert json.loads(run.attempt(1).collectives(rank).read_text())["entries"]
+            assert "_listen" in run.attempt(1).stacks(rank).read_text()
+    finally:
+        cluster.slurm("scancel", cluster.job_id(run))
+
+
+def test_threads_of_ours_are_no_suspects() -> None:
+    waits = ["distributed_c10d.py:all_reduce", "loop.py:train"]
+    ours = dump(["clock.py:_beat"], ["recorder.py:_listen"], waits)
+    assert suspects({0: ours, 1: SLEEPS}, 2).ranks == (1,)
+    # Only rank 0 has a clock; that alone makes no rank odd.
+    assert suspects({0: ours, 1: dump(["recorder.py:_listen"], waits), 2: dump(waits)}, 3).ranks == ()
+
+
 def test_the_watchdog_costs_little_and_loads_no_library() -> None:
     code = "import sys, launcher.watchdog, launcher.preflight; print([m for m in ('pydantic', 'yaml', 'jinja2', 'torch', 'typer') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip() == "[]"
@@ -252,6 +281,7 @@ def test_an_all_reduce_speaks_against_a_node_only_where_the_others_are_well() ->
     assert named_slow({"n1": 9.0, "n2": 0.1}, 1.0) == [] == named_slow({"n1": 0.2, "n2": 0.1, "n3": 9.0}, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 @pytest.mark.timeout(200)
 def test_the_nodes_are_measured_by_an_all_reduce_before_they_train(cluster: Cluster) -> None:

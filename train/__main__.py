@@ -4,19 +4,19 @@ Everything it needs to know stands in the run directory; rank and rendezvous com
 """
 
 import argparse
-import faulthandler
 import os
 import sys
 import traceback
 from pathlib import Path
 
 from jobs import access
-from jobs.contract import STACKS_SIGNAL, Exit, RankEnv
+from jobs.contract import Exit, RankEnv
 from jobs.errors import HoldfastError
 from jobs.rundir import AttemptDir, RunDir
 from jobs.sources import load
 from jobs.stop import StopFlag, leave_marker, name_of
 from train.clock import Clock
+from train.recorder import answer_when_asked
 
 
 def main() -> int:
@@ -33,8 +33,7 @@ def main() -> int:
     attempt = run.attempt(int(os.environ.get(RankEnv.ATTEMPT, "0")))
     attempt.path.mkdir(parents=True, exist_ok=True)
     clock = Clock.of_rank(attempt.clock, rank)
-    # In C: it answers also while one call holds the interpreter's lock.
-    faulthandler.register(STACKS_SIGNAL, file=open(attempt.stacks(rank), "ab", buffering=0), all_threads=True)
+    answer_when_asked(attempt.stacks(rank), attempt.collectives(rank))
     flag.leave_unless_busy(lambda number: _leave(attempt, rank, clock, number))
     try:
         job = load(run.job_yaml)
