@@ -32,8 +32,8 @@ def test_every_example_has_a_job_file_that_names_it() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {path.stem for path in EXAMPLES.glob("*.yaml")}
 
 
-def digits(cluster: Cluster) -> RunDir:
-    words = ["examples/digits.yaml", "MAX_STEPS=1500", "ENTRY_ARGS=--save-every,500", f"RUNS_DIR={cluster.runs}", "NODE_ENV=OMP_NUM_THREADS=1"]
+def digits(cluster: Cluster, *more: str) -> RunDir:
+    words = ["examples/digits.yaml", *more, "MAX_STEPS=1500", "ENTRY_ARGS=--save-every,500", f"RUNS_DIR={cluster.runs}", "NODE_ENV=OMP_NUM_THREADS=1"]
     return RunDir(Path(json.loads(cluster.holdfast("submit", "--json", *words).stdout)["path"]))
 
 
@@ -68,6 +68,18 @@ def test_it_ends_with_the_weights_of_one_that_nobody_disturbed(cluster: Cluster,
     straight = digits(cluster)
     assert len(cluster.finished(straight)) == 1
     assert weights_sha(preempted) == weights_sha(straight)
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_under_accelerate_launch_it_loses_nothing_either(cluster: Cluster) -> None:
+    run = digits(cluster, "LAUNCH=accelerate")
+    cluster.at_step(run, 30, seconds=150)
+    cluster.slurm("scontrol", "requeue", cluster.job_id(run))
+    attempts = cluster.finished(run, 200)
+    assert [(str(attempt.cause), attempt.lost_steps) for attempt in attempts] == [("requeued", 0), ("finished", 0)], cluster.logs(run)
+    assert attempts[1].start_step == attempts[0].step
 
 
 @pytest.mark.timeout(240)
