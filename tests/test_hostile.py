@@ -220,8 +220,10 @@ def test_nothing_in_a_script_is_executed_and_every_value_arrives(tmp_path_factor
         expected = ["exec", "--nv", *binds, job.container_image, job.container_python, *task]
         assert stage.words("apptainer") == expected and srun[srun.index("rank") + 1 :] == ["apptainer", *expected]
     elif job.container_image:
+        kept = [*job.node_env, *(["PYTHONPATH"] if job.entry else [])]
         assert [word for word in srun if word.startswith("--container-")] == [
-            f"--container-image={job.container_image}", f"--container-mounts={','.join(mounts)}", f"--container-workdir={run.code}"
+            f"--container-image={job.container_image}", f"--container-mounts={','.join(mounts)}", f"--container-workdir={run.code}",
+            *([f"--container-env={','.join(kept)}"] if kept else []),
         ]  # fmt: skip
         assert srun[srun.index("rank") + 1 :] == [job.container_python, *task]
     else:
