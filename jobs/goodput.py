@@ -92,7 +92,9 @@ def parts_of(record: Mapping[str, Any] | None, seconds: float, cause: str | None
     if part is Part.STOP:
         parts[Part.STOP] += seen + unseen
     elif cause == Cause.HANG:
-        parts[Part.HANG] += seen + unseen
+        waited = min(float(record.get("waited", 0.0)), parts[Part.DATA_WAIT])
+        parts[Part.HANG] += seen + unseen + waited
+        parts[Part.DATA_WAIT] -= waited
         parts[Part.LOST] += unfinished
     elif cause is None:
         parts[part] += seen + unfinished

@@ -78,6 +78,10 @@ def test_a_hang_is_the_silence_from_the_last_movement_to_the_end() -> None:
     record, seconds = sections(("", 3), ("first_step", 2), ("step", 1), ("step", 30))
     parts = parts_of(record, seconds + 5, Cause.HANG)
     assert parts["hang"] == 35 and "stop" not in parts
+    # Looking for samples again and again is no movement; a wait before a step that was finished is no part of it.
+    record, seconds = sections(("first_step", 2), ("step", 1), ("data_wait", 4), ("useful", 1), ("step", 0), *[("data_wait", 1.5), ("useful", 0)] * 8)
+    parts = parts_of(record, seconds + 5, Cause.HANG)
+    assert parts["hang"] == 17 and parts["data_wait"] == 4
 
 
 def test_samples_that_another_rank_waited_for_are_counted_when_one_learns_of_them() -> None:

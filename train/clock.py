@@ -35,6 +35,8 @@ class Clock:
         self._lock = threading.Lock()
         self._seconds = dict.fromkeys(Part, 0.0)
         self._unfinished = 0.0
+        # Of the waits for samples, those since the last finished step: where it comes to a hang, they were part of it.
+        self._waited = 0.0
         self._steps = 0
         self._marks: deque[tuple[int, float]] = deque(maxlen=_MARKS)
         self._part, self._since = Part.START_UP, self._zero
@@ -85,6 +87,8 @@ class Clock:
             else:
                 self._seconds[self._part] -= seconds
             self._seconds[part] += seconds
+            if part is Part.DATA_WAIT:
+                self._waited += seconds
 
     def finished_step(self) -> None:
         """A step is done. The first one of an attempt stays in a part of its own."""
@@ -92,6 +96,7 @@ class Clock:
             self._take()
             self._settle(Part.USEFUL)
             self._steps += 1
+            self._waited = 0.0
             self._part = Part.USEFUL
 
     def saving(self, step: int) -> None:
@@ -116,6 +121,7 @@ class Clock:
                 "part": self._part,
                 "since": round(self._since - self._zero, 3),
                 "unfinished": round(self._unfinished, 3),
+                "waited": round(self._waited, 3),
                 "steps": self._steps,
                 "seconds": {part: round(seconds, 3) for part, seconds in self._seconds.items() if seconds},
                 "marks": [(step, round(seconds, 3)) for step, seconds in self._marks],
@@ -132,6 +138,8 @@ class Clock:
             self._unfinished += now - self._since
         else:
             self._seconds[self._part] += now - self._since
+            if self._part is Part.DATA_WAIT:
+                self._waited += now - self._since
         self._since = now
 
     def _settle(self, part: Part) -> None:
