@@ -11,6 +11,9 @@ READY := .venv/.ready
 HOLDFAST := .venv/bin/holdfast
 JOB_TARGETS := run render explain precision submit sweep status watch logs cancel resume rerun diff doctor drill report
 
+# Two at a time, a file to each: most of a Slurm test is waiting, and more would fight over two cores.
+BY_FILE := -n 2 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu chaos lint golden bench-launch clean $(JOB_TARGETS) lab lab-stop te
 
@@ -29,7 +32,7 @@ demo: $(READY)  ## train, be preempted and resume on a private real Slurm, in ab
 
 test: $(READY)  ## all tests; the ones on a real Slurm wherever it can be had
 	@launcher/setup.sh slurm || true
-	@.venv/bin/python -m pytest -m "not slow and not gpu" $(TESTS)
+	@.venv/bin/python -m pytest $(BY_FILE) -m "not slow and not gpu" $(TESTS)
 
 test-slow: $(READY)  ## the tests that take long: more seeds, more kills, compilation
 	@.venv/bin/python -m pytest -m "slow and not gpu" $(TESTS)
