@@ -115,7 +115,8 @@ def slurm_conf(config: LabConfig, root: Path, base_port: int, user: str, host: s
         # A dead node is noticed two to three of these later; shorter ones misjudge a busy two-core machine.
         "SlurmdTimeout=10",
         "MessageTimeout=10",
-        "BatchStartTimeout=10",
+        # Not shorter: where many jobs begin at once on two cores, a batch script may take long to be heard of.
+        "BatchStartTimeout=60",
         "TCPTimeout=2",
         "MaxJobCount=50000",
         "MaxArraySize=20001",
