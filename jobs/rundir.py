@@ -330,6 +330,14 @@ def _made(run: RunDir) -> int | None:
         return None
 
 
+def runs_in(run: RunDir) -> list[RunDir]:
+    """The run itself, or the runs of an array that have been made, by their number."""
+    if not run.has_members:
+        return [run]
+    made = [RunDir(path.absolute()) for path in _children(run.members) if (path / "job.yaml").is_file()]
+    return sorted(made, key=lambda member: (len(member.path.name), member.path.name))
+
+
 def find(word: str | None, runs_dir: Path) -> RunDir:
     """The run that a person means: a directory, an id, a name (its newest run), or nothing (the newest of all).
 

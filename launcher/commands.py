@@ -13,7 +13,7 @@ from jobs import access, ledger, rundir
 from jobs.contract import Cause, Event, Exit
 from jobs.errors import SettingError, SubmitError
 from jobs.rundir import RunDir
-from jobs.settings import Job
+from jobs.settings import Job, group_of, names
 from jobs.sources import Resolved, load, setting_name
 from launcher import show
 from launcher.attempt import LOCAL
@@ -130,7 +130,10 @@ def resume_run(run: RunDir, local: bool, words: Sequence[str] = (), allow: bool 
 
 
 def cancel_run(run: RunDir) -> None:
-    """Asks a run to stop for good: first written down, so that nothing starts it again, then Slurm (or its process) is told."""
+    """Asks a run, or every run of an array, to stop for good: first written down, so that nothing starts it again, then Slurm
+    (or its process) is told."""
+    if run.has_members:
+        return _cancel_array(run)
     state = show.collect([run], show.ask_queue()[0])[0]
     if state.state not in ("running", "waiting"):
         print(f"run {run.id} is {state.state}; there is nothing to cancel")
@@ -142,6 +145,18 @@ def cancel_run(run: RunDir) -> None:
         return
     Slurm().cancel(state.job_id)
     print(f"cancelled job {state.job_id} of run {run.id}; holdfast resume {run.id} goes on from its last checkpoint")
+
+
+def _cancel_array(array: RunDir) -> None:
+    members = rundir.runs_in(array)
+    live = [(member, state) for member, state in zip(members, show.collect(members, show.ask_queue()[0]), strict=True) if state.state in ("running", "waiting")]
+    if not live:
+        print(f"array {array.id}: no run of it waits or runs; there is nothing to cancel")
+        return
+    for member, state in live:
+        ledger.append(member.ledger, Event.CANCEL, attempt=state.attempt, job_id=state.job_id)
+    Slurm().cancel(*sorted({state.job_id for _, state in live}))
+    print(f"cancelled {len(live)} run{'s' if len(live) > 1 else ''} of array {array.id}; holdfast resume {array.id}.N goes on with one of them")
 
 
 def wait_for(runs: Sequence[RunDir], slurm: Slurm | None) -> int:
@@ -186,11 +201,11 @@ def _grid(array: Sequence[str]) -> list[list[str]]:
 
 
 # What a whole array shares, because Slurm is asked once for all of its tasks.
-_SHARED = ("job_name", "run_id", "runs_dir", "nodes", "gpus_per_node", "cpus_per_gpu", "mem_gb", "time_limit", "stop_lead_s", "partition", "account", "qos", "site", "node_env", "entry")
+_SHARED = {"job_name", "run_id", "runs_dir", "site", "entry", "entry_args", "code_include"} | {name for name in names() if group_of(name) in ("slurm", "site")}
 
 
 def _check_members(resolved: Resolved, members: Sequence[Resolved]) -> None:
-    for name in _SHARED:
+    for name in sorted(_SHARED):
         if any(getattr(member.job, name) != getattr(resolved.job, name) for member in members):
             raise SettingError(f"--array: {name.upper()} is the same for all runs of an array; submit them one by one to vary it.")
 

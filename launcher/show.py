@@ -143,7 +143,7 @@ def collect(runs: Iterable[RunDir], queue: dict[str, tuple[str, str, str]] | Non
 
 
 def status(runs_dir: Path, word: str | None, as_json: bool, every: bool) -> None:
-    runs = [rundir.find(word, runs_dir)] if word else rundir.all_runs(runs_dir)
+    runs = rundir.runs_in(rundir.find(word, runs_dir)) if word else rundir.all_runs(runs_dir)
     if not runs and not as_json:
         print(f"no runs in {runs_dir}/ yet; holdfast submit makes one")
         return

@@ -301,8 +301,8 @@ class Slurm:
     def partitions(self) -> list[dict[str, str]]:
         return parse_scontrol(self.run("scontrol", "-o", "show", "partition"))
 
-    def cancel(self, job_id: str) -> None:
-        self.run("scancel", job_id)
+    def cancel(self, *job_ids: str) -> None:
+        self.run("scancel", *job_ids)
 
 
 def parse_config(text: str) -> dict[str, str]:

@@ -220,3 +220,22 @@ def test_a_code_error_ends_the_run_and_shows_its_traceback(tmp_path: Path) -> No
     assert done.returncode == 1
     assert "the planted fault" in done.stdout
     assert "failed" in holdfast("status", f"RUNS_DIR={tmp_path}/runs").stdout
+
+
+@pytest.mark.slurm
+def test_an_array_is_shown_and_cancelled_as_a_whole(cluster: Cluster) -> None:
+    words = ["--array", "SEED=1..12", *pairs({name: value for name, value in ONE.items() if name != "SEED"}), "SBATCH_OPTIONS=begin=now+1hour"]
+    answer = json.loads(cluster.holdfast("submit", "--json", *words).stdout)
+    shown = json.loads(cluster.holdfast("status", "--json", answer["path"]).stdout)
+    assert [row["run"] for row in shown] == [f"{answer['run']}.{index}" for index in range(12)]
+    assert {row["state"] for row in shown} == {"waiting"}
+    assert "cancelled 12 runs of array" in cluster.holdfast("cancel", answer["path"]).stdout
+    until(lambda: not cluster.slurm("squeue", "-h", "-j", answer["job_id"]), 30, "the tasks to leave the queue")
+    assert "nothing to cancel" in cluster.holdfast("cancel", answer["path"]).stdout
+
+
+@pytest.mark.parametrize("word", ["ENTRY_ARGS=a,b", "MODULES=a,b", "CONTAINER_IMAGE=a,b", "NODES=1,2"])
+def test_what_the_one_script_of_an_array_says_is_not_varied(tmp_path: Path, word: str) -> None:
+    done = holdfast("submit", "--array", word, "DEVICE=cpu", f"RUNS_DIR={tmp_path}/runs")
+    assert done.returncode == 2 and f"--array: {word.partition('=')[0]} is the same for all runs of an array" in done.stderr
+    assert not (tmp_path / "runs").exists()
