@@ -58,7 +58,7 @@ sys.exit(75)
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_warning_reaches_every_rank_once_and_their_code_is_the_nodes(tmp_path: Path, ranks: int) -> None:
     node = start(tmp_path, WAITS, ranks)
@@ -72,7 +72,7 @@ def test_a_warning_reaches_every_rank_once_and_their_code_is_the_nodes(tmp_path:
         node.kill()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 def test_a_rank_that_is_killed_ends_the_node_with_its_signal(tmp_path: Path) -> None:
     node = start(tmp_path, "import os, signal, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)\n", 2)
     try:

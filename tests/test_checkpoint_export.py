@@ -23,7 +23,7 @@ from train.models.gpt import GPT
 from train.models.registry import build_model
 
 __all__ = ["farm"]
-pytestmark = pytest.mark.timeout(170)
+pytestmark = pytest.mark.timeout(900)
 has_transformers = importlib.util.find_spec("transformers") is not None
 
 

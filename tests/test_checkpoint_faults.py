@@ -21,7 +21,7 @@ from train.checkpoint import State
 from train.commit import Commit
 
 __all__ = ["farm"]
-pytestmark = pytest.mark.timeout(170)
+pytestmark = pytest.mark.timeout(900)
 
 MUTATIONS = ("truncate", "flip", "delete", "rename", "swap", "append", "empty", "manifest", "folder", "dangle")
 

@@ -202,7 +202,7 @@ def runnable() -> dict[str, list[Block]]:
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", runnable())
 def test_what_a_page_says_to_type_works(page: str, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = cluster.runs.parent / Path(page).stem

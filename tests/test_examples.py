@@ -49,7 +49,7 @@ def preempted(cluster: Cluster) -> RunDir:
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_the_image_classifier_is_preempted_and_loses_nothing(cluster: Cluster, preempted: RunDir) -> None:
     attempts = ledger.attempts(ledger.read(preempted.ledger))
     assert [attempt.cause.value for attempt in attempts if attempt.cause] == ["preempted", "finished"], cluster.logs(preempted)
@@ -63,7 +63,7 @@ def test_the_image_classifier_is_preempted_and_loses_nothing(cluster: Cluster, p
 
 @pytest.mark.slurm
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_it_ends_with_the_weights_of_one_that_nobody_disturbed(cluster: Cluster, preempted: RunDir) -> None:
     straight = digits(cluster)
     assert len(cluster.finished(straight)) == 1
@@ -72,7 +72,7 @@ def test_it_ends_with_the_weights_of_one_that_nobody_disturbed(cluster: Cluster,
 
 @pytest.mark.slurm
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_under_accelerate_launch_it_loses_nothing_either(cluster: Cluster) -> None:
     run = digits(cluster, "LAUNCH=accelerate")
     cluster.at_step(run, 30, seconds=150)
@@ -82,7 +82,7 @@ def test_under_accelerate_launch_it_loses_nothing_either(cluster: Cluster) -> No
     assert attempts[1].start_step == attempts[0].step
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_the_language_model_learns_and_leaves_its_checkpoints(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     run = RunDir(tmp_path / "holdfast-run")

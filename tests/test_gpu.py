@@ -26,7 +26,7 @@ from train.data.synthetic import AffineTokens
 from train.feed import Feed
 from train.models.convnet import ConvNet
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"), pytest.mark.timeout(900)]
 GPU = torch.device("cuda")
 
 # Name -> settings, the package that is needed, and the compute capability where it is more than the precision's own.

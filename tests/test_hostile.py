@@ -158,7 +158,7 @@ class Stage:
 
     def run(self, text: str, **environ: str) -> subprocess.CompletedProcess[str]:
         environ = {"PATH": f"{self.bin}:/usr/bin:/bin", "RECORD": str(self.record), "SLURM_JOB_NUM_NODES": "1", "LANG": "C.UTF-8", **environ}
-        return subprocess.run(["bash"], input=text, cwd=self.here, env=environ, capture_output=True, text=True, timeout=30)
+        return subprocess.run(["bash"], input=text, cwd=self.here, env=environ, capture_output=True, text=True, timeout=90)
 
     def words(self, program: str) -> list[str]:
         path = self.record / program

@@ -47,7 +47,7 @@ def room() -> Iterator[Path]:
         shutil.rmtree(path)
 
 
-def client(of: Lab, *command: str, timeout_s: float = 20) -> str:
+def client(of: Lab, *command: str, timeout_s: float = 90) -> str:
     done = subprocess.run(
         command, env={**os.environ, **of.env()}, cwd=of.root, capture_output=True, text=True, timeout=timeout_s
     )
@@ -65,7 +65,7 @@ def job(of: Lab, number: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in shown if "=" in pair)
 
 
-def until(done: Callable[[], bool], timeout_s: float = 15) -> None:
+def until(done: Callable[[], bool], timeout_s: float = 45) -> None:
     assert lab_proc.wait_until(done, timeout_s, 0.05), "did not happen in time"
 
 
@@ -398,7 +398,7 @@ def test_plain_user_has_a_lab_too(room: Path, isolation: str) -> None:
         pytest.skip("no Python that an unprivileged user may run and that can import slurm.lab")
     done = subprocess.run(
         [*become, python, "-c", AS_SOMEBODY, str(room / "lab"), isolation],
-        cwd=REPO, capture_output=True, text=True, timeout=30,
+        cwd=REPO, capture_output=True, text=True, timeout=90,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     how, found = json.loads(done.stdout)

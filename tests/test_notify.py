@@ -158,7 +158,7 @@ def test_a_run_without_slurm_tells_too(tmp_path: Path, hook: Hook) -> None:
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_on_a_cluster_a_requeue_is_silent_the_end_is_told_and_the_address_is_written_nowhere(cluster: Cluster, hook: Hook) -> None:
     own = {"NODES": "1", "GPUS_PER_NODE": "1", "ENTRY": "tests/helped_script.py"}
     words = [*(f"{key}={value}" for key, value in own.items()), "ENTRY_ARGS=2000,1000,0.05", f"RUNS_DIR={cluster.runs}"]
@@ -177,7 +177,7 @@ def test_on_a_cluster_a_requeue_is_silent_the_end_is_told_and_the_address_is_wri
 
 @pytest.mark.slurm
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_slurm_mails_the_end_and_not_the_requeue() -> None:
     missing = lab.missing_programs()
     if missing:

@@ -29,7 +29,7 @@ NANO = ["MODEL_OPTIONS=n_layers=1,d_model=64,n_heads=2,d_ff=128", "SEQ_LEN=64", 
 
 def holdfast(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HOLDFAST_"))}
-    return subprocess.run([sys.executable, "-m", "launcher.cli", *words], cwd=REPOSITORY, env={**clean, **env}, capture_output=True, text=True, timeout=170)
+    return subprocess.run([sys.executable, "-m", "launcher.cli", *words], cwd=REPOSITORY, env={**clean, **env}, capture_output=True, text=True, timeout=500)
 
 
 def job(**settings: Any) -> Job:

@@ -200,7 +200,7 @@ class Small:
         self.env = {**clean_environment(os.environ), **here.env()}
 
     def sbatch(self, text: str, *options: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["sbatch", *options], input=text, env=self.env, cwd=self.room, capture_output=True, text=True, timeout=30)
+        return subprocess.run(["sbatch", *options], input=text, env=self.env, cwd=self.room, capture_output=True, text=True, timeout=90)
 
     def submit(self, text: str, *options: str) -> str:
         done = self.sbatch(text, "--parsable", *options)

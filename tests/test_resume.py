@@ -19,7 +19,7 @@ from jobs.sources import load
 from launcher.refreeze import change
 
 __all__ = ["farm"]
-pytestmark = pytest.mark.timeout(170)
+pytestmark = pytest.mark.timeout(900)
 
 
 def killer(kills: int, seed: int, torn: list[int]):

@@ -14,7 +14,7 @@ from jobs import ledger
 from jobs.rundir import RunDir
 from launcher.local import pid_of_rank
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 TWO_BY_TWO = {"NODES": "2", "GPUS_PER_NODE": "2"}
 
@@ -117,7 +117,7 @@ def test_the_script_submitted_by_hand_leads_to_the_same_training(cluster: Cluste
     settings = {**SMALL, "HOLDFAST_SITE": "lab", "HOLDFAST_PYTHON": sys.executable}
     done = subprocess.run(
         ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--mem=4G", "--time=10", "-o", "/dev/null", "slurm/train.sbatch"],
-        cwd=REPOSITORY, env={**cluster.env, **settings}, capture_output=True, text=True, check=True, timeout=30,
+        cwd=REPOSITORY, env={**cluster.env, **settings}, capture_output=True, text=True, check=True, timeout=90,
     )  # fmt: skip
     run = until(lambda: [RunDir(path) for path in cluster.runs.glob(f"*-j{done.stdout.strip()}")], 30, "the run directory of the job")[0]
     cluster.finished(run)

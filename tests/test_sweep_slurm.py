@@ -15,7 +15,7 @@ from jobs.rundir import RunDir
 from jobs.sources import load
 from launcher import study
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 SCRIPT = Path(__file__).with_name("sweep_script.py")
 
@@ -43,7 +43,7 @@ def step_of(run: RunDir) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_twelve_trials_of_which_some_are_preempted_all_finish_and_none_is_lost_or_run_twice(cluster: Cluster) -> None:
     over = ["--over", "LR=1e-4..1e-1:log", "--over", "PRECISION=bf16,none", "--over", "BATCH_SIZE=16,32"]
     sweep_dir = swept(cluster, *over, "--trials", "12", "--parallel", "2")
