@@ -44,8 +44,8 @@ class ScriptExecutor(submitit.SlurmExecutor):
         first: submitit.Job[Any] = self._submit_command(self._submitit_command_str)
         if len(delayed_submissions) == 1:
             return [first]
-        tasks = list(range(self._num_tasks()))
-        return [submitit.SlurmJob(folder=self.folder, job_id=f"{first.job_id}_{index}", tasks=tasks) for index in range(len(delayed_submissions))]
+        # One object for each run and none for each of its ranks: the ledger tells how they ended, and a thousand runs are many.
+        return [submitit.SlurmJob(folder=self.folder, job_id=f"{first.job_id}_{index}", tasks=[0]) for index in range(len(delayed_submissions))]
 
 
 def train_run(run_dir: str) -> int:
