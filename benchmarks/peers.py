@@ -25,8 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from jobs.peaks import peak_of
+from jobs.precision import Precision
+
 _WINDOW = 5
-_PEAK_BF16 = 989e12  # dense bf16 of one H100 or H200, NVIDIA's data sheet
 
 
 class Shape:
@@ -240,9 +242,12 @@ def missing(needs: tuple[str, ...], gpu: bool) -> str:
     return "needs a GPU" if gpu and device() == "cpu" else ""
 
 
-def table(shape: Shape, figures: dict[str, float], left_out: dict[str, str], head: str) -> str:
-    lines = [head, "", "| what | tokens/s | % of 989 TFLOP/s |", "|---|---|---|"]
-    lines += [f"| {name} | {rate:,.0f} | {f'{100 * rate * shape.flops / _PEAK_BF16:.1f}' if device() == 'cuda' else '-'} |" for name, rate in figures.items()]
+def table(shape: Shape, figures: dict[str, float], left_out: dict[str, str], head: str, card: str) -> str:
+    # One peak for all rows, so that they can be compared: that of bf16.
+    peak = peak_of(card, Precision.BF16)
+    share = (lambda rate: f"{100 * rate * shape.flops / (peak.tflops * 1e12):.1f}") if peak else (lambda rate: "-")
+    lines = [head, "", f"| what | tokens/s | % of {f'{peak.tflops:g} TFLOP/s' if peak else 'peak'} |", "|---|---|---|"]
+    lines += [f"| {name} | {rate:,.0f} | {share(rate)} |" for name, rate in figures.items()]
     return "\n".join([*lines, *(f"\nLeft out: {name}: {why}." for name, why in left_out.items()), ""])
 
 
@@ -278,7 +283,7 @@ def main() -> int:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     command = f"python -m benchmarks.peers --shape {args.shape} --steps {args.steps}" + (f" --only {args.only}" if args.only else "")
     head = f"`{command}`, {time.strftime('%Y-%m-%d')}, {card}, torch {torch.__version__}, Python {platform.python_version()}; {shape.batch} x {shape.seq_len} random tokens per step."
-    text = table(shape, figures, left_out, head)
+    text = table(shape, figures, left_out, head, card)
     print("\n" + text)
     if args.out:
         args.out.write_text(text)
