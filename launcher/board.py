@@ -148,7 +148,7 @@ _COLUMNS = (
     _Column("curve", 5, 8, 20, lambda row, view, width: sparkline(view.curves.get(row.path, ()), width, view.ascii_only)),
     _Column("left", 4, 10, 10, lambda row, view, width: "" if row.seconds_left is None else span(row.seconds_left), right=True, live=True),
     _Column("tok/s", 6, 7, 11, lambda row, view, width: "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}", right=True, live=True),
-    _Column("peak", 9, 5, 5, lambda row, view, width: "" if row.peak_share is None else f"{row.peak_share:.0%}".replace("%", " %"), right=True, live=True),
+    _Column("peak", 9, 5, 5, lambda row, view, width: "" if row.peak_pct is None else f"{row.peak_pct:.0f} %", right=True, live=True),
     _Column("saved", 8, 11, 11, _saved, right=True, live=True),
     _Column("note", 10, 16, 500, lambda row, view, width: row.note, live=True),
 )
@@ -165,7 +165,7 @@ def _fitting(rows: Sequence[RunStatus], view: View) -> list[tuple[_Column, int]]
             needs[column] = max(column.least, len(column.title))
         if column.title == "run" and view.width < 100:
             needs[column] = min(needs[column], 16)
-    if not any(row.peak_share is not None for row in rows):
+    if not any(row.peak_pct is not None for row in rows):
         needs = {column: need for column, need in needs.items() if column.title != "peak"}
     kept: list[_Column] = []
     left = view.width - _MARK + _GAP

@@ -54,7 +54,7 @@ class RunStatus:
     note: str
     queue_reason: str = ""
     seconds_left: float | None = None
-    peak_share: float | None = None
+    peak_pct: float | None = None
     # Where the allocation went (jobs/goodput.py): seconds by part over all attempts, the wait outside of any, useful GPU share.
     time_s: dict[str, float] = field(default_factory=dict)
     queue_s: float = 0.0
@@ -79,7 +79,7 @@ FIELDS: dict[str, str] = {
     "note": "one remark for a person: interruptions, the reason of a failure, what to do next",
     "queue_reason": "why Slurm lets it wait, in words; empty when it does not wait",
     "seconds_left": "until max_steps at the pace of the last steps, while it runs, or null",
-    "peak_share": "share of the GPU's peak of matrix arithmetic that is reached (0.55 is 55 %), where training measures it, or null",
+    "peak_pct": "the last logged share of the GPU's peak of matrix arithmetic, in percent, while it runs and where the peak is known, or null",
     "time_s": "seconds by part over all attempts (docs/preemption.md): useful, start_up, restore, first_step, data_wait, save_stall, evaluation, lost, stop, hang, script, other",
     "queue_s": "seconds outside of any allocation: before the first attempt and between attempts",
     "useful_share": "useful GPU time over all GPU time of the run, or null",
@@ -230,7 +230,7 @@ def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> Ru
         note=note,
         queue_reason=in_words(queue[job_id][1]) if queue and state == "waiting" and job_id in queue else "",
         seconds_left=None if pace is None else max(job.max_steps - step, 0) * pace,
-        peak_share=last.get("peak_share") if state == "running" else None,
+        peak_pct=last.get("peak_pct") if state == "running" else None,
         time_s=spent.parts_s,
         queue_s=spent.queue_s,
         useful_share=spent.useful_share,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,6 +91,15 @@ def test_a_cancelled_run_that_never_began_is_not_said_to_be_lost(tmp_path: Path)
     ledger.append(run.ledger, Event.CANCEL, attempt=0, job_id="104")
     row = show.collect([run], {})[0]
     assert row.state == "cancelled" and f"holdfast resume {run.id}" in row.note
+
+
+def test_the_share_of_the_peak_is_the_one_that_training_logs(tmp_path: Path) -> None:
+    run = many_runs.make(tmp_path / "runs", 3, lines=20)[2]
+    with open(run.metrics, "a") as file:
+        file.write(json.dumps({"step": 70, "loss": 1.0, "peak_pct": 55.25}) + "\n")
+    assert "peak_pct" in (REPOSITORY / "train" / "live.py").read_text()
+    assert show.collect([run], {"102": ("RUNNING", "None", "node1")})[0].peak_pct == 55.25
+    assert show.collect([run], {})[0].peak_pct is None
 
 
 def test_json_has_the_fields_that_are_documented(thousand: Path) -> None:
