@@ -49,6 +49,11 @@ def pytest_report_header() -> str:
     return f"Slurm tests: left out, this machine lacks {', '.join(missing)}" if missing else "Slurm tests: on real private clusters"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest goes first, so that no process works alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_slurm_runs.py")
+
+
 def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     """The first true answer of `condition`; fails after PATIENCE times so many seconds, and says what it waited for."""
     limit = time.monotonic() + PATIENCE * seconds
