@@ -11,8 +11,8 @@ READY := .venv/.ready
 HOLDFAST := .venv/bin/holdfast
 JOB_TARGETS := run render explain precision submit sweep status watch logs cancel resume rerun diff doctor drill report
 
-# Three at a time, a file to each: most of a Slurm test is waiting, and more would fight over two cores.
-BY_FILE := -n 3 --dist loadfile
+# Two at a time, a file to each: most of a Slurm test is waiting. With three, imports take longer than the warnings of a short time limit.
+BY_FILE := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu chaos lint golden bench-launch clean $(JOB_TARGETS) lab lab-stop te

@@ -50,8 +50,8 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest go first, so that no process works alone at the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_slurm_runs.py", "test_survival.py"))
+    """The file that takes longest goes first, so that no process works alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_slurm_runs.py")
 
 
 def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
