@@ -59,13 +59,10 @@ def secrets_of(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if is_secret_name(name) and len(value) >= _LEAST_LENGTH and not value.startswith("/") and not value.isalpha()}
 
 
-def named_in(text: str, environ: Mapping[str, str]) -> list[str]:
-    """The names of those secrets of `environ` whose value stands in `text`."""
-    return [name for name, value in secrets_of(environ).items() if value in text]
+def check(job: Job, origins: Mapping[str, str], secrets: Mapping[str, str]) -> None:
+    """Raises SettingError with one line for each setting that would carry a secret into job.yaml and submit.sbatch.
 
-
-def check(job: Job, origins: Mapping[str, str], environ: Mapping[str, str]) -> None:
-    """Raises SettingError with one line for each setting that would carry a secret into job.yaml and submit.sbatch."""
+    `secrets` are those of the environment (`secrets_of`), found once for all runs that are submitted together."""
     faults = []
     for name, value in job.node_env.items():
         if is_secret_name(name) or looks_secret(value):
@@ -73,7 +70,7 @@ def check(job: Job, origins: Mapping[str, str], environ: Mapping[str, str]) -> N
     # What nobody gave is no secret.
     for name in (name for name, origin in origins.items() if origin not in ("default", "derived") and name in Job.model_fields):
         text = job.text(name)
-        held = named_in(text, environ)
+        held = [variable for variable, value in secrets.items() if value in text]
         if name != "node_env" and (held or looks_secret(text)):
             what = f"holds the value of {held[0]}" if held else "holds something that looks like a secret"
             faults.append(f"{name.upper()} {what} ({origins.get(name, 'default')}); settings stand in job.yaml, where others may read them. {HOW_TO_HAND_OVER}")

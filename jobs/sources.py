@@ -296,7 +296,7 @@ def resolve(
     if allocation:
         layers.append(_Layer([Given(name, value, allocation_origin) for name, value in allocation.items()]))
     resolved = _combine(layers, default_name=gathered.default_name, notes=gathered.notes, cwd=cwd)
-    secret.check(resolved.job, resolved.origins, environ)
+    secret.check(resolved.job, resolved.origins, secret.secrets_of(environ))
     return replace(resolved, files=(*gathered.files, *resolved.files))
 
 
@@ -307,7 +307,7 @@ def resolve_each(words: Iterable[str], points: Iterable[Sequence[str]], environ:
     gathered = _gather(words, environ, cwd, load_site, None)
     # Made plain once: the words of a mapping are YAML, and YAML takes its time.
     below = [replace(layer, given=[replace(given, value=_plain(given)) for given in layer.given]) for layer in (*gathered.below, gathered.command_line)]
-    each = []
+    each, secrets = [], secret.secrets_of(environ)
     for point in points:
         pairs, named, faults = split_words(point)
         moved = [key for key, _ in pairs if setting_name(key) == "site"]
@@ -317,7 +317,7 @@ def resolve_each(words: Iterable[str], points: Iterable[Sequence[str]], environ:
         for key, value in pairs:
             command_line.add(key, value, "command line")
         resolved = _combine([*below[:-1], command_line], default_name=gathered.default_name, notes=(*gathered.notes, *_alias_notes(pairs)), cwd=cwd)
-        secret.check(resolved.job, resolved.origins, environ)
+        secret.check(resolved.job, resolved.origins, secrets)
         each.append(replace(resolved, files=(*gathered.files, *resolved.files)))
     return each
 
