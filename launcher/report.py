@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import ledger, metrics, secret
+from jobs import ledger, metrics, rundir, secret
 from jobs.contract import Event
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
@@ -286,10 +286,5 @@ def members_of(runs: Sequence[RunDir]) -> list[RunDir]:
     """The same runs, each once, an array standing for its members."""
     found: dict[Path, RunDir] = {}
     for run in runs:
-        members = [run.member(int(path.name)) for path in sorted(run.members.iterdir(), key=_index) if (path / "job.yaml").is_file()] if run.has_members else [run]
-        found |= {one.path: one for one in members}
+        found |= {one.path: one for one in rundir.runs_in(run)}
     return list(found.values())
-
-
-def _index(path: Path) -> int:
-    return int(path.name) if path.name.isdigit() else -1

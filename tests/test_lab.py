@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 from jobs.errors import LabError
 from slurm import lab, lab_conf, lab_host, lab_proc
@@ -65,8 +66,8 @@ def job(of: Lab, number: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in shown if "=" in pair)
 
 
-def until(done: Callable[[], bool], timeout_s: float = 45) -> None:
-    assert lab_proc.wait_until(done, timeout_s, 0.05), "did not happen in time"
+def until(done: Callable[[], bool], timeout_s: float = 15) -> None:
+    assert lab_proc.wait_until(done, PATIENCE * timeout_s, 0.05), "did not happen in time"
 
 
 def jobs_of(of: Lab) -> list[lab_proc.Process]:

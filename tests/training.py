@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, SMALL, weights_sha
+from conftest import PATIENCE, REPOSITORY, SMALL, weights_sha
 
 from jobs import ckpt_format, ledger
 from jobs.contract import Exit, RankEnv
@@ -111,7 +111,7 @@ def logs(run: RunDir) -> str:
 
 
 def at_step(run: RunDir, step: int, attempt: int = 1, seconds: float = 60) -> bool:
-    limit = time.monotonic() + 3 * seconds
+    limit = time.monotonic() + PATIENCE * seconds
     while time.monotonic() < limit:
         try:
             if int(run.attempt(attempt).progress.read_text()) >= step:
@@ -124,7 +124,7 @@ def at_step(run: RunDir, step: int, attempt: int = 1, seconds: float = 60) -> bo
 
 def saved(run: RunDir, step: int, seconds: float = 60) -> bool:
     """Waits until the checkpoint of a step, or a later one, has its final name: saves run behind training."""
-    limit = time.monotonic() + 3 * seconds
+    limit = time.monotonic() + PATIENCE * seconds
     while time.monotonic() < limit:
         if any((ckpt_format.step_of(path) or 0) >= step for path in ckpt_format.complete(run.checkpoints)):
             return True
@@ -134,7 +134,7 @@ def saved(run: RunDir, step: int, seconds: float = 60) -> bool:
 
 def in_a_save(run: RunDir, seconds: float = 20) -> bool:
     """Waits until a staging folder is there."""
-    limit = time.monotonic() + 3 * seconds
+    limit = time.monotonic() + PATIENCE * seconds
     while time.monotonic() < limit:
         try:
             if any(name.startswith(".step-") for name in os.listdir(run.checkpoints)):
