@@ -46,6 +46,7 @@ chaos: $(READY)  ## every fault of docs/survival.md on the lab, and that page wr
 
 lint: $(READY)  ## ruff, mypy, shellcheck
 	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check --quiet .
 	@.venv/bin/mypy
 	@shellcheck launcher/setup.sh .ci/run slurm/train.sbatch
 

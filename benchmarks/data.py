@@ -26,7 +26,16 @@ from train.feed import Feed
 
 def rate(data: Dataset, *, seq_len: int, batch: int, workers: int, steps: int) -> tuple[float, float]:
     """Tokens per second of one rank: median of the steps, and all tokens over all the time. The first step is the warm-up."""
-    job = Job(job_name="data", batch_size=batch, micro_batch_size=batch, grad_accum_steps=1, seq_len=seq_len, max_steps=steps + 1, precision="fp32", num_workers=workers)
+    job = Job(
+        job_name="data",
+        batch_size=batch,
+        micro_batch_size=batch,
+        grad_accum_steps=1,
+        seq_len=seq_len,
+        max_steps=steps + 1,
+        precision="fp32",
+        num_workers=workers,
+    )
     feed = Feed(job, SimpleNamespace(rank=0, world=1, attempt=1, device=torch.device("cpu")), data)  # type: ignore[arg-type]
     times = []
     for step in range(steps + 1):
@@ -58,7 +67,9 @@ def main() -> None:
     parser.add_argument("--consumed", type=float, default=85_000, help="tokens per second that one GPU takes (docs/hardware.md: 1b preset in fp8)")
     parser.add_argument("--dir", type=Path, help="where to put the file: the disk that is to be measured")
     args = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, numpy {np.__version__}, {time.strftime('%Y-%m-%d')}")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, numpy {np.__version__}, {time.strftime('%Y-%m-%d')}"
+    )
     print(f"{args.tokens:,.0f} tokens as uint16, {args.batch} x {args.seq_len} per step, {args.steps} steps; one GPU takes {args.consumed:,.0f} tokens/s")
     with tempfile.TemporaryDirectory(prefix="hf-data-", dir=args.dir) as folder:
         path = Path(folder) / "train.bin"

@@ -38,7 +38,19 @@ PRECISIONS: dict[str, list[str]] = {
     "fp8 te delayed": ["PRECISION=fp8", "FP8_BACKEND=te", "FP8_RECIPE=delayed"],
     "fp8 te block": ["PRECISION=fp8", "FP8_BACKEND=te", "FP8_RECIPE=block"],
 }
-MODEL = ["MODEL=124m", "SEQ_LEN=1024", "BATCH_SIZE=16", "LR=6e-4", "WARMUP_PCT=0.1", "EVAL_SAMPLES=64", "NODES=1", "GPUS_PER_NODE=1", "DEVICE=cuda", "LOG_EVERY=1", "SITE=generic"]
+MODEL = [
+    "MODEL=124m",
+    "SEQ_LEN=1024",
+    "BATCH_SIZE=16",
+    "LR=6e-4",
+    "WARMUP_PCT=0.1",
+    "EVAL_SAMPLES=64",
+    "NODES=1",
+    "GPUS_PER_NODE=1",
+    "DEVICE=cuda",
+    "LOG_EVERY=1",
+    "SITE=generic",
+]
 
 _RUN = """
 import os, sys
@@ -96,7 +108,11 @@ def precisions(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
     for name in available(wanted):
         begun = time.monotonic()
         try:
-            run = train(runs, name.replace(" ", "-"), [*MODEL, *PRECISIONS[name], f"MAX_STEPS={args.steps}", f"EVAL_EVERY={args.steps}", f"CHECKPOINT_EVERY={args.steps}", f"COMPILE={args.compile}"])
+            run = train(
+                runs,
+                name.replace(" ", "-"),
+                [*MODEL, *PRECISIONS[name], f"MAX_STEPS={args.steps}", f"EVAL_EVERY={args.steps}", f"CHECKPOINT_EVERY={args.steps}", f"COMPILE={args.compile}"],
+            )
         except (RuntimeError, subprocess.TimeoutExpired) as err:
             rows.append({"precision": name, "error": str(err)[-1500:]})
             print(json.dumps(rows[-1]), flush=True)
@@ -114,10 +130,20 @@ def precisions(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
         print(json.dumps(rows[-1]), flush=True)
         shutil.rmtree(run.checkpoints)
     if args.overflow:
-        run = train(runs, "overflow", [*MODEL, "PRECISION=fp16", "GRAD_SCALER_INIT=1e12", "MAX_OVERFLOWS=40", "MAX_STEPS=30", "EVAL_EVERY=0", "CHECKPOINT_EVERY=30"])
+        run = train(
+            runs, "overflow", [*MODEL, "PRECISION=fp16", "GRAD_SCALER_INIT=1e12", "MAX_OVERFLOWS=40", "MAX_STEPS=30", "EVAL_EVERY=0", "CHECKPOINT_EVERY=30"]
+        )
         events = [event for event in ledger.read(run.ledger) if event["event"] == "overflow"]
         last = lines_of(run)[30]
-        rows.append({"precision": "fp16 from scale 1e12", "overflows": len(events), "first bad": events[0]["first"] if events else None, "scale at the end": last["loss_scale"], "last": last["loss"]})
+        rows.append(
+            {
+                "precision": "fp16 from scale 1e12",
+                "overflows": len(events),
+                "first bad": events[0]["first"] if events else None,
+                "scale at the end": last["loss_scale"],
+                "last": last["loss"],
+            }
+        )
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -149,7 +175,14 @@ def matrix(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
             return {"from": source, "to": target, "error": str(err)[-600:]}
         shutil.rmtree(copy.checkpoints)
         resumed = [event["step"] for event in ledger.read(copy.ledger) if event["event"] == "resumed"]
-        row = {"from": source, "to": target, "resumed at": resumed[-1], "loss at 5": lines[5]["loss"], "loss at 10": lines[10]["loss"], "straight": lines_of(first)[10]["loss"]}
+        row = {
+            "from": source,
+            "to": target,
+            "resumed at": resumed[-1],
+            "loss at 5": lines[5]["loss"],
+            "loss at 10": lines[10]["loss"],
+            "straight": lines_of(first)[10]["loss"],
+        }
         print(json.dumps(row), flush=True)
         return row
 
@@ -165,10 +198,18 @@ def matrix(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
 def spread(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     reference: dict[int, dict[str, Any]] = {}
-    for name, words in (("1 GPU", ["GPUS_PER_NODE=1"]), ("2 GPUs, DDP", ["GPUS_PER_NODE=2", "PARALLEL=ddp"]), ("2 GPUs, FSDP2", ["GPUS_PER_NODE=2", "PARALLEL=fsdp"])):
+    for name, words in (
+        ("1 GPU", ["GPUS_PER_NODE=1"]),
+        ("2 GPUs, DDP", ["GPUS_PER_NODE=2", "PARALLEL=ddp"]),
+        ("2 GPUs, FSDP2", ["GPUS_PER_NODE=2", "PARALLEL=fsdp"]),
+    ):
         for precision in ("fp32", "bf16"):
             try:
-                run = train(runs, f"{name}-{precision}".replace(" ", "").replace(",", "-"), [*MODEL, *words, f"PRECISION={precision}", f"MAX_STEPS={args.steps}", f"EVAL_EVERY={args.steps}", f"CHECKPOINT_EVERY={args.steps}"])
+                run = train(
+                    runs,
+                    f"{name}-{precision}".replace(" ", "").replace(",", "-"),
+                    [*MODEL, *words, f"PRECISION={precision}", f"MAX_STEPS={args.steps}", f"EVAL_EVERY={args.steps}", f"CHECKPOINT_EVERY={args.steps}"],
+                )
             except (RuntimeError, subprocess.TimeoutExpired) as err:
                 rows.append({"spread": name, "precision": precision, "error": str(err)[-2500:]})
                 print(json.dumps(rows[-1]), flush=True)
@@ -178,7 +219,15 @@ def spread(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
                 reference = lines
             gaps = [abs(lines[s]["loss"] - reference[s]["loss"]) for s in lines if s in reference]
             speeds = sorted(line["tokens_per_s"] for s, line in lines.items() if s > args.steps // 2)
-            rows.append({"spread": name, "precision": precision, "last": lines[max(lines)]["loss"], "max gap to 1 GPU fp32": max(gaps), "tokens_per_s": speeds[len(speeds) // 2]})
+            rows.append(
+                {
+                    "spread": name,
+                    "precision": precision,
+                    "last": lines[max(lines)]["loss"],
+                    "max gap to 1 GPU fp32": max(gaps),
+                    "tokens_per_s": speeds[len(speeds) // 2],
+                }
+            )
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -191,21 +240,45 @@ def memory(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     shapes = {"124m": ["MODEL=124m", "SEQ_LEN=1024", "BATCH_SIZE=16"], "1b": ["MODEL=1b", "SEQ_LEN=2048", "BATCH_SIZE=8"]}
     ways = {"eager": [], "compiled": ["COMPILE=true"], "recomputed": ["GRAD_CHECKPOINTING=true"]}
-    names = available([name for name in ("fp32", "bf16", "bf16 O2", "fp16", "fp8 te current", "fp8 torchao tensorwise") if not args.only or any(word in name for word in args.only.split(","))])
+    names = available(
+        [
+            name
+            for name in ("fp32", "bf16", "bf16 O2", "fp16", "fp8 te current", "fp8 torchao tensorwise")
+            if not args.only or any(word in name for word in args.only.split(","))
+        ]
+    )
     for shape, way, name in itertools.product(shapes, ways, names):
         # fp8 by torchao is not meant to run without a compiler, and fp32 of 1b is no way to train it.
         if (way, name) == ("eager", "fp8 torchao tensorwise") or (shape, name) == ("1b", "fp32"):
             continue
         row: dict[str, Any] = {"model": shape, "way": way, "precision": name}
         try:
-            run = train(runs, "-".join((shape, way, name)).replace(" ", "-"), [*MODEL, *shapes[shape], *ways[way], *PRECISIONS[name], "DATA=synthetic", "MAX_STEPS=6", "EVAL_EVERY=0", "EVAL_SAMPLES=8", "CHECKPOINT_EVERY=6"])
+            run = train(
+                runs,
+                "-".join((shape, way, name)).replace(" ", "-"),
+                [
+                    *MODEL,
+                    *shapes[shape],
+                    *ways[way],
+                    *PRECISIONS[name],
+                    "DATA=synthetic",
+                    "MAX_STEPS=6",
+                    "EVAL_EVERY=0",
+                    "EVAL_SAMPLES=8",
+                    "CHECKPOINT_EVERY=6",
+                ],
+            )
         except (RuntimeError, subprocess.TimeoutExpired) as err:
             row["error"] = str(err)[-600:]
         else:
             expected = estimate(load(run.job_yaml))
             assert expected
             measured = lines_of(run)[5]["gpu_memory_gib"] * 2**30
-            row |= {"measured GB": round(measured / 1e9, 2), "estimate GB": round(expected.peak / 1e9, 2), "estimate / measured": round(expected.peak / measured, 3)}
+            row |= {
+                "measured GB": round(measured / 1e9, 2),
+                "estimate GB": round(expected.peak / 1e9, 2),
+                "estimate / measured": round(expected.peak / measured, 3),
+            }
             shutil.rmtree(run.checkpoints)
         rows.append(row)
         print(json.dumps(row), flush=True)

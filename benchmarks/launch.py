@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--tasks", type=int, default=10_000)
     args = parser.parse_args()
-    print(f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; median of {args.repeat}: clock (processor)")
+    print(
+        f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; median of {args.repeat}: clock (processor)"
+    )
     room = Path(tempfile.mkdtemp(prefix="hf-bench-", dir="/tmp"))
     room.chmod(0o755)
     try:
@@ -137,7 +139,9 @@ def _arrays(room: Path, environ: Mapping[str, str], runs: int, tasks: int) -> No
             clocks.append(clock)
             processors.append(processor)
             said = json.loads(out)
-            queued = subprocess.run(["squeue", "-h", "-r", "-o", "%i", "-j", said["job_id"]], env=environ, check=True, capture_output=True, text=True).stdout.splitlines()
+            queued = subprocess.run(
+                ["squeue", "-h", "-r", "-o", "%i", "-j", said["job_id"]], env=environ, check=True, capture_output=True, text=True
+            ).stdout.splitlines()
             remark = f"one sbatch, {len(queued):,} tasks in the queue"
             if count == runs and len(clocks) == repeat:
                 _row(f"array of {count:,} runs", statistics.median(clocks), statistics.median(processors), remark)

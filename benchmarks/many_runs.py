@@ -1,6 +1,6 @@
 """Run directories as a busy month leaves them, for measuring and testing what looks at many of them.
 
-    python -m benchmarks.many_runs FOLDER [--runs 1000] [--lines 500]
+python -m benchmarks.many_runs FOLDER [--runs 1000] [--lines 500]
 """
 
 import argparse
@@ -66,7 +66,17 @@ def _write_ledger(run: RunDir, job_id: str, begun: float, last_step: int, end: C
                 add(Event.CHECKPOINT, attempt, step, seconds=1.2, bytes=5_900_000)
             cause = Cause.PREEMPTED if attempt < 3 else end
             if isinstance(cause, Cause):
-                add(Event.END, attempt, stop, cause=cause, evidence="as the ledger of a benchmark says", start_step=start, saved_step=stop, lost_steps=0, seconds=600.0)
+                add(
+                    Event.END,
+                    attempt,
+                    stop,
+                    cause=cause,
+                    evidence="as the ledger of a benchmark says",
+                    start_step=start,
+                    saved_step=stop,
+                    lost_steps=0,
+                    seconds=600.0,
+                )
             if attempt < 3:
                 add(Event.REQUEUE, attempt, stop, way="requeued by holdfast")
     run.ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -77,7 +87,16 @@ def _metrics(lines: int, begun: float, rng: random.Random) -> list[str]:
     for step in range(_STEPS_PER_LINE, lines * _STEPS_PER_LINE + 1, _STEPS_PER_LINE):
         loss = 5.5 * math.exp(-step / 800) + 1.6 + rng.gauss(0, 0.05)
         rate = round(51_000 + rng.gauss(0, 500), 1)
-        line = {"step": step, "loss": loss, "lr": 1e-3, "grad_norm": rng.random(), "tokens": step * 4096, "tokens_per_s": rate, "attempt": 1, "time": round(begun + step, 3)}
+        line = {
+            "step": step,
+            "loss": loss,
+            "lr": 1e-3,
+            "grad_norm": rng.random(),
+            "tokens": step * 4096,
+            "tokens_per_s": rate,
+            "attempt": 1,
+            "time": round(begun + step, 3),
+        }
         text.append(json.dumps(line) + "\n")
     return text
 

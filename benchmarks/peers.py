@@ -179,7 +179,16 @@ def accelerate_fp8(shape: Shape, steps: int) -> float:
 def words_of(shape: Shape, precision: list[str], folder: str) -> list[str]:
     options = [] if shape.preset == "1b" else [f"MODEL_OPTIONS=d_model={shape.d},n_layers={shape.layers},n_heads={shape.heads},d_ff={shape.ff}"]
     on = ["DEVICE=cuda", "COMPILE=true"] if device() == "cuda" else ["DEVICE=cpu"]
-    return [f"MODEL={shape.preset}", *options, f"SEQ_LEN={shape.seq_len}", f"BATCH_SIZE={shape.batch}", f"MICRO_BATCH_SIZE={shape.batch}", f"DATA=tokens:{folder}/tokens.bin", *on, *precision]
+    return [
+        f"MODEL={shape.preset}",
+        *options,
+        f"SEQ_LEN={shape.seq_len}",
+        f"BATCH_SIZE={shape.batch}",
+        f"MICRO_BATCH_SIZE={shape.batch}",
+        f"DATA=tokens:{folder}/tokens.bin",
+        *on,
+        *precision,
+    ]
 
 
 def token_file(shape: Shape, folder: Path, steps: int) -> None:
@@ -197,7 +206,9 @@ def ordinary_run(shape: Shape, steps: int, *precision: str) -> float:
     with tempfile.TemporaryDirectory(prefix="hf-peers-") as folder:
         token_file(shape, Path(folder), steps)
         shared = ["NODES=1", "GPUS_PER_NODE=1", "SITE=generic", "LOG_EVERY=5", "EVAL_EVERY=0", "EVAL_SAMPLES=16", "KEEP_LAST=1"]
-        run = train(Path(folder), "peer", [*words_of(shape, [*precision], folder), *shared, f"MAX_STEPS={steps}", f"CHECKPOINT_EVERY={max(steps // 2, 1)}"], timeout=900)
+        run = train(
+            Path(folder), "peer", [*words_of(shape, [*precision], folder), *shared, f"MAX_STEPS={steps}", f"CHECKPOINT_EVERY={max(steps // 2, 1)}"], timeout=900
+        )
         lines = metrics.read(run.metrics)
         return statistics.median(line["tokens_per_s"] for line in lines if line["step"] > steps // 2)
 
@@ -211,7 +222,9 @@ def bare_loop(shape: Shape, steps: int, *precision: str) -> float:
 
     with tempfile.TemporaryDirectory(prefix="hf-peers-") as folder:
         token_file(shape, Path(folder), steps)
-        job = resolve_here([*words_of(shape, [*precision], folder), "NODES=1", "GPUS_PER_NODE=1", "SITE=generic", f"MAX_STEPS={steps}"], os.environ, Path.cwd()).job
+        job = resolve_here(
+            [*words_of(shape, [*precision], folder), "NODES=1", "GPUS_PER_NODE=1", "SITE=generic", f"MAX_STEPS={steps}"], os.environ, Path.cwd()
+        ).job
         found, _ = measure(job, steps, steps // 2)
     return shape.batch * shape.seq_len * 1000 / found.step_ms
 
@@ -270,7 +283,12 @@ def main() -> int:
             continue
         why = missing(needs, gpu)
         if not why:
-            done = subprocess.run([sys.executable, "-m", "benchmarks.peers", "--shape", args.shape, "--steps", str(args.steps), "--row", name], capture_output=True, text=True, timeout=1200)
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.peers", "--shape", args.shape, "--steps", str(args.steps), "--row", name],
+                capture_output=True,
+                text=True,
+                timeout=1200,
+            )
             if done.returncode == 0:
                 figures[name] = float(done.stdout.split()[-1])
                 print(f"{name:45} {figures[name]:>12,.0f} tokens/s", flush=True)

@@ -21,7 +21,15 @@ from launcher.verify import HEADINGS, Case, cells, run_cases
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "checkpoints.md"
 BEGIN, END = "<!-- matrix: written by `python -m benchmarks.resume_matrix` -->", "<!-- end of the matrix -->"
-_JOB = ["MODEL_OPTIONS=n_layers=1,d_model=64,n_heads=2,d_ff=128", "SEQ_LEN=64", "BATCH_SIZE=12", "EVAL_SAMPLES=24", "MAX_STEPS=120", "CHECKPOINT_EVERY=10", "SEED=7"]
+_JOB = [
+    "MODEL_OPTIONS=n_layers=1,d_model=64,n_heads=2,d_ff=128",
+    "SEQ_LEN=64",
+    "BATCH_SIZE=12",
+    "EVAL_SAMPLES=24",
+    "MAX_STEPS=120",
+    "CHECKPOINT_EVERY=10",
+    "SEED=7",
+]
 
 
 def cases_of(precision: str, kills: int) -> list[Case]:

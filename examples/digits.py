@@ -1,8 +1,8 @@
 """Handwritten digits (scikit-learn's 1,797 images) with a small convolutional network: plain PyTorch and Accelerate.
 
-    python examples/digits.py --steps 100                       by hand, one process
-    holdfast run examples/digits.yaml                           here, with a run directory
-    holdfast submit examples/digits.yaml                        on the cluster: two nodes, survives preemption
+python examples/digits.py --steps 100                       by hand, one process
+holdfast run examples/digits.yaml                           here, with a run directory
+holdfast submit examples/digits.yaml                        on the cluster: two nodes, survives preemption
 """
 
 import argparse

@@ -30,7 +30,9 @@ if args.model:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
 else:
     tokenizer = None
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=args.length))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=args.length)
+    )
 text = "".join(Path(sysconfig.get_paths()["stdlib"], name).read_text("utf-8") for name in ("argparse.py", "ast.py", "configparser.py", "textwrap.py"))
 tokens = tokenizer(text)["input_ids"] if tokenizer else list(text.encode())
 windows = [torch.tensor(tokens[at : at + args.length]) for at in range(0, len(tokens) - args.length, args.length)]

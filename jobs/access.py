@@ -29,7 +29,9 @@ def refuse_foreign(folder: Path, what_for: str) -> None:
     and pickles, would then run under the wrong person's name."""
     facts = folder.stat()
     if facts.st_uid != os.geteuid():
-        raise SettingError(f"{folder} belongs to {_name(facts.st_uid)}, not to you; {what_for} would execute what lies in it. Copy it first: cp -r {folder} somewhere of your own.")
+        raise SettingError(
+            f"{folder} belongs to {_name(facts.st_uid)}, not to you; {what_for} would execute what lies in it. Copy it first: cp -r {folder} somewhere of your own."
+        )
     if facts.st_mode & stat.S_IWOTH:
         raise SettingError(f"{folder} can be written by everybody; {what_for} would execute what lies in it. If you trust its content: chmod -R go-w {folder}")
 

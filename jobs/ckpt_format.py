@@ -54,7 +54,13 @@ class Manifest:
 
     def text(self) -> str:
         """JSON with a sum over itself: a bit that flips in the manifest must not go unseen either."""
-        body = {"format": FORMAT, "step": self.step, "attempt": self.attempt, "state": self.state, "files": {name: vars(entry) for name, entry in self.files.items()}}
+        body = {
+            "format": FORMAT,
+            "step": self.step,
+            "attempt": self.attempt,
+            "state": self.state,
+            "files": {name: vars(entry) for name, entry in self.files.items()},
+        }
         return json.dumps({**body, "sum": _sum_of(body)}, indent=1) + "\n"
 
     def of_kind(self, kind: str) -> list[str]:

@@ -83,7 +83,13 @@ def parts_of(record: Mapping[str, Any] | None, seconds: float, cause: str | None
     try:
         assert record is not None
         done = {Part(name): max(float(value), 0.0) for name, value in record["seconds"].items()}
-        part, since, passed, unfinished, steps = Part(record["part"]), float(record["since"]), float(record["passed"]), float(record["unfinished"]), int(record["steps"])
+        part, since, passed, unfinished, steps = (
+            Part(record["part"]),
+            float(record["since"]),
+            float(record["passed"]),
+            float(record["unfinished"]),
+            int(record["steps"]),
+        )
     except (AssertionError, KeyError, TypeError, ValueError, AttributeError):
         parts[Part.OTHER if worked or record is not None else Part.START_UP] = max(seconds, 0.0)
         return _shown(parts)

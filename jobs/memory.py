@@ -81,7 +81,14 @@ class Estimate:
     when: str
 
     def line(self) -> str:
-        parts = {"weights": self.weights, "moments": self.moments, "gradients": self.gradients, "copies of weights": self.copies, "activations": self.activations, "loss": self.loss}
+        parts = {
+            "weights": self.weights,
+            "moments": self.moments,
+            "gradients": self.gradients,
+            "copies of weights": self.copies,
+            "activations": self.activations,
+            "loss": self.loss,
+        }
         return f"about {gb(self.peak)} GB of GPU memory at the peak, {self.when}: " + ", ".join(f"{name} {gb(size)}" for name, size in parts.items() if size)
 
 

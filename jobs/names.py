@@ -48,9 +48,7 @@ def import_callable(what: str, spec: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def call_with_accepted(
-    what: str, build: Callable[..., Any], offered: Mapping[str, Any], required: Mapping[str, Any]
-) -> Any:
+def call_with_accepted(what: str, build: Callable[..., Any], offered: Mapping[str, Any], required: Mapping[str, Any]) -> Any:
     """Call `build` with all of `required`, and with those of `offered` that its signature takes.
 
     A person's own builder need not list what it has no use for, but nothing that was set by hand may be dropped:

@@ -54,4 +54,3 @@ def peak_of(device_name: str, precision: Precision) -> Peak | None:
     else:
         kind, tflops = "fp32", fp32
     return Peak(tflops, kind, gpu) if tflops else None
-

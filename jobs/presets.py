@@ -18,5 +18,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "350m": {"vocab_size": 50304, "seq_len": 1024, "d_model": 1024, "n_layers": 24, "n_heads": 8, "d_ff": 2816, "tie_embeddings": True},
     "1b": {"vocab_size": 32000, "seq_len": 2048, "d_model": 2048, "n_layers": 22, "n_heads": 16, "d_ff": 5632, "loss_chunk_tokens": 8192},
     "3b": {"vocab_size": 32000, "seq_len": 4096, "d_model": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8, "d_ff": 8192, "loss_chunk_tokens": 8192},
-    "8b": {"vocab_size": 128256, "seq_len": 8192, "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "d_ff": 14336, "rope_theta": 500_000.0, "loss_chunk_tokens": 2048},
+    "8b": {
+        "vocab_size": 128256,
+        "seq_len": 8192,
+        "d_model": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "d_ff": 14336,
+        "rope_theta": 500_000.0,
+        "loss_chunk_tokens": 2048,
+    },
 }

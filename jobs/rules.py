@@ -32,13 +32,17 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
     elif job.amp_opt_level == "O1" and MODES[job.precision].autocast is None:
         problems.append(f"{said('amp_opt_level')} is autocast, but {said('precision')} computes in fp32. Nearest that works: PRECISION=bf16.")
     if job.amp_opt_level == "O2" and job.parallel == "fsdp":
-        problems.append(f"{said('amp_opt_level')} and {said('parallel')}: sharding keeps fp32 masters and 16-bit working copies by itself; leave AMP_OPT_LEVEL out.")
+        problems.append(
+            f"{said('amp_opt_level')} and {said('parallel')}: sharding keeps fp32 masters and 16-bit working copies by itself; leave AMP_OPT_LEVEL out."
+        )
     if job.entry is None:
         problems += _hardware(job, said)
     if job.precision is Precision.FP8 and job.fp8_recipe is not None and job.fp8_recipe not in FP8_RECIPES[job.fp8_backend]:
         problems.append(f"{said('fp8_recipe')} is not one of {said('fp8_backend')}; choose one of {', '.join(FP8_RECIPES[job.fp8_backend])}.")
     if job.accelerate_config is not None and (job.launch != "accelerate" or job.entry is None):
-        problems.append(f"{said('accelerate_config')} is read by accelerate launch for a script of your own: give LAUNCH=accelerate and ENTRY. The built-in training has settings of its own for all that it says.")
+        problems.append(
+            f"{said('accelerate_config')} is read by accelerate launch for a script of your own: give LAUNCH=accelerate and ENTRY. The built-in training has settings of its own for all that it says."
+        )
     if job.stop_lead_s >= job.time_limit * 60:
         problems.append(f"{said('stop_lead_s')} seconds of warning do not fit into {said('time_limit')}.")
     if job.profile_steps and step_range(job.profile_steps)[0] > job.max_steps:
@@ -69,8 +73,7 @@ def _batch(job: Job, said: Any) -> tuple[list[str], dict[str, Any]]:
     unit = world * (micro or 1) * (accum or 1)
     if micro and accum and unit != job.batch_size:
         return [
-            f"{said('micro_batch_size')} x {said('grad_accum_steps')} x {gpus} = {unit}, "
-            f"but {said('batch_size')}. Leave one of them out and it follows."
+            f"{said('micro_batch_size')} x {said('grad_accum_steps')} x {gpus} = {unit}, but {said('batch_size')}. Leave one of them out and it follows."
         ], {}
     if job.batch_size % unit:
         parts = [gpus]

@@ -1,19 +1,19 @@
 """The run directory: the one home of every path in it, and the way it comes into being and is found again.
 
-    runs/<name>-<id>/
-      job.yaml  origins.json          resolved settings, and where each came from
-      submit.sbatch                   the script; sbatch of it by hand works too
-      code/  snapshot.json  code.diff frozen code, its git commit and what was not committed
-      code.json                       sha256 of every frozen file
-      ledger.jsonl  metrics.jsonl
-      tensorboard/  wandb/            what trackers wrote, where they are used
-      report.html                     made by holdfast report
-      attempts/3/                     what one attempt leaves behind: environment, progress, markers, errors
-      checkpoints/step-00001200/
-      logs/<jobid>.<rank>.out         and <jobid>.batch.out
-      stop                            a file that a person makes to stop the run at the next step
-      tasks/5/                        of an array: the run of task 5
-      sweep.json  study.journal       of a sweep, which is an array: what it searches, and Optuna's record; trial.json in each task
+runs/<name>-<id>/
+  job.yaml  origins.json          resolved settings, and where each came from
+  submit.sbatch                   the script; sbatch of it by hand works too
+  code/  snapshot.json  code.diff frozen code, its git commit and what was not committed
+  code.json                       sha256 of every frozen file
+  ledger.jsonl  metrics.jsonl
+  tensorboard/  wandb/            what trackers wrote, where they are used
+  report.html                     made by holdfast report
+  attempts/3/                     what one attempt leaves behind: environment, progress, markers, errors
+  checkpoints/step-00001200/
+  logs/<jobid>.<rank>.out         and <jobid>.batch.out
+  stop                            a file that a person makes to stop the run at the next step
+  tasks/5/                        of an array: the run of task 5
+  sweep.json  study.journal       of a sweep, which is an array: what it searches, and Optuna's record; trial.json in each task
 """
 
 import contextlib

@@ -77,8 +77,7 @@ class Schedule:
                 raise SettingError(f"{name}: {value} is not allowed; it must be a whole number of at least 1")
         if int(self.warmup_steps) != self.warmup_steps or not 0 <= self.warmup_steps <= self.horizon:
             raise SettingError(
-                f"warmup_steps: {self.warmup_steps} is not allowed; it must be a whole number from 0 to {self.horizon}"
-                " (total_iters, or the length of the run)"
+                f"warmup_steps: {self.warmup_steps} is not allowed; it must be a whole number from 0 to {self.horizon} (total_iters, or the length of the run)"
             )
         if self.decay_steps is not None and self.decay_pct is not None:
             raise SettingError("decay_steps and decay_pct say the same thing; give one of them")
@@ -86,8 +85,7 @@ class Schedule:
             raise SettingError(f"decay_pct: {self.decay_pct} must be above 0 and at most 1")
         if self.kind == "wsd" and self.decay_length > self.main_steps:
             raise SettingError(
-                f"decay_steps: {self.decay_length} do not fit behind a warm-up of {self.warmup_steps} in"
-                f" {self.horizon} steps; choose at most {self.main_steps}"
+                f"decay_steps: {self.decay_length} do not fit behind a warm-up of {self.warmup_steps} in {self.horizon} steps; choose at most {self.main_steps}"
             )
 
     @classmethod
@@ -260,8 +258,8 @@ def _end_warnings(s: Schedule) -> list[str]:
     if end > run + 0.5:
         part = f"{(run - start) / length:.0%} of its length"
         what = "the last cycle" if s.kind == "cosine_with_restarts" else "the decay"
-        advice = "num_cycles makes whole cycles end with the run" if s.kind == "cosine_with_restarts" else (
-            "leave T_max and total_iters out to end with the run"
+        advice = (
+            "num_cycles makes whole cycles end with the run" if s.kind == "cosine_with_restarts" else ("leave T_max and total_iters out to end with the run")
         )
         return [
             f"{what} is cut short at {part} (it would end at step {s.warmup_steps + end:g}, the run ends at"

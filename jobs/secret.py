@@ -56,7 +56,11 @@ def masked(text: str) -> str:
 
 def secrets_of(environ: Mapping[str, str]) -> dict[str, str]:
     """Name -> value of the variables that hold a secret and can be told from an ordinary word when they are looked for."""
-    return {name: value for name, value in environ.items() if is_secret_name(name) and len(value) >= _LEAST_LENGTH and not value.startswith("/") and not value.isalpha()}
+    return {
+        name: value
+        for name, value in environ.items()
+        if is_secret_name(name) and len(value) >= _LEAST_LENGTH and not value.startswith("/") and not value.isalpha()
+    }
 
 
 def check(job: Job, origins: Mapping[str, str], secrets: Mapping[str, str]) -> None:
@@ -66,7 +70,9 @@ def check(job: Job, origins: Mapping[str, str], secrets: Mapping[str, str]) -> N
     faults = []
     for name, value in job.node_env.items():
         if is_secret_name(name) or looks_secret(value):
-            faults.append(f"NODE_ENV: {name} looks like a secret ({origins.get('node_env', 'default')}); it would stand in job.yaml and submit.sbatch, where others may read it. {HOW_TO_HAND_OVER}")
+            faults.append(
+                f"NODE_ENV: {name} looks like a secret ({origins.get('node_env', 'default')}); it would stand in job.yaml and submit.sbatch, where others may read it. {HOW_TO_HAND_OVER}"
+            )
     # What nobody gave is no secret.
     for name in (name for name, origin in origins.items() if origin not in ("default", "derived") and name in Job.model_fields):
         text = job.text(name)

@@ -61,7 +61,9 @@ def _environment(values: dict[str, str]) -> dict[str, str]:
 
 def _no_address(text: str) -> str:
     if "://" in text:
-        raise ValueError("is an address, which is a secret and would be written into the run directory; put it into a file that only you can read and name that, or export HOLDFAST_NOTIFY_WEBHOOK")
+        raise ValueError(
+            "is an address, which is a secret and would be written into the run directory; put it into a file that only you can read and name that, or export HOLDFAST_NOTIFY_WEBHOOK"
+        )
     return text
 
 
@@ -181,7 +183,9 @@ def _trackers(given: tuple[str, ...]) -> tuple[str, ...]:
     for name in given:
         if name not in known:
             close = nearest(name, known)
-            raise ValueError(f"has {name[:60]!r}, which is no tracker; choose of {', '.join(TRACKERS)}, or auto or none." + (f" Did you mean {close!r}?" if close else ""))
+            raise ValueError(
+                f"has {name[:60]!r}, which is no tracker; choose of {', '.join(TRACKERS)}, or auto or none." + (f" Did you mean {close!r}?" if close else "")
+            )
     if AUTO_TRACKER in given and len(given) > 1:
         raise ValueError("has auto beside others; name all that you want")
     return tuple(dict.fromkeys(given))
@@ -221,7 +225,9 @@ class Job(BaseModel):
     notify_webhook_file: Annotated[Line, AfterValidator(_no_address)] | None = setting(
         None, "file with the address to post to when the run is over; the environment variable HOLDFAST_NOTIFY_WEBHOOK does the same", group="run"
     )
-    trackers: Annotated[Words, AfterValidator(_trackers)] = setting((AUTO_TRACKER,), "where metrics also go: auto (TensorBoard where it is installed), none, or names such as tensorboard,wandb", group="run")
+    trackers: Annotated[Words, AfterValidator(_trackers)] = setting(
+        (AUTO_TRACKER,), "where metrics also go: auto (TensorBoard where it is installed), none, or names such as tensorboard,wandb", group="run"
+    )
 
     # --- what to ask of Slurm
     partition: Line | None = setting(None, "Slurm partition", group="slurm")
@@ -232,14 +238,27 @@ class Job(BaseModel):
     cpus_per_gpu: int | None = setting(None, "CPU cores per training process", group="slurm", ge=1)
     mem_gb: int | None = setting(None, "memory per node", group="slurm", unit="GB", ge=1)
     time_limit: Minutes = setting(60, "time limit of one attempt: 90, 24:00:00 or 2-12:00:00", group="slurm", unit="min")
-    stop_lead_s: int = setting(120, "warning before the time limit; must cover one step and one checkpoint. Slurm may send it up to 60 s early", group="slurm", unit="s", ge=1, le=65_535)
+    stop_lead_s: int = setting(
+        120,
+        "warning before the time limit; must cover one step and one checkpoint. Slurm may send it up to 60 s early",
+        group="slurm",
+        unit="s",
+        ge=1,
+        le=65_535,
+    )
     constraint: Line | None = setting(None, "node features to require", group="slurm")
     reservation: Line | None = setting(None, "Slurm reservation", group="slurm")
     exclude: Words = setting((), "nodes to stay away from", group="slurm")
-    launch: Literal["srun", "accelerate"] = setting("srun", "who starts the processes of a node: srun each of them, or accelerate launch all, as its config files need it", group="slurm")
-    accelerate_config: Line | None = setting(None, "file of `accelerate config` for your own script, with launch=accelerate; left out, none is read", group="slurm")
+    launch: Literal["srun", "accelerate"] = setting(
+        "srun", "who starts the processes of a node: srun each of them, or accelerate launch all, as its config files need it", group="slurm"
+    )
+    accelerate_config: Line | None = setting(
+        None, "file of `accelerate config` for your own script, with launch=accelerate; left out, none is read", group="slurm"
+    )
     array_parallel: int = setting(256, "array tasks that may run at the same time", group="slurm", ge=1)
-    sbatch_options: Annotated[Pairs, AfterValidator(_options)] = setting({}, "further sbatch options as name: value (without the dashes); an empty value is a bare option", group="slurm")
+    sbatch_options: Annotated[Pairs, AfterValidator(_options)] = setting(
+        {}, "further sbatch options as name: value (without the dashes); an empty value is a bare option", group="slurm"
+    )
 
     # --- the site
     gpu_request: Literal["gpus-per-node", "gres", "none"] = setting("gpus-per-node", "how this site wants GPUs asked for", group="site")
@@ -248,8 +267,12 @@ class Job(BaseModel):
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "where to train; auto takes the GPU, and a CPU only where no GPU was asked of Slurm", group="site")
     modules: Words = setting((), "environment modules to load", group="site")
     setup_script: Line | None = setting(None, "shell file on the cluster that each attempt sources first", group="site")
-    node_env: Annotated[Pairs, AfterValidator(_environment)] = setting({}, "environment variables for the nodes, such as the NCCL ones; no secrets: export those in the shell that submits, or in SETUP_SCRIPT", group="site")
-    node_mtbf_days: float = setting(250.0, "days that a node runs between failures that give no warning; where checkpoint_every=auto starts from", group="site", unit="days", gt=0)
+    node_env: Annotated[Pairs, AfterValidator(_environment)] = setting(
+        {}, "environment variables for the nodes, such as the NCCL ones; no secrets: export those in the shell that submits, or in SETUP_SCRIPT", group="site"
+    )
+    node_mtbf_days: float = setting(
+        250.0, "days that a node runs between failures that give no warning; where checkpoint_every=auto starts from", group="site", unit="days", gt=0
+    )
     node_python: Line | None = setting(None, "Python on the nodes; left out, the one that submits", group="site")
     container_image: Line | None = setting(None, "container image to train in", group="site")
     container_runtime: Literal["apptainer", "pyxis"] = setting("apptainer", "what starts the container", group="site")
@@ -266,11 +289,17 @@ class Job(BaseModel):
     max_unknown: int = setting(3, "attempts that may end for no reason that can be found", group="retries", ge=0)
     max_no_progress: int = setting(3, "attempts in a row that may end without a new checkpoint", group="retries", ge=1)
 
-    hang_after_s: int = setting(600, "silence after which a step is taken for a hang, unless longer ones were seen; 0 turns the watchdog off", group="retries", unit="s", ge=0)
+    hang_after_s: int = setting(
+        600, "silence after which a step is taken for a hang, unless longer ones were seen; 0 turns the watchdog off", group="retries", unit="s", ge=0
+    )
     hang_quiet_s: int = setting(1800, "the same for the start, the first step, and whatever was not yet seen in this run", group="retries", unit="s", ge=1)
     preflight_s: int = setting(30, "time for the checks of every node before an attempt; 0 leaves them out", group="retries", unit="s", ge=0)
-    preflight_allreduce: Literal["auto", "on", "off"] = setting("auto", "a small all-reduce over all processes among the checks; auto: on several nodes with GPUs", group="retries")
-    preflight_gb_s: float = setting(1.0, "what each process must reach in it; a node that is slower than this with all its neighbours is left out", group="retries", unit="GB/s", ge=0)
+    preflight_allreduce: Literal["auto", "on", "off"] = setting(
+        "auto", "a small all-reduce over all processes among the checks; auto: on several nodes with GPUs", group="retries"
+    )
+    preflight_gb_s: float = setting(
+        1.0, "what each process must reach in it; a node that is slower than this with all its neighbours is left out", group="retries", unit="GB/s", ge=0
+    )
     avoid_node_h: float = setting(24.0, "how long a node that failed is left out", group="retries", unit="h", ge=0)
 
     # --- what to train
@@ -278,13 +307,21 @@ class Job(BaseModel):
     model_options: Annotated[dict[str, Any], AfterValidator(_portable)] = setting({}, "options of the model that differ from its preset", group="model")
     grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third more work", group="model")
     compile: bool = setting(False, "torch.compile of each block", group="model")
-    cudnn_benchmark: bool = setting(False, "let cuDNN time its convolutions and take the fastest, where all samples have one shape; a resumed run may differ in the last bits", group="model")
+    cudnn_benchmark: bool = setting(
+        False,
+        "let cuDNN time its convolutions and take the fastest, where all samples have one shape; a resumed run may differ in the last bits",
+        group="model",
+    )
     init_from: Text | None = setting(None, "checkpoint or run to take the weights from at step 0", group="model")
     data: Text = setting("stdlib", "data: stdlib, synthetic, text:PATH, tokens:PATH, hfds:PATH, digits, or package.module:build", group="data")
     seq_len: int = setting(128, "tokens per sample", group="data", unit="tokens", ge=2, le=1_048_576)
 
-    data_options: Annotated[dict[str, Any], AfterValidator(_portable)] = setting({}, "options of the data: column, tokenizer, vocab_size of hfds; for package.module:build its keyword arguments", group="data")
-    num_workers: int = setting(0, "processes per training process that read samples; 0 reads ahead in one thread, which is enough for token files", group="data", ge=0, le=1024)
+    data_options: Annotated[dict[str, Any], AfterValidator(_portable)] = setting(
+        {}, "options of the data: column, tokenizer, vocab_size of hfds; for package.module:build its keyword arguments", group="data"
+    )
+    num_workers: int = setting(
+        0, "processes per training process that read samples; 0 reads ahead in one thread, which is enough for token files", group="data", ge=0, le=1024
+    )
     prefetch_factor: int = setting(2, "forward passes that each of num_workers reads ahead", group="data", ge=1)
     persistent_workers: bool = setting(True, "keep the reading processes of validation from one validation to the next", group="data")
     pin_memory: bool = setting(True, "hold samples in page-locked memory, from where a GPU takes them while it computes; nothing on a CPU", group="data")
@@ -297,8 +334,12 @@ class Job(BaseModel):
     # --- the optimizer
     max_steps: int = setting(1000, "optimizer steps of the whole run", group="optimizer", unit="steps", ge=1)
     lr: float = setting(1e-3, "peak learning rate", group="optimizer", gt=0)
-    lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "wsd"] = setting("cosine", "shape of the learning rate after warm-up", group="optimizer")
-    lr_scheduler_params: dict[str, float] = setting({}, "parameters of the schedule: total_iters, T_0, T_max, T_mult, eta_min, num_cycles, decay_steps", group="optimizer")
+    lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "wsd"] = setting(
+        "cosine", "shape of the learning rate after warm-up", group="optimizer"
+    )
+    lr_scheduler_params: dict[str, float] = setting(
+        {}, "parameters of the schedule: total_iters, T_0, T_max, T_mult, eta_min, num_cycles, decay_steps", group="optimizer"
+    )
     warmup_pct: float | None = setting(0.05, "share of the optimizer steps to warm up in: int(max_steps * warmup_pct)", group="optimizer", ge=0, le=1)
     warmup_steps: int | None = setting(None, "optimizer steps to warm up in, instead of warmup_pct", group="optimizer", unit="steps", ge=0)
     weight_decay: float = setting(0.1, "AdamW weight decay of matrices; vectors have none", group="optimizer", ge=0)
@@ -308,16 +349,24 @@ class Job(BaseModel):
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 turns clipping off", group="optimizer", ge=0)
 
     # --- precision
-    precision: Annotated[Precision, BeforeValidator(_precision_word, Precision | Literal[*ALIASES, AUTO, False])] = setting(Precision.BF16, "number format of the matrix products; auto takes what holdfast precision recommended", group="precision")
+    precision: Annotated[Precision, BeforeValidator(_precision_word, Precision | Literal[*ALIASES, AUTO, False])] = setting(
+        Precision.BF16, "number format of the matrix products; auto takes what holdfast precision recommended", group="precision"
+    )
     fp8_backend: Literal["te", "torchao"] = setting("te", "fp8 by Transformer Engine or by torchao", group="precision")
-    fp8_recipe: Literal["current", "delayed", "block", "mxfp8", "tensorwise", "rowwise"] | None = setting(None, "how fp8 scales are found; left out, current (te) or tensorwise (torchao)", group="precision")
-    amp_opt_level: Literal["O0", "O1", "O2"] | None = setting(None, "O0: no mixed precision; O1: autocast; O2: 16-bit parameters with fp32 master weights", group="precision")
+    fp8_recipe: Literal["current", "delayed", "block", "mxfp8", "tensorwise", "rowwise"] | None = setting(
+        None, "how fp8 scales are found; left out, current (te) or tensorwise (torchao)", group="precision"
+    )
+    amp_opt_level: Literal["O0", "O1", "O2"] | None = setting(
+        None, "O0: no mixed precision; O1: autocast; O2: 16-bit parameters with fp32 master weights", group="precision"
+    )
     grad_scaler_init: float = setting(65536.0, "first loss scale of fp16", group="precision", gt=0)
     grad_scaler_growth_interval: int = setting(2000, "steps without overflow after which the loss scale grows", group="precision", unit="steps", ge=1)
     grad_scaler_growth: float = setting(2.0, "factor by which the loss scale grows", group="precision", gt=1)
     grad_scaler_backoff: float = setting(0.5, "factor by which the loss scale shrinks at an overflow", group="precision", gt=0, lt=1)
 
-    on_overflow: Literal["skip", "abort", "fallback"] = setting("skip", "when an fp16 gradient overflows: try the step again at a lower loss scale, give up, or go on in bf16", group="precision")
+    on_overflow: Literal["skip", "abort", "fallback"] = setting(
+        "skip", "when an fp16 gradient overflows: try the step again at a lower loss scale, give up, or go on in bf16", group="precision"
+    )
     max_overflows: int = setting(16, "overflows in a row before on_overflow gives up (skip) or falls back", group="precision", ge=1)
     debug: bool = setting(False, "find the operation that makes a NaN (anomaly detection), and log every step: slow", group="precision")
 
@@ -326,13 +375,17 @@ class Job(BaseModel):
     log_every: int = setting(10, "steps between lines in metrics.jsonl", group="loop", unit="steps", ge=1)
     eval_every: int = setting(100, "steps between validations; 0 validates at the end only", group="loop", unit="steps", ge=0)
     eval_samples: int | None = setting(512, "validation samples; none takes all", group="loop", unit="samples", ge=1)
-    checkpoint_every: Interval = setting(100, "steps between checkpoints, or auto: from the measured cost of a save and the failures of this run", group="loop", unit="steps")
+    checkpoint_every: Interval = setting(
+        100, "steps between checkpoints, or auto: from the measured cost of a save and the failures of this run", group="loop", unit="steps"
+    )
     async_save: bool = setting(True, "write checkpoints in the background; training waits only for the copy to host memory", group="loop")
     keep_last: int = setting(2, "newest checkpoints to keep", group="loop", ge=1)
     keep_every: int = setting(0, "also keep the checkpoints of each N-th step, for good; 0 keeps none for that reason", group="loop", unit="steps", ge=0)
     keep_best: int = setting(0, "also keep this many checkpoints with the lowest validation loss, and save one at each new best", group="loop", ge=0)
     log_samples: bool = setting(False, "write down which samples each step uses, for holdfast verify data", group="loop")
-    profile_steps: Steps | None = setting(None, "steps to trace with torch's profiler, such as 10-14; the trace is in the attempt's folder, those steps are slower", group="loop")
+    profile_steps: Steps | None = setting(
+        None, "steps to trace with torch's profiler, such as 10-14; the trace is in the attempt's folder, those steps are slower", group="loop"
+    )
     parallel: Literal["ddp", "fsdp"] = setting("ddp", "how the model is spread over GPUs: ddp copies it, fsdp shards it", group="loop")
     cpu_threads: int = setting(1, "threads per process on a CPU; part of the arithmetic, so it is a setting", group="loop", ge=1)
 

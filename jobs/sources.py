@@ -29,7 +29,20 @@ DEFAULT_JOB = "jobs/quickstart.yaml"
 PREFIX = "HOLDFAST_"
 
 # Variables of ours that are not settings of a job, so that a misspelt HOLDFAST_ name can be told from them.
-OTHER_VARIABLES = frozenset({"HOLDFAST_RUN_DIR", "HOLDFAST_ATTEMPT", "HOLDFAST_JOB_ID", "HOLDFAST_RANK_LOG", "HOLDFAST_LOG_OFFSET", "HOLDFAST_STARTED", "HOLDFAST_NOTIFY_WEBHOOK", "HOLDFAST_LAB", "HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM"})
+OTHER_VARIABLES = frozenset(
+    {
+        "HOLDFAST_RUN_DIR",
+        "HOLDFAST_ATTEMPT",
+        "HOLDFAST_JOB_ID",
+        "HOLDFAST_RANK_LOG",
+        "HOLDFAST_LOG_OFFSET",
+        "HOLDFAST_STARTED",
+        "HOLDFAST_NOTIFY_WEBHOOK",
+        "HOLDFAST_LAB",
+        "HOLDFAST_PYTHON",
+        "HOLDFAST_INSTALL_SLURM",
+    }
+)
 # Words that a person may hand to make for the Makefile itself.
 MAKE_WORDS = frozenset({"HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM", "HOLDFAST_LAB", "ARGS", "TESTS"})
 
@@ -493,7 +506,9 @@ def _take_advice(values: dict[str, Any], origins: dict[str, str], faults: list[s
         return ()  # told by the caller
     found = advice.look_up(cwd / job.runs_dir, job)
     if found is None:
-        faults.append(f"PRECISION=auto ({where}): MODEL={job.model} SEQ_LEN={job.seq_len} was not measured yet on this site's hardware in {job.runs_dir}/. `holdfast precision JOB` on a node does it, or name a precision.")
+        faults.append(
+            f"PRECISION=auto ({where}): MODEL={job.model} SEQ_LEN={job.seq_len} was not measured yet on this site's hardware in {job.runs_dir}/. `holdfast precision JOB` on a node does it, or name a precision."
+        )
         return ()
     for name, value in found.settings.items():
         if name == "precision" or name not in values:

@@ -99,12 +99,19 @@ class Sweep(BaseModel):
 
     over: tuple[Dimension, ...] = Field(description="settings and what each varies over")
     trials: int = Field(description="runs in all; of a grid, its points", ge=1, le=MAX_TRIALS)
-    parallel: int = Field(description="trials that may run at the same time; left out, ARRAY_PARALLEL, and with tpe a quarter of the trials, so that later ones learn from earlier ones", ge=1)
-    sampler: Literal["grid", "random", "tpe"] = Field(description="who chooses the values: grid takes each point once, random draws, tpe (Optuna's) learns; left out, grid where all values can be listed and no number of trials is given, else tpe")
+    parallel: int = Field(
+        description="trials that may run at the same time; left out, ARRAY_PARALLEL, and with tpe a quarter of the trials, so that later ones learn from earlier ones",
+        ge=1,
+    )
+    sampler: Literal["grid", "random", "tpe"] = Field(
+        description="who chooses the values: grid takes each point once, random draws, tpe (Optuna's) learns; left out, grid where all values can be listed and no number of trials is given, else tpe"
+    )
     metric: str = Field("val_loss", description="what is compared: a name in metrics.jsonl")
     direction: Literal["minimize", "maximize"] = Field("minimize", description="whether less or more of it is better")
     value: Literal["last", "best"] = Field("last", description="which of a run's values counts: that of its last validation, or its best")
-    pruner: Literal["none", "median"] = Field("none", description="median gives a trial up when its best value so far is worse than the median of the others at the same step")
+    pruner: Literal["none", "median"] = Field(
+        "none", description="median gives a trial up when its best value so far is worse than the median of the others at the same step"
+    )
     prune_startup: int = Field(5, description="trials that must be over before one is given up", ge=1)
     prune_after: int = Field(0, description="steps that every trial may make", ge=0)
     sampler_seed: int = Field(0, description="seed of the sampler; together with a trial's number it decides what is drawn", ge=0)
@@ -216,9 +223,17 @@ def check(sweep: Sweep, base: Resolved) -> None:
     if wrong:
         raise SettingError("\n".join(wrong))
     if impossible:
-        lines = [f"  {reason}\n    as at {points[0]}" + (f", and {len(points) - 1} more points that were tried" if len(points) > 1 else "") for reason, points in impossible.items()]
+        lines = [
+            f"  {reason}\n    as at {points[0]}" + (f", and {len(points) - 1} more points that were tried" if len(points) > 1 else "")
+            for reason, points in impossible.items()
+        ]
         more = f"\n  and {len(lines) - _NAMED} more reasons" if len(lines) > _NAMED else ""
-        raise ImpossibleJobError("This sweep holds combinations that cannot run:\n" + "\n".join(lines[:_NAMED]) + more + "\nLeave such values out, give ranges a step, or write two sweeps.")
+        raise ImpossibleJobError(
+            "This sweep holds combinations that cannot run:\n"
+            + "\n".join(lines[:_NAMED])
+            + more
+            + "\nLeave such values out, give ranges a step, or write two sweeps."
+        )
 
 
 def said(value: Any) -> str:

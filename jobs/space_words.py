@@ -36,7 +36,9 @@ def find_file(word: str, cwd: Path) -> tuple[Path, str]:
     if word in known:
         return shipped / f"{word}.yaml", f"jobs/sweeps/{word}.yaml"
     near = nearest(Path(word).stem, known)
-    raise NotFoundError(f"space file {word!r} does not exist in {cwd}. " + (f"Did you mean {near}?" if near else f"These come with holdfast: {', '.join(known)}."))
+    raise NotFoundError(
+        f"space file {word!r} does not exist in {cwd}. " + (f"Did you mean {near}?" if near else f"These come with holdfast: {', '.join(known)}.")
+    )
 
 
 def define(over: Sequence[str], options: Mapping[str, Any], space: Path | None, shown: str, array_parallel: int) -> Sweep:
@@ -187,12 +189,21 @@ def _complete(dimensions: list[Dimension], given: dict[str, Any], origins: Mappi
     if given["sampler"] == "grid":
         endless = [dimension for dimension in dimensions if dimension.count is None]
         if endless:
-            raise SettingError("\n".join(f"{d.text()} has no end of values, and a grid takes each once: list them (KEY=a,b,c), give a step, or take --sampler tpe --trials N." for d in endless))
+            raise SettingError(
+                "\n".join(
+                    f"{d.text()} has no end of values, and a grid takes each once: list them (KEY=a,b,c), give a step, or take --sampler tpe --trials N."
+                    for d in endless
+                )
+            )
         points = math.prod(dimension.count or 1 for dimension in dimensions)
         if points > MAX_TRIALS:
-            raise SettingError(f"This grid has {points:,} points, at most {MAX_TRIALS:,} go into one array; list fewer values, or take --sampler tpe --trials N.")
+            raise SettingError(
+                f"This grid has {points:,} points, at most {MAX_TRIALS:,} go into one array; list fewer values, or take --sampler tpe --trials N."
+            )
         if given.setdefault("trials", points) != points:
-            raise SettingError(f"A grid takes each of its {points} points once, but {origins['trials']} says {given['trials']} trials; leave that out, or take --sampler tpe.")
+            raise SettingError(
+                f"A grid takes each of its {points} points once, but {origins['trials']} says {given['trials']} trials; leave that out, or take --sampler tpe."
+            )
     elif given.get("trials") is None:
         raise SettingError(f"How many trials? A sweep by {given['sampler']} needs --trials N.")
     if given.get("parallel") is None:

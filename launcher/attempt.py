@@ -118,7 +118,11 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> dict[
 def _log_sizes(run: RunDir, job_id: str) -> dict[str, int]:
     """`0`, `1`, `batch` -> bytes that the job's earlier attempts have written to that log."""
     begin = len(job_id) + 1
-    return {path.name.removesuffix(".out")[begin:]: path.stat().st_size for path in run.logs.iterdir() if path.name.startswith(f"{job_id}.") and path.name.endswith(".out")}
+    return {
+        path.name.removesuffix(".out")[begin:]: path.stat().st_size
+        for path in run.logs.iterdir()
+        if path.name.startswith(f"{job_id}.") and path.name.endswith(".out")
+    }
 
 
 def _own(run: RunDir, job: Job, job_id: str, restarts: int, slurm: Slurm | None) -> tuple[int, list[dict[str, Any]]]:
@@ -169,7 +173,9 @@ def _give_way(run: RunDir, number: int, other: str, job_id: str, events: Sequenc
             if stamp and lease.process_stamp(int(owner.get("pid", 0))) == stamp and int(owner["pid"]) != os.getpid():
                 raise RunOwnedError(said)
         elif host:
-            raise RunOwnedError(f"run {run.id} was begun on {host} without Slurm, and from here nobody can see whether it still runs. If it does not, delete {run.attempt(number).owner}.")
+            raise RunOwnedError(
+                f"run {run.id} was begun on {host} without Slurm, and from here nobody can see whether it still runs. If it does not, delete {run.attempt(number).owner}."
+            )
         return
     if slurm is None:
         if not Slurm.available():

@@ -13,7 +13,13 @@ _MARK = 2
 FRAME_LINES = 5
 
 # A word beside each sign, and a sign beside each colour: neither is alone in carrying the meaning.
-_SIGNS = {"running": ("●", ">", "green"), "waiting": ("◌", "~", "yellow"), "finished": ("✓", "+", "cyan"), "failed": ("✗", "!", "red"), "damaged": ("✗", "!", "red")}
+_SIGNS = {
+    "running": ("●", ">", "green"),
+    "waiting": ("◌", "~", "yellow"),
+    "finished": ("✓", "+", "cyan"),
+    "failed": ("✗", "!", "red"),
+    "damaged": ("✗", "!", "red"),
+}
 _OTHER = ("■", "-", "magenta")
 _ORDER = {"running": 0, "waiting": 1}
 

@@ -83,7 +83,9 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
         # Rank 0 says so behind the last save and a barrier of all ranks: whoever was then too slow to leave (a machine under load,
         # srun's patience with the last one) had nothing left to do.
         late = sorted(rank for rank in range(seen.world) if seen.markers.get(rank, {}).get("reason") != "finished")
-        return Cause.FINISHED, "rank 0 finished after the last save" + (f"; rank {_numbers(late)} did not leave by itself" if late else f"; the step ended with {seen.code}")
+        return Cause.FINISHED, "rank 0 finished after the last save" + (
+            f"; rank {_numbers(late)} did not leave by itself" if late else f"; the step ended with {seen.code}"
+        )
     if seen.own_script and seen.code == 0 and not seen.markers:
         return Cause.FINISHED, "every process of your script ended with 0"
     if seen.hang:

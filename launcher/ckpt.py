@@ -64,7 +64,10 @@ def verify_checkpoints(run: RunDir, as_json: bool) -> int:
         for row in damaged:
             print(row.reason)
         whole = next((row for row in complete if row.state == "complete"), None)
-        print(f"{len(complete) - len(damaged)} of {len(complete)} verified" + (f"; a resume would use step {whole.step:,}" if whole else "; a resume would begin anew"))
+        print(
+            f"{len(complete) - len(damaged)} of {len(complete)} verified"
+            + (f"; a resume would use step {whole.step:,}" if whole else "; a resume would begin anew")
+        )
     return Exit.DONE if complete and not damaged else Exit.FAILED
 
 
@@ -73,7 +76,9 @@ def export(run: RunDir, step: int | None, out: Path | None, form: str) -> int:
     path = ckpt_format.path_of(run.checkpoints, step) if step is not None else next(iter(ckpt_format.complete(run.checkpoints)), None)
     if path is None or not path.is_dir():
         there = ", ".join(str(ckpt_format.step_of(path)) for path in ckpt_format.complete(run.checkpoints)) or "none"
-        raise NotFoundError(f"run {run.id} has no checkpoint of step {step}; there are: {there}" if step is not None else f"run {run.id} has no complete checkpoint")
+        raise NotFoundError(
+            f"run {run.id} has no checkpoint of step {step}; there are: {there}" if step is not None else f"run {run.id} has no complete checkpoint"
+        )
     target = out or Path(f"{run.path.name}-step{ckpt_format.step_of(path)}-{form}")
     command = [sys.executable, "-m", "train.export", "--run-dir", str(run.path), "--checkpoint", str(path), "--out", str(target.absolute()), "--form", form]
     return subprocess.run(command).returncode

@@ -62,7 +62,11 @@ def clean(folder: Path, named: Sequence[RunDir], *, older: str | None, failed: b
             problems += said
         problems += _clear_leftovers(folder)
     if as_json:
-        print(json.dumps({"dry_run": not yes, "bytes": sum(one.bytes for one in going), "runs": [asdict(one) for one in candidates], "problems": problems}, indent=1))
+        print(
+            json.dumps(
+                {"dry_run": not yes, "bytes": sum(one.bytes for one in going), "runs": [asdict(one) for one in candidates], "problems": problems}, indent=1
+            )
+        )
     else:
         _print(candidates, going, folder, trouble, chosen, yes, keep_checkpoints, problems)
     return Exit.FAILED if problems else Exit.DONE
@@ -186,7 +190,17 @@ def size_of(path: Path) -> int:
 def _remove(run: RunDir, keep_checkpoints: bool) -> list[str]:
     """Takes a run away, or all of it but what `ckpt` and `diff` need. Returns what went wrong."""
     if keep_checkpoints and ckpt_format.complete(run.checkpoints):
-        kept = {run.checkpoints.name, run.job_yaml.name, run.origins.name, run.snapshot.name, run.diff.name, run.code_sums.name, run.ledger.name, run.metrics.name, run.script.name}
+        kept = {
+            run.checkpoints.name,
+            run.job_yaml.name,
+            run.origins.name,
+            run.snapshot.name,
+            run.diff.name,
+            run.code_sums.name,
+            run.ledger.name,
+            run.metrics.name,
+            run.script.name,
+        }
         problems = []
         for path in sorted(run.path.iterdir()):
             if path.name not in kept:
@@ -229,12 +243,26 @@ def _clear_leftovers(folder: Path) -> list[str]:
     problems = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         found = os.lstat(path)
-        if path.name.startswith((_TRASH, _STAGING)) and stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and time.time() - found.st_mtime > _LEFTOVER_S:
+        if (
+            path.name.startswith((_TRASH, _STAGING))
+            and stat.S_ISDIR(found.st_mode)
+            and found.st_uid == os.geteuid()
+            and time.time() - found.st_mtime > _LEFTOVER_S
+        ):
             problems += _delete(path)
     return problems
 
 
-def _print(candidates: Sequence[Candidate], going: Sequence[Candidate], folder: Path, trouble: str, chosen: bool, yes: bool, keep_checkpoints: bool, problems: Sequence[str]) -> None:
+def _print(
+    candidates: Sequence[Candidate],
+    going: Sequence[Candidate],
+    folder: Path,
+    trouble: str,
+    chosen: bool,
+    yes: bool,
+    keep_checkpoints: bool,
+    problems: Sequence[str],
+) -> None:
     if trouble:
         print(trouble)
     if not candidates:
@@ -242,8 +270,16 @@ def _print(candidates: Sequence[Candidate], going: Sequence[Candidate], folder: 
         return
     table = show._table("run", "state", "last touched", "size", "")
     for one in candidates:
-        verdict = ("removed" if one.removed else "could not be removed") if yes and not one.why_left else "would go" if not one.why_left else f"left: {one.why_left}"
-        table.add_row(one.run, one.state or "-", show.ago(one.touched) if one.touched else "-", gigabytes(one.bytes) if one.bytes else "-", verdict if chosen or one.why_left != "not chosen" else "")
+        verdict = (
+            ("removed" if one.removed else "could not be removed") if yes and not one.why_left else "would go" if not one.why_left else f"left: {one.why_left}"
+        )
+        table.add_row(
+            one.run,
+            one.state or "-",
+            show.ago(one.touched) if one.touched else "-",
+            gigabytes(one.bytes) if one.bytes else "-",
+            verdict if chosen or one.why_left != "not chosen" else "",
+        )
     show._print(table)
     for problem in problems:
         print(f"could not be removed: {problem}")
@@ -254,7 +290,9 @@ def _print(candidates: Sequence[Candidate], going: Sequence[Candidate], folder: 
         but = ", all but their checkpoints and their records," if keep_checkpoints else ""
         print(f"{len(going)} of {len(candidates)} runs{but} would go, {total}; nothing was removed: --yes does it")
     else:
-        print(f"{sum(one.removed for one in going)} of {len(candidates)} runs removed{' but for their checkpoints and records' if keep_checkpoints else ''}, {total}")
+        print(
+            f"{sum(one.removed for one in going)} of {len(candidates)} runs removed{' but for their checkpoints and records' if keep_checkpoints else ''}, {total}"
+        )
 
 
 def gigabytes(count: int) -> str:

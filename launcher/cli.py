@@ -89,7 +89,10 @@ def submit(
     local: Annotated[bool, typer.Option("--local", help="Run on this machine, in the background, without Slurm.")] = False,
     test_only: Annotated[bool, typer.Option("--test-only", help="Ask Slurm when it would start; submit nothing.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Return when the run is over, with its exit code.")] = False,
-    array: Annotated[list[str] | None, typer.Option("--array", metavar="KEY=V1,V2 | KEY=1..20", help="One run for each value, as one job array; may be given again for a grid.")] = None,
+    array: Annotated[
+        list[str] | None,
+        typer.Option("--array", metavar="KEY=V1,V2 | KEY=1..20", help="One run for each value, as one job array; may be given again for a grid."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Submit a job to Slurm; prints its run directory and job id."""
@@ -101,8 +104,12 @@ def submit(
 @app.command(context_settings=_SETTINGS, options_metavar="[JOB | show SWEEP | cancel SWEEP] [KEY=value | --key value]...")
 def sweep(
     ctx: typer.Context,
-    over: Annotated[list[str] | None, typer.Option("--over", metavar="KEY=V1,V2 | KEY=LOW..HIGH[:log|:step=N]", help="A setting that varies; may be given again.")] = None,
-    space: Annotated[str | None, typer.Option("--space", metavar="FILE", help="YAML file with `over:` and any of these options; the command line wins.")] = None,
+    over: Annotated[
+        list[str] | None, typer.Option("--over", metavar="KEY=V1,V2 | KEY=LOW..HIGH[:log|:step=N]", help="A setting that varies; may be given again.")
+    ] = None,
+    space: Annotated[
+        str | None, typer.Option("--space", metavar="FILE", help="YAML file with `over:` and any of these options; the command line wins.")
+    ] = None,
     trials: Annotated[int | None, typer.Option("--trials", metavar="N", help="Runs in all. A grid has as many as it has points.")] = None,
     parallel: Annotated[str | None, typer.Option("--parallel", metavar="N", help="Trials at the same time.")] = None,
     sampler: Annotated[str | None, typer.Option("--sampler", metavar="grid|random|tpe", help="Who chooses the values.")] = None,
@@ -124,7 +131,11 @@ def sweep(
 
     options = {"trials": trials, "parallel": parallel, "sampler": sampler, "metric": metric, "direction": direction, "value": value, "pruner": pruner}
     options |= {"prune_startup": prune_startup, "prune_after": prune_after, "sampler_seed": sampler_seed}
-    raise typer.Exit(command(_words(ctx), Path.cwd(), over=over or [], file=space, options=options, resumed=resume, local=local, test_only=test_only, wait=wait, as_json=as_json))
+    raise typer.Exit(
+        command(
+            _words(ctx), Path.cwd(), over=over or [], file=space, options=options, resumed=resume, local=local, test_only=test_only, wait=wait, as_json=as_json
+        )
+    )
 
 
 @app.command(context_settings=_SETTINGS, options_metavar=_HINT)
@@ -136,7 +147,9 @@ def run(ctx: typer.Context) -> None:
 
 
 @app.command(context_settings=_SETTINGS, options_metavar=_RUN_HINT)
-def status(ctx: typer.Context, as_json: Json = False, every: Annotated[bool, typer.Option("--all", help="Also runs that ended more than a day ago.")] = False) -> None:
+def status(
+    ctx: typer.Context, as_json: Json = False, every: Annotated[bool, typer.Option("--all", help="Also runs that ended more than a day ago.")] = False
+) -> None:
     """Show what the runs are doing."""
     from launcher import show
     from launcher.prepare import which_run
@@ -161,8 +174,12 @@ def watch(
 def logs(
     ctx: typer.Context,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on printing until the run is over.")] = False,
-    rank: Annotated[str, typer.Option("--rank", metavar="0|3|batch|all", help="Whose log: a rank, batch for the script's, or all with the rank before each line.")] = "0",
-    attempt: Annotated[str | None, typer.Option("--attempt", metavar="N|all", help="Which attempt; the newest when left out, and with -f all that come after it.")] = None,
+    rank: Annotated[
+        str, typer.Option("--rank", metavar="0|3|batch|all", help="Whose log: a rank, batch for the script's, or all with the rank before each line.")
+    ] = "0",
+    attempt: Annotated[
+        str | None, typer.Option("--attempt", metavar="N|all", help="Which attempt; the newest when left out, and with -f all that come after it.")
+    ] = None,
 ) -> None:
     """Print what a run's newest attempt wrote; with -f, go on over requeues until the run is over."""
     from launcher.logs import print_logs
@@ -184,14 +201,18 @@ def cancel(ctx: typer.Context) -> None:
 def resume(
     ctx: typer.Context,
     local: Annotated[bool, typer.Option("--local", help="Here and now, in the foreground.")] = False,
-    allow_change: Annotated[bool, typer.Option("--allow-change", help="Also settings that make another training of it: MAX_STEPS, BATCH_SIZE, SEED, DATA, LR and the like.")] = False,
+    allow_change: Annotated[
+        bool, typer.Option("--allow-change", help="Also settings that make another training of it: MAX_STEPS, BATCH_SIZE, SEED, DATA, LR and the like.")
+    ] = False,
 ) -> None:
     """Start a run again that was stopped, cancelled or given up; also at another size or precision (NODES=1 PRECISION=fp32)."""
     from launcher.commands import resume_run
     from launcher.prepare import find_run, split_run_words
 
     naming, settings = split_run_words(_words(ctx), os.environ)
-    raise typer.Exit(resume_run(find_run(naming, {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}, Path.cwd()), local, settings, allow_change))
+    raise typer.Exit(
+        resume_run(find_run(naming, {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}, Path.cwd()), local, settings, allow_change)
+    )
 
 
 @app.command(context_settings=_SETTINGS, options_metavar="[RUN] [RUNS_DIR=folder] [KEY=value]...")
@@ -224,7 +245,9 @@ def diff(ctx: typer.Context, code: Annotated[bool, typer.Option("--code", help="
 @app.command(context_settings=_SETTINGS, options_metavar="[RUN]... [RUNS_DIR=folder]")
 def clean(
     ctx: typer.Context,
-    older: Annotated[str | None, typer.Option("--older", metavar="30d", help="Runs last touched longer ago than this: hours (h), days (d) or weeks (w).")] = None,
+    older: Annotated[
+        str | None, typer.Option("--older", metavar="30d", help="Runs last touched longer ago than this: hours (h), days (d) or weeks (w).")
+    ] = None,
     failed: Annotated[bool, typer.Option("--failed", help="Runs that failed.")] = False,
     keep_checkpoints: Annotated[bool, typer.Option("--keep-checkpoints", help="Everything but checkpoints, settings, ledger and metrics.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do it; without this, only say what would go.")] = False,
@@ -289,7 +312,10 @@ def ckpt_export(
 def verify_resume_command(
     ctx: typer.Context,
     kills: Annotated[int, typer.Option("--kills", min=1, help="How often each run is killed.")] = 3,
-    changes: Annotated[list[str] | None, typer.Option("--change", metavar="KEY=value", help="Also resume with this changed, such as GPUS_PER_NODE=1 or PRECISION=fp32; may be given again.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--change", metavar="KEY=value", help="Also resume with this changed, such as GPUS_PER_NODE=1 or PRECISION=fp32; may be given again."),
+    ] = None,
     seed: Annotated[int, typer.Option("--kill-seed", help="Chooses the moments of the kills.")] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the runs.")] = False,
     as_json: Json = False,
@@ -326,10 +352,16 @@ def verify_data_command(ctx: typer.Context, as_json: Json = False) -> None:
 
 @data_app.command("build")
 def data_build(
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Text, .jsonl(.gz) and .parquet files, folders of them, or data sets by save_to_disk.")],
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="Text, .jsonl(.gz) and .parquet files, folders of them, or data sets by save_to_disk.")
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for train.bin and val.bin.")],
-    tokenizer: Annotated[str | None, typer.Option("--tokenizer", metavar="PATH", help="A local tokenizer.json, or a folder with one; left out, a byte is a token.")] = None,
-    eos: Annotated[str | None, typer.Option("--eos", metavar="TOKEN", help="Token that ends a document, none for no such; left out, what the tokenizer says.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", metavar="PATH", help="A local tokenizer.json, or a folder with one; left out, a byte is a token.")
+    ] = None,
+    eos: Annotated[
+        str | None, typer.Option("--eos", metavar="TOKEN", help="Token that ends a document, none for no such; left out, what the tokenizer says.")
+    ] = None,
     column: Annotated[str, typer.Option("--column", help="Column that holds the text.")] = "text",
     val_share: Annotated[float, typer.Option("--val-share", help="Share of the documents for validation.")] = 0.05,
     as_json: Json = False,
@@ -344,7 +376,9 @@ def data_build(
 def precision(
     ctx: typer.Context,
     steps: Annotated[int, typer.Option("--steps", min=6, help="Training steps in each precision.")] = 30,
-    only: Annotated[str, typer.Option("--only", metavar="WORDS", help="Only modes whose name has one of these words, such as bf16,te; fp32 is always measured.")] = "",
+    only: Annotated[
+        str, typer.Option("--only", metavar="WORDS", help="Only modes whose name has one of these words, such as bf16,te; fp32 is always measured.")
+    ] = "",
     largest: Annotated[bool, typer.Option("--largest", help="Also look for the largest micro-batch that fits.")] = False,
     tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="Largest |loss - loss of fp32|, relative, that is recommended.")] = 0.02,
     as_json: Json = False,
@@ -356,7 +390,9 @@ def precision(
 
 
 @app.command(context_settings=_SETTINGS, options_metavar=_HINT)
-def doctor(ctx: typer.Context, as_json: Json = False, node: Annotated[bool, typer.Option("--node/--no-node", help="Ask a node what it has, by a short srun.")] = True) -> None:
+def doctor(
+    ctx: typer.Context, as_json: Json = False, node: Annotated[bool, typer.Option("--node/--no-node", help="Ask a node what it has, by a short srun.")] = True
+) -> None:
     """Say what this cluster will do to a run at preemption and time limit, and what is misconfigured; 1 if something must be fixed."""
     from launcher.doctor import examine
 
@@ -398,7 +434,12 @@ def completion(
         words.answer(line)
 
 
-LabDir = Annotated[Path | None, typer.Argument(metavar="[DIR]", envvar="HOLDFAST_LAB", help="Directory of the lab; one per user in the temporary folder when left out.", show_default=False)]
+LabDir = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[DIR]", envvar="HOLDFAST_LAB", help="Directory of the lab; one per user in the temporary folder when left out.", show_default=False
+    ),
+]
 
 
 @lab_app.command("start")

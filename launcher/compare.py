@@ -134,7 +134,12 @@ def _other_results(first: RunDir, second: RunDir) -> list[str]:
     trained, nothing is said."""
     lines = [{int(line["step"]): line for line in metrics.read(run.metrics)} for run in (first, second)]
     common = sorted({*lines[0]} & {*lines[1]})[-1:]
-    other = [name for step in common for name in lines[0][step] if not _SPEED.fullmatch(name) and name in lines[1][step] and lines[0][step][name] != lines[1][step][name]]
+    other = [
+        name
+        for step in common
+        for name in lines[0][step]
+        if not _SPEED.fullmatch(name) and name in lines[1][step] and lines[0][step][name] != lines[1][step][name]
+    ]
     if same_weights(first, second) is False:
         other.append("weights")
     if common and (one := result_of(first)).state != (two := result_of(second)).state and Cause.FINISHED.value in (one.state, two.state):

@@ -26,7 +26,9 @@ def draw(run: RunDir) -> Path | None:
     for attempt in ledger.attempts(ledger.read(run.ledger))[:-1]:
         if attempt.cause and attempt.step is not None:
             axes.axvline(attempt.step, color="#888888", linestyle="--", linewidth=1)
-            axes.annotate(f" {attempt.cause.value.replace('_', ' ')}", (attempt.step, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8, color="#555555")
+            axes.annotate(
+                f" {attempt.cause.value.replace('_', ' ')}", (attempt.step, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8, color="#555555"
+            )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per target)")
     axes.set_title(run.id)

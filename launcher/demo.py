@@ -103,7 +103,16 @@ def _on_lab(story: Story, words: list[str]) -> int:
         story.tell(f"submitted job {job_id} as run {run.id}  ->  {show.near(run.path)}/")
 
         def interrupt() -> None:
-            taker = slurm.run("sbatch", "--parsable", "--partition=high", "--exclusive", f"--nodes={here.config.nodes}", "--job-name=urgent", "--output=/dev/null", "--wrap=sleep 2").strip()
+            taker = slurm.run(
+                "sbatch",
+                "--parsable",
+                "--partition=high",
+                "--exclusive",
+                f"--nodes={here.config.nodes}",
+                "--job-name=urgent",
+                "--output=/dev/null",
+                "--wrap=sleep 2",
+            ).strip()
             story.tell(f"job {taker} of partition high, which goes before low, asks for all nodes: Slurm preempts our run")
 
         _follow(story, run, interrupt, slurm)
@@ -187,7 +196,13 @@ def _summary(story: Story, run: RunDir, not_shown: tuple[str, ...]) -> int:
         table.add_column(column)
     for attempt in attempts:
         seconds = f"{attempt.ended - attempt.started:.0f}" if attempt.ended else ""
-        table.add_row(str(attempt.number), f"{attempt.start_step} to {attempt.step}", seconds, attempt.cause.value.replace("_", " ") if attempt.cause else "-", str(attempt.lost_steps))
+        table.add_row(
+            str(attempt.number),
+            f"{attempt.start_step} to {attempt.step}",
+            seconds,
+            attempt.cause.value.replace("_", " ") if attempt.cause else "-",
+            str(attempt.lost_steps),
+        )
     story.console.print()
     story.console.print(table)
     story.console.print()

@@ -1,7 +1,7 @@
 """What is generated and checked in: the pages of settings and commands, the JSON schema of a job file, golden scripts, slurm/train.sbatch.
 
-    python -m launcher.docs            writes every file (`make golden`)
-    python -m launcher.docs --check    says which are stale, and exits 1 if one is
+python -m launcher.docs            writes every file (`make golden`)
+python -m launcher.docs --check    says which are stale, and exits 1 if one is
 """
 
 import argparse
@@ -111,7 +111,12 @@ def settings_page() -> str:
     parts.append("Other words for them: " + ", ".join(f"`{word}` is {mode}" for word, mode in ALIASES.items()) + ".\n")
     parts.append("## Words of other tools\n\nThey are understood in every place where the setting is, and shown as what they mean.\n")
     rows = [(f"`{word}`", f"`{name}`") for word, name in NAME_ALIASES.items()]
-    rows.append(("`use_amp` with `amp_dtype`", "`precision`: fp32 where `use_amp` is false, else bf16 (`bfloat16`, also when `amp_dtype` is left out) or fp16 (`float16`)"))
+    rows.append(
+        (
+            "`use_amp` with `amp_dtype`",
+            "`precision`: fp32 where `use_amp` is false, else bf16 (`bfloat16`, also when `amp_dtype` is left out) or fp16 (`float16`)",
+        )
+    )
     parts.append(_table(("word", "means"), rows))
     return "\n".join(parts)
 

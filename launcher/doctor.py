@@ -147,7 +147,13 @@ def _limits(site: Site, job: Job) -> list[Finding]:
     except ValueError:  # UNLIMITED
         pass
     if job.stop_lead_s + _EARLY_S >= job.time_limit * 60:
-        found.append(Finding("warning", "time limit", f"the warning of {job.stop_lead_s} s may come {job.stop_lead_s + _EARLY_S} s before the end, which is all of TIME_LIMIT"))
+        found.append(
+            Finding(
+                "warning",
+                "time limit",
+                f"the warning of {job.stop_lead_s} s may come {job.stop_lead_s + _EARLY_S} s before the end, which is all of TIME_LIMIT",
+            )
+        )
     return found
 
 
@@ -158,7 +164,9 @@ def _misconfigured(site: Site, policy: Policy, job: Job) -> list[Finding]:
     if "scontrol" not in site.programs:
         warn(Finding("warning", "scontrol", "is not on this machine; if it is missing on the nodes as well, runs come back as new jobs"))
     if config.get("AccountingStorageType", "").endswith("none") or not config.get("AccountingStorageType"):
-        warn(Finding("warning", "no accounting", "(sacct): causes are read from scontrol, the logs and the run itself; out of memory may be reported as killed"))
+        warn(
+            Finding("warning", "no accounting", "(sacct): causes are read from scontrol, the logs and the run itself; out of memory may be reported as killed")
+        )
     elif "sacct" not in site.programs:
         warn(Finding("warning", "sacct", "is not on this machine, although the cluster keeps accounts"))
     if policy.mode in ("REQUEUE", "CANCEL") and policy.grace_s == 0:
@@ -186,7 +194,9 @@ def _misconfigured(site: Site, policy: Policy, job: Job) -> list[Finding]:
 def measured(runs_dir: Path) -> Need | None:
     """Longest step and save of the newest run that has both."""
     for run in reversed(rundir.all_runs(runs_dir)):
-        saves = [float(event["seconds"]) for event in ledger.read(run.ledger) if event["event"] == Event.CHECKPOINT and isinstance(event.get("seconds"), int | float)]
+        saves = [
+            float(event["seconds"]) for event in ledger.read(run.ledger) if event["event"] == Event.CHECKPOINT and isinstance(event.get("seconds"), int | float)
+        ]
         try:
             step = float(json.loads(run.pace.read_text())["longest_s"]["step"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -204,7 +214,9 @@ def read_site(slurm: Slurm, job: Job) -> Site:
     chosen = [p for p in partitions if p.get("PartitionName") == wanted] if wanted else [p for p in partitions if p.get("Default") == "YES"]
     if not chosen:
         known = ", ".join(p.get("PartitionName", "?") for p in partitions)
-        raise SubmitError(f"PARTITION={wanted} does not exist here; there are {known}" if wanted else f"no partition is the default; choose one of {known} with PARTITION=")
+        raise SubmitError(
+            f"PARTITION={wanted} does not exist here; there are {known}" if wanted else f"no partition is the default; choose one of {known} with PARTITION="
+        )
     programs = frozenset(name for name in ("scontrol", "sacct", "sacctmgr", "squeue", "scancel") if shutil.which(name))
     return Site(config, chosen[0], _qos(slurm, job, chosen[0], config), programs)
 
@@ -228,7 +240,20 @@ def ask_a_node(slurm: Slurm, job: Job, executable: str, wait_s: int = _NODE_WAIT
     gpus = {"gpus-per-node": ["--gpus-per-node=1"], "gres": ["--gres=gpu:1"]}.get(job.gpu_request if job.device != "cpu" else "none", [])
     where = [f"--{name}={getattr(job, name)}" for name in ("partition", "account", "qos", "constraint", "reservation") if getattr(job, name)]
     text = (Path(__file__).parent / "machine.py").read_text()
-    command = ["srun", "--nodes=1", "--ntasks=1", f"--immediate={wait_s}", "--time=2", "--quiet", "--job-name=holdfast-doctor", *where, *gpus, job.node_python or executable, "-c", text]
+    command = [
+        "srun",
+        "--nodes=1",
+        "--ntasks=1",
+        f"--immediate={wait_s}",
+        "--time=2",
+        "--quiet",
+        "--job-name=holdfast-doctor",
+        *where,
+        *gpus,
+        job.node_python or executable,
+        "-c",
+        text,
+    ]
     try:
         said = slurm.run(*command)
         found = json.loads(said.strip().splitlines()[-1])
@@ -246,12 +271,23 @@ def of_node(found: Mapping[str, Any] | None, why_not: str, job: Job, here: Mappi
     libraries = dict(found.get("libraries", {}))
     gpus = list(found.get("gpus", []))
     has = f"{len(gpus)} x {gpus[0]}, driver {found['driver']}" if gpus else f"no GPU ({found.get('driver') or 'none asked for'})"
-    findings = [Finding("ok", "a node", f"{found.get('node')}: {has}"), Finding("ok", "its Python", f"{found.get('python')} ({found.get('executable')}); " + ", ".join(f"{name} {version}" for name, version in libraries.items()))]
+    findings = [
+        Finding("ok", "a node", f"{found.get('node')}: {has}"),
+        Finding(
+            "ok", "its Python", f"{found.get('python')} ({found.get('executable')}); " + ", ".join(f"{name} {version}" for name, version in libraries.items())
+        ),
+    ]
     if job.container_image:
         return [*findings, Finding("note", "container", "training runs in its own image; these are the versions outside of it")]
     missing = [name for name in ("torch", "accelerate") if name not in libraries]
     if missing:
-        findings.append(Finding("fault", "node", f"{' and '.join(missing)} cannot be found by {found.get('executable')}; set NODE_PYTHON to the Python of an environment that every node sees"))
+        findings.append(
+            Finding(
+                "fault",
+                "node",
+                f"{' and '.join(missing)} cannot be found by {found.get('executable')}; set NODE_PYTHON to the Python of an environment that every node sees",
+            )
+        )
     other = [f"{name} {here[name]} here, {libraries[name]} there" for name in libraries if name in here and here[name] != libraries[name]]
     if other:
         findings.append(Finding("warning", "versions", "; ".join(other)))
@@ -273,7 +309,20 @@ def examine(words: Sequence[str], environ: Mapping[str, str], cwd: Path, as_json
     failed = any(finding.level == "fault" for finding in findings)
     if as_json:
         policy = asdict(policy_of(site)) | {"warning_s": policy_of(site).warning_s}
-        print(json.dumps({"cluster": site.config.get("ClusterName", ""), "version": site.config.get("SLURM_VERSION", ""), "partition": site.partition.get("PartitionName", ""), "preemption": policy, "node": node, "findings": [asdict(f) for f in findings], "ok": not failed}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "cluster": site.config.get("ClusterName", ""),
+                    "version": site.config.get("SLURM_VERSION", ""),
+                    "partition": site.partition.get("PartitionName", ""),
+                    "preemption": policy,
+                    "node": node,
+                    "findings": [asdict(f) for f in findings],
+                    "ok": not failed,
+                },
+                indent=1,
+            )
+        )
         return Exit.FAILED if failed else Exit.DONE
     print(f"Slurm {site.config.get('SLURM_VERSION', '?')} on {site.config.get('ClusterName', '?')}, partition {site.partition.get('PartitionName', '?')}")
     for finding in findings:
@@ -316,7 +365,9 @@ def node_facts(report: Mapping[str, Any]) -> str:
     """What a node said of itself before an attempt, in one line."""
     facts = dict(report.get("facts", {}))
     gpus = [value for name, value in sorted(facts.items()) if name.startswith("gpu")]
-    parts = [f"{len(gpus)} x {gpus[0]}" if gpus else "", f"{facts['memory_free_gb']:.0f} GB memory free" if "memory_free_gb" in facts else "", f"run directory {facts['write_mb_s']:.0f} MB/s" if "write_mb_s" in facts else ""]
+    parts = [
+        f"{len(gpus)} x {gpus[0]}" if gpus else "",
+        f"{facts['memory_free_gb']:.0f} GB memory free" if "memory_free_gb" in facts else "",
+        f"run directory {facts['write_mb_s']:.0f} MB/s" if "write_mb_s" in facts else "",
+    ]
     return ", ".join(filter(None, parts))
-
-

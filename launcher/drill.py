@@ -93,9 +93,13 @@ def _interrupt(run: RunDir, job: Job, slurm: Slurm, tell: "_Teller") -> int:
     lost = sum(attempt.lost_steps for attempt in ledger.attempts(ledger.read(run.ledger)))
     tell("finished", last=True)
     if lost or int(resumed["step"]) != int(end["step"]):
-        print(f"not ok: {max(lost, int(end['step']) - int(resumed['step']))} steps lost ({end['cause']}: {end['evidence']}). holdfast doctor says how much warning this cluster gives. {show.near(run.path)}/")
+        print(
+            f"not ok: {max(lost, int(end['step']) - int(resumed['step']))} steps lost ({end['cause']}: {end['evidence']}). holdfast doctor says how much warning this cluster gives. {show.near(run.path)}/"
+        )
         return Exit.FAILED
-    print(f"ok: 0 steps lost, {seconds:.1f} s from the interruption to the next step  ({show.near(run.path)}/)\nholdfast verify resume proves that the weights are those of an undisturbed run.")
+    print(
+        f"ok: 0 steps lost, {seconds:.1f} s from the interruption to the next step  ({show.near(run.path)}/)\nholdfast verify resume proves that the weights are those of an undisturbed run."
+    )
     return Exit.DONE
 
 

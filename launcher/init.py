@@ -73,7 +73,9 @@ def choose(cluster: Cluster, given: Mapping[str, str], ask: Ask | None, takes_de
     else:
         best = max(cluster.partitions, key=lambda partition: (partition.gpus.count > 0, partition.is_default, partition.all_gpus, partition.nodes)).name
         if ask is None and not takes_defaults and len(names) > 1:
-            raise SettingError(f"there are {len(names)} partitions and no terminal to ask at; say PARTITION={best} (or {', '.join(other for other in names if other != best)}), or --yes for {best}.")
+            raise SettingError(
+                f"there are {len(names)} partitions and no terminal to ask at; say PARTITION={best} (or {', '.join(other for other in names if other != best)}), or --yes for {best}."
+            )
         name = ask("partition", names, best) if ask and len(names) > 1 else best
     partition = cluster.partition(name)
     assert partition is not None
@@ -88,7 +90,9 @@ def _account(cluster: Cluster, given: Mapping[str, str], usable: list[str], ask:
     if not account and usable:
         obvious = cluster.default_account if cluster.default_account in usable else usable[0]
         if ask is None and not takes_defaults and len(usable) > 1:
-            raise SettingError(f"there are {len(usable)} accounts and no terminal to ask at; say ACCOUNT={obvious} (or {', '.join(other for other in usable if other != obvious)}), or --yes for {obvious}.")
+            raise SettingError(
+                f"there are {len(usable)} accounts and no terminal to ask at; say ACCOUNT={obvious} (or {', '.join(other for other in usable if other != obvious)}), or --yes for {obvious}."
+            )
         account = ask("account", usable, obvious) if ask and len(usable) > 1 else obvious
     known = cluster.accounts.get(account, ())
     qos = given.get("qos", "")
@@ -129,12 +133,20 @@ def site_text(cluster: Cluster, partition: Partition, chosen: Mapping[str, str],
             lines.append(_remark("gpu_arch", "sm_90", "compute capability of these GPUs: precisions that they cannot do are then refused before queueing"))
         lines.append(_setting("gpus_per_node", gpus.count))
         if pretended_gpus:
-            lines += ["# This is the private cluster of holdfast, whose GPUs are only pretended: training is on CPUs.", _setting("device", "cpu"), _setting("mem_gb", 4)]
+            lines += [
+                "# This is the private cluster of holdfast, whose GPUs are only pretended: training is on CPUs.",
+                _setting("device", "cpu"),
+                _setting("mem_gb", 4),
+            ]
         lines += [f"# some nodes have {other.count} {other.kind or 'GPUs'} instead" for other in partition.other_gpus]
     else:
         lines += ["# Its nodes have no GPU that Slurm knows of: training is on CPUs, and gpus_per_node counts processes.", _setting("device", "cpu")]
     if partition.cpus >= max(gpus.count, 1):
-        lines.append(_setting("cpus_per_gpu", partition.cpus // gpus.count) if gpus.count else _remark("cpus_per_gpu", partition.cpus, "cores of a node; this setting counts them per process"))
+        lines.append(
+            _setting("cpus_per_gpu", partition.cpus // gpus.count)
+            if gpus.count
+            else _remark("cpus_per_gpu", partition.cpus, "cores of a node; this setting counts them per process")
+        )
     if partition.memory_gb and not pretended_gpus:
         lines.append(_remark("mem_gb", partition.memory_gb, "of a node, as Slurm counts it; left out, the site's own default"))
     if partition.max_time not in ("UNLIMITED", ""):
@@ -160,7 +172,11 @@ def _setting(name: str, value: object) -> str:
     line = dump_yaml({name: value}).rstrip("\n")
     # Plain words as a person would write them; everything else as it is safe.
     text = str(value)
-    return f"{name}: {text}" if text.replace("_", "").replace("-", "").isalnum() and not text[0].isdigit() and text.lower() not in ("true", "false", "null", "none") else line
+    return (
+        f"{name}: {text}"
+        if text.replace("_", "").replace("-", "").isalnum() and not text[0].isdigit() and text.lower() not in ("true", "false", "null", "none")
+        else line
+    )
 
 
 def _given(words: Sequence[str]) -> tuple[dict[str, str], str | None]:

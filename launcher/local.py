@@ -72,7 +72,14 @@ def _spawn(job: Job, run: RunDir, environ: Mapping[str, str], foreground: bool) 
     ranks = []
     for rank in range(world):
         log = run.log(environ["HOLDFAST_JOB_ID"], rank)
-        mine = {**environ, RankEnv.RANK: str(rank), RankEnv.WORLD_SIZE: str(world), RankEnv.LOCAL_RANK: str(rank), RankEnv.LOCAL_WORLD_SIZE: str(world), "MASTER_ADDR": "127.0.0.1"}
+        mine = {
+            **environ,
+            RankEnv.RANK: str(rank),
+            RankEnv.WORLD_SIZE: str(world),
+            RankEnv.LOCAL_RANK: str(rank),
+            RankEnv.LOCAL_WORLD_SIZE: str(world),
+            "MASTER_ADDR": "127.0.0.1",
+        }
         if job.entry is not None:
             # As in the batch script: a script in a subfolder, and `import holdfast`, mean the frozen copy.
             mine["PYTHONPATH"] = ":".join(filter(None, [str(run.code), environ.get("PYTHONPATH")]))

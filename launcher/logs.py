@@ -172,7 +172,9 @@ class _Reader:
         if attempt is None:
             return f"there is no attempt {wanted}, the last one is {self.known[-1].number}."
         there = [name for name, _ in self._named(attempt)]
-        return f"attempt {wanted} has written no log of {'rank ' if self.rank.isdigit() else ''}{self.rank} yet" + (f"; there is {', '.join(there)}." if there else ".")
+        return f"attempt {wanted} has written no log of {'rank ' if self.rank.isdigit() else ''}{self.rank} yet" + (
+            f"; there is {', '.join(there)}." if there else "."
+        )
 
     def _first(self) -> int:
         """The attempt to begin with: the newest at the first look, and from then on every later one."""

@@ -22,7 +22,11 @@ def show(job: Job, picture: Path | None, as_json: bool) -> None:
     if picture is not None:
         draw(schedule, picture, job.job_name)
     if as_json:
-        print(json.dumps({"job": job.job_name, "remarks": describe(schedule), "curve": points_of(schedule, 400), "picture": str(picture) if picture else None}, indent=1))
+        print(
+            json.dumps(
+                {"job": job.job_name, "remarks": describe(schedule), "curve": points_of(schedule, 400), "picture": str(picture) if picture else None}, indent=1
+            )
+        )
     elif picture is not None:
         print("\n".join([*describe(schedule), f"-> {picture}"]))
     else:

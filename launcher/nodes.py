@@ -46,9 +46,25 @@ def checked(run: RunDir, job: Job, attempt: int, nodes: list[str], environ: Mapp
         reports = {nodes[0]: check(run, attempt, nodes[0], gpus)}
         run.attempt(attempt).preflight(nodes[0]).write_text(json.dumps(asdict(reports[nodes[0]])))
     else:
-        command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=5", "--quiet", sys.executable, "-m", "launcher.preflight", str(gpus)]
+        command = [
+            "srun",
+            f"--nodes={len(nodes)}",
+            f"--ntasks={len(nodes)}",
+            "--ntasks-per-node=1",
+            "--kill-on-bad-exit=0",
+            "--wait=5",
+            "--quiet",
+            sys.executable,
+            "-m",
+            "launcher.preflight",
+            str(gpus),
+        ]
         # One process a node is asked for, whatever the job's own shape says.
-        plain = {name: value for name, value in environ.items() if not name.startswith(("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_TASKS_PER_NODE", "SLURM_DISTRIBUTION"))}
+        plain = {
+            name: value
+            for name, value in environ.items()
+            if not name.startswith(("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_TASKS_PER_NODE", "SLURM_DISTRIBUTION"))
+        }
         try:
             subprocess.run(command, env={**os.environ, **plain}, timeout=job.preflight_s, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=False)
         except (OSError, subprocess.TimeoutExpired) as err:
@@ -65,7 +81,15 @@ def linked(run: RunDir, job: Job, attempt: int, nodes: list[str], environ: Mappi
 
     A slow network that cannot be laid at a node's door is said and no more: the attempt goes on, slowly or not."""
     python = job.node_python or sys.executable
-    command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={job.world_size}", f"--ntasks-per-node={job.gpus_per_node}", "--kill-on-bad-exit=0", "--wait=5", "--quiet"]
+    command = [
+        "srun",
+        f"--nodes={len(nodes)}",
+        f"--ntasks={job.world_size}",
+        f"--ntasks-per-node={job.gpus_per_node}",
+        "--kill-on-bad-exit=0",
+        "--wait=5",
+        "--quiet",
+    ]
     command += [python, "-m", "train.allreduce", "--seconds", str(job.preflight_s), "--floor", str(job.preflight_gb_s), "--device", job.device]
     # Not the port of the training that comes after it.
     env = {**os.environ, **environ, RankEnv.MASTER_PORT: str(int(environ[RankEnv.MASTER_PORT]) + 1), "OMP_NUM_THREADS": "1"}

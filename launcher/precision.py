@@ -81,7 +81,18 @@ def compare(words: Sequence[str], environ: Mapping[str, str], cwd: Path, *, step
             _measure(rows[-1], job, Path(folder), cwd, steps, largest)
     judge(rows, tolerance)
     chosen, rule = recommend(rows)
-    report = {"model": job.model, "samples": job.batch_size, "seq_len": job.seq_len, "steps": steps, "tolerance": tolerance, **{k: hardware[k] for k in ("device", "arch", "torch")}, "date": time.strftime("%Y-%m-%d"), "rows": [asdict(row) for row in rows], "settings": chosen.settings if chosen else {}, "rule": rule}
+    report = {
+        "model": job.model,
+        "samples": job.batch_size,
+        "seq_len": job.seq_len,
+        "steps": steps,
+        "tolerance": tolerance,
+        **{k: hardware[k] for k in ("device", "arch", "torch")},
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": [asdict(row) for row in rows],
+        "settings": chosen.settings if chosen else {},
+        "rule": rule,
+    }
     path = advice.place(cwd / job.runs_dir, job, hardware["arch"])
     # A measurement of some modes only must not hide a faster one from PRECISION=auto.
     if chosen and not only:
@@ -169,14 +180,28 @@ def recommend(rows: Sequence[Row]) -> tuple[Row | None, str]:
             row.verdict = f"recommended{': reference' if row.verdict == 'reference' else ''}"
             if row is fastest:
                 return row, "fastest within parity with fp32"
-            return row, f"{fastest.name} is {100 * (fastest.per_s / row.per_s - 1):.1f} % faster, less than the {100 * (LEAST_GAIN - 1):.0f} % that its scaling is worth"
+            return (
+                row,
+                f"{fastest.name} is {100 * (fastest.per_s / row.per_s - 1):.1f} % faster, less than the {100 * (LEAST_GAIN - 1):.0f} % that its scaling is worth",
+            )
     raise AssertionError("the fastest is as fast as itself")
 
 
 def _one_process(job: Job, steps: int) -> Job:
     """The share of one GPU of this job, with one forward pass per step."""
     micro = job.micro_batch_size or job.batch_size
-    return job.model_copy(update={"nodes": 1, "gpus_per_node": 1, "batch_size": micro, "micro_batch_size": micro, "grad_accum_steps": 1, "parallel": "ddp", "max_steps": steps, "log_samples": False})
+    return job.model_copy(
+        update={
+            "nodes": 1,
+            "gpus_per_node": 1,
+            "batch_size": micro,
+            "micro_batch_size": micro,
+            "grad_accum_steps": 1,
+            "parallel": "ddp",
+            "max_steps": steps,
+            "log_samples": False,
+        }
+    )
 
 
 def _measure(row: Row, job: Job, folder: Path, cwd: Path, steps: int, largest: bool) -> None:
@@ -211,7 +236,14 @@ def _ask(arguments: list[str], cwd: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
         out = Path(folder) / "out.json"
         try:
-            done = subprocess.run([sys.executable, "-m", "train.bench", *arguments, "--out", str(out)], cwd=cwd, capture_output=True, text=True, timeout=_LIMIT_S, env=_without_ranks(os.environ))
+            done = subprocess.run(
+                [sys.executable, "-m", "train.bench", *arguments, "--out", str(out)],
+                cwd=cwd,
+                capture_output=True,
+                text=True,
+                timeout=_LIMIT_S,
+                env=_without_ranks(os.environ),
+            )
         except subprocess.TimeoutExpired:
             raise HoldfastError(f"it did not end within {_LIMIT_S} s") from None
         if not out.exists():

@@ -99,7 +99,13 @@ def _gpus(report: Report, wanted: int) -> None:
         if used.isdigit() and total.isdigit() and int(used) > 0.2 * int(total):
             report.remarks.append(f"GPU {index} has {int(used):,} of {int(total):,} MiB in use already")
     with suppress(OSError, subprocess.TimeoutExpired):
-        remapped = subprocess.run(["nvidia-smi", "--query-remapped-rows=gpu_bus_id,remapped_rows.pending,remapped_rows.failure", "--format=csv,noheader"], capture_output=True, text=True, timeout=_SMI_S, errors="replace")
+        remapped = subprocess.run(
+            ["nvidia-smi", "--query-remapped-rows=gpu_bus_id,remapped_rows.pending,remapped_rows.failure", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=_SMI_S,
+            errors="replace",
+        )
         for line in remapped.stdout.splitlines():
             bus, _, rest = line.partition(",")
             states = [word.strip().lower() for word in rest.split(",")]

@@ -92,7 +92,9 @@ def find_run(words: Sequence[str], environ: Mapping[str, str], cwd: Path) -> Run
     return rundir.find(named, folder)
 
 
-def prepare(resolved: Resolved, cwd: Path, executable: str, members: Sequence[Resolved] = (), *, tasks: int = 0, complete: Callable[[RunDir], None] | None = None) -> tuple[RunDir, bool]:
+def prepare(
+    resolved: Resolved, cwd: Path, executable: str, members: Sequence[Resolved] = (), *, tasks: int = 0, complete: Callable[[RunDir], None] | None = None
+) -> tuple[RunDir, bool]:
     """The run directory of a job, and whether it was made now (a given RUN_ID finds the run that exists).
 
     With `members` it is the directory of an array, and each member becomes a run of its own in it. With `tasks` it is an array

@@ -1,7 +1,7 @@
 """Changing the settings of a run that exists: resolved anew, checked like at submit, and frozen again as a whole.
 
-    holdfast resume RUN NODES=1 GPUS_PER_NODE=1      another size, precision or place: the training stays the same one
-    holdfast resume RUN MAX_STEPS=2000 --allow-change      another training from here on: only by this word
+holdfast resume RUN NODES=1 GPUS_PER_NODE=1      another size, precision or place: the training stays the same one
+holdfast resume RUN MAX_STEPS=2000 --allow-change      another training from here on: only by this word
 """
 
 import json

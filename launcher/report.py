@@ -71,7 +71,14 @@ def figures_of(runs: Sequence[RunDir], now: float | None = None) -> dict[str, An
     curves = sum(len(columns) for columns in kept) or 1
     points = max(min(_POINTS // curves, _POINTS_OF_A_CURVE), 40)
     shown = [_run(run, columns, queue, moment, points, _DIFF_BYTES // len(runs)) for run, columns in zip(runs, kept, strict=True)]
-    return {"made": round(moment, 1), "trouble": " ".join(trouble.split())[:240] if any(_needs_slurm(run) for run in shown) else "", "points_of_a_curve": points, "thinned": any(run["thinned"] for run in shown), "figures": _figures(shown), "runs": shown}
+    return {
+        "made": round(moment, 1),
+        "trouble": " ".join(trouble.split())[:240] if any(_needs_slurm(run) for run in shown) else "",
+        "points_of_a_curve": points,
+        "thinned": any(run["thinned"] for run in shown),
+        "figures": _figures(shown),
+        "runs": shown,
+    }
 
 
 def _needs_slurm(run: Mapping[str, Any]) -> bool:
@@ -177,10 +184,20 @@ def _attempts(events: Sequence[Mapping[str, Any]], begun: float, now: float | No
         seconds = float(end["seconds"]) if _is_number(end.get("seconds")) else max(until - attempt.started, 0.0)
         bands.append(
             {
-                "number": attempt.number, "job_id": attempt.job_id, "cause": attempt.cause.value if attempt.cause else "running" if now is not None and after is None else "open",
-                "evidence": secret.masked(attempt.evidence), "from": round(attempt.started - begun, 1), "until": round(until - begun, 1), "from_step": attempt.start_step,
+                "number": attempt.number,
+                "job_id": attempt.job_id,
+                "cause": attempt.cause.value if attempt.cause else "running" if now is not None and after is None else "open",
+                "evidence": secret.masked(attempt.evidence),
+                "from": round(attempt.started - begun, 1),
+                "until": round(until - begun, 1),
+                "from_step": attempt.start_step,
                 "until_step": min(reached, after) if reached is not None and after is not None else reached if reached is not None else after,
-                "reached_step": reached, "lost_steps": attempt.lost_steps, "nodes": list(attempt.nodes), "world": world, "seconds": round(seconds, 1), "gpu_hours": seconds * world / 3600,
+                "reached_step": reached,
+                "lost_steps": attempt.lost_steps,
+                "nodes": list(attempt.nodes),
+                "world": world,
+                "seconds": round(seconds, 1),
+                "gpu_hours": seconds * world / 3600,
             }  # fmt: skip
         )
     return bands
@@ -190,7 +207,9 @@ def _overflows(events: Sequence[Mapping[str, Any]], begun: float) -> dict[str, A
     """Steps that were skipped because a gradient overflowed: how many, and where (evenly thinned where they are very many)."""
     found = [event for event in events if event["event"] == Event.OVERFLOW and _is_number(event.get("step"))]
     stride = -(-len(found) // _MOST_OVERFLOWS) or 1
-    points = [[event["step"], round(float(event["time"]) - begun, 1), _plain(event.get("scale")), str(event.get("first", ""))[:120]] for event in found[::stride]]
+    points = [
+        [event["step"], round(float(event["time"]) - begun, 1), _plain(event.get("scale")), str(event.get("first", ""))[:120]] for event in found[::stride]
+    ]
     return {"count": len(found), "points": points}
 
 
@@ -200,7 +219,9 @@ def _final(columns: Mapping[str, _Column], status: show.RunStatus, events: Seque
     def last(key: str) -> float | int | None:
         return _plain(columns[key].values[-1]) if key in columns else None
 
-    validated = [pair for pair in zip(columns["val_loss"].values, columns["val_loss"].steps, strict=True) if math.isfinite(pair[0])] if "val_loss" in columns else []
+    validated = (
+        [pair for pair in zip(columns["val_loss"].values, columns["val_loss"].steps, strict=True) if math.isfinite(pair[0])] if "val_loss" in columns else []
+    )
     best = min(validated, default=(None, None))
     rates = _first(columns, FIGURES["throughput"].keys)
     peaks, memory = _first(columns, FIGURES["peak"].keys), _first(columns, FIGURES["memory"].keys)
@@ -263,7 +284,17 @@ def _settings(run: RunDir, job: Job | None) -> list[dict[str, str]]:
         origins = json.loads(run.origins.read_text())
     except (OSError, ValueError):
         origins = {}
-    return [{"name": name, "value": secret.masked(show._masked(name, job)), "unit": unit_of(name), "from": str(origins.get(name, "")), "group": group_of(name), "meaning": help_of(name)} for name in names()]
+    return [
+        {
+            "name": name,
+            "value": secret.masked(show._masked(name, job)),
+            "unit": unit_of(name),
+            "from": str(origins.get(name, "")),
+            "group": group_of(name),
+            "meaning": help_of(name),
+        }
+        for name in names()
+    ]
 
 
 def _code(run: RunDir, most: int) -> dict[str, Any]:

@@ -113,9 +113,22 @@ def _template() -> "jinja2.Template":
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(str(resources.files("launcher") / "templates")), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(str(resources.files("launcher") / "templates")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"duration": _duration, "number": _number, "clock": _clock, "hours": _hours, "percent": _percent, "short": _short, "lines": _lines, "words": _words}
+    environment.filters |= {
+        "duration": _duration,
+        "number": _number,
+        "clock": _clock,
+        "hours": _hours,
+        "percent": _percent,
+        "short": _short,
+        "lines": _lines,
+        "words": _words,
+    }
     return environment.get_template("report.html.j2")
 
 

@@ -44,7 +44,20 @@ def rerun(source: RunDir, words: Sequence[str], cwd: Path, *, current_code: bool
         raise
     if as_json:
         found = compare.compare(source, run)
-        print(json.dumps({"run": run.id, "path": str(run.path), "job_id": f"{LOCAL}{os.getpid()}" if here else job_id, "rerun_of": source.id, "settings": list(found.settings), "files": found.files, "versions": found.versions}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "run": run.id,
+                    "path": str(run.path),
+                    "job_id": f"{LOCAL}{os.getpid()}" if here else job_id,
+                    "rerun_of": source.id,
+                    "settings": list(found.settings),
+                    "files": found.files,
+                    "versions": found.versions,
+                }
+            ),
+            flush=True,
+        )
     if not here:
         if not as_json:
             print(f"submitted job {job_id} as run {run.id}  ->  {show.near(run.path)}/\nwhen it is over: holdfast diff {source.id} {run.id}")
@@ -62,7 +75,9 @@ def resolved_again(source: RunDir, words: Sequence[str], cwd: Path) -> Resolved:
     origins = compare.origins_of(source)
     # What somebody chose for the first run is by now simply how that run was.
     given = {name: f"run {source.id}" if origin == "command line" else origin for name, origin in origins.items()}
-    values = {name: value for name, value in before.model_dump(mode="json").items() if name != "run_id" and not (name in _FOLLOWS and origins.get(name) == "derived")}
+    values = {
+        name: value for name, value in before.model_dump(mode="json").items() if name != "run_id" and not (name in _FOLLOWS and origins.get(name) == "derived")
+    }
     resolved = amend(values, given, words)
     wanted = [name for name, origin in resolved.origins.items() if origin == "command line"]
     if "site" in wanted:

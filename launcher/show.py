@@ -102,7 +102,10 @@ def schema() -> str:
 def explain(resolved: Resolved, as_json: bool) -> None:
     job = resolved.job
     if as_json:
-        rows = [{"setting": n, "value": _masked(n, job), "from": resolved.origins[n], "unit": unit_of(n), "group": group_of(n), "meaning": help_of(n)} for n in names()]
+        rows = [
+            {"setting": n, "value": _masked(n, job), "from": resolved.origins[n], "unit": unit_of(n), "group": group_of(n), "meaning": help_of(n)}
+            for n in names()
+        ]
         print(json.dumps(rows, indent=1))
         return
     for note in resolved.notes:
@@ -177,7 +180,9 @@ def print_runs(rows: Iterable[RunStatus]) -> None:
         for row in rows
     ]
     console = Console(highlight=False)
-    text = table.lines(("run", "state", "job", "attempt", "step", "loss", "tok/s", "left", "checkpoint", "note"), cells, console.width if console.is_terminal else None)
+    text = table.lines(
+        ("run", "state", "job", "attempt", "step", "loss", "tok/s", "left", "checkpoint", "note"), cells, console.width if console.is_terminal else None
+    )
     console.print(Text(text[0], style="bold"), soft_wrap=True)
     print("\n".join(text[1:]))
 
@@ -245,11 +250,15 @@ def spent_by(run: RunDir, events: list[dict[str, object]], *, running: bool) -> 
 
 def _pace(lines: list[dict[str, Any]]) -> float | None:
     """Seconds per step between the last lines of metrics; the queue between two attempts does not count."""
-    pairs = [(old, new) for old, new in pairwise(lines) if old.get("attempt") == new.get("attempt") and "time" in old and "time" in new and new["step"] > old["step"]]
+    pairs = [
+        (old, new) for old, new in pairwise(lines) if old.get("attempt") == new.get("attempt") and "time" in old and "time" in new and new["step"] > old["step"]
+    ]
     return median((new["time"] - old["time"]) / (new["step"] - old["step"]) for old, new in pairs) if pairs else None
 
 
-def _state(run: RunDir, job: Job, events: list[dict[str, object]], attempts: list[ledger.Attempt], job_id: str, queue: dict[str, tuple[str, str, str]] | None) -> tuple[str, str]:
+def _state(
+    run: RunDir, job: Job, events: list[dict[str, object]], attempts: list[ledger.Attempt], job_id: str, queue: dict[str, tuple[str, str, str]] | None
+) -> tuple[str, str]:
     lost = sum(attempt.lost_steps for attempt in attempts)
     stops = [attempt.cause.value.replace("_", " ") for attempt in attempts[:-1] if attempt.cause]
     history = f"{len(stops)} interruption{'s' if len(stops) > 1 else ''} ({', '.join(dict.fromkeys(stops))}), {lost} steps lost" if stops else ""
@@ -262,10 +271,16 @@ def _state(run: RunDir, job: Job, events: list[dict[str, object]], attempts: lis
     if queued:
         state = base(queued[0])
         if state == "PENDING":
-            return "waiting", "; ".join(filter(None, [f"{last.cause.value.replace('_', ' ')}, queued again" if last and last.cause else "", in_words(queued[1])]))
+            return "waiting", "; ".join(
+                filter(None, [f"{last.cause.value.replace('_', ' ')}, queued again" if last and last.cause else "", in_words(queued[1])])
+            )
         return "running", history
     verdict = judge(events, budgets_of(job))
-    gone = ("stopped", f"job {job_id} is gone from the queue; holdfast resume {run.id}") if verdict.reason != "cancelled" else ("cancelled", f"holdfast resume {run.id} goes on")
+    gone = (
+        ("stopped", f"job {job_id} is gone from the queue; holdfast resume {run.id}")
+        if verdict.reason != "cancelled"
+        else ("cancelled", f"holdfast resume {run.id} goes on")
+    )
     if last and last.cause is None:
         if last.job_id.startswith(LOCAL):
             return ("running", history) if _alive(last.job_id) else ("stopped", f"its process is gone; holdfast resume {run.id}")

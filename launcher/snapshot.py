@@ -55,13 +55,19 @@ def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, envi
             raise SettingError(f"CODE_INCLUDE: {word!r} does not exist in {cwd}.")
         if not path.is_relative_to(origin):
             raise SettingError(f"CODE_INCLUDE: {word!r} lies outside {origin}, which is what is frozen.")
-        files += [p.relative_to(origin) for p in ([path] if path.is_file() else sorted(path.rglob("*"))) if p.is_file() and (p == path or not secret.is_secret_file(p))]
+        files += [
+            p.relative_to(origin)
+            for p in ([path] if path.is_file() else sorted(path.rglob("*")))
+            if p.is_file() and (p == path or not secret.is_secret_file(p))
+        ]
     chosen = [path for path in dict.fromkeys(files) if (origin / path).is_file() and not (origin / path).is_relative_to(leave_out) and ALONE not in path.parts]
     sizes = {path: (origin / path).stat().st_size for path in chosen}
     total = sum(sizes.values())
     if total > MAX_BYTES:
         largest = ", ".join(f"{path} ({sizes[path] / 2**20:.0f} MB)" for path in sorted(sizes, key=lambda p: -sizes[p])[:3])
-        raise SettingError(f"the code to freeze has {total / 2**20:.0f} MB, at most {MAX_BYTES // 2**20} are copied. Largest: {largest}. Add what is no code to .gitignore.")
+        raise SettingError(
+            f"the code to freeze has {total / 2**20:.0f} MB, at most {MAX_BYTES // 2**20} are copied. Largest: {largest}. Add what is no code to .gitignore."
+        )
     _refuse_secrets(origin, sizes, environ)
     run.code.mkdir()
     for path in chosen:
@@ -87,7 +93,9 @@ def _refuse_secrets(origin: Path, sizes: Mapping[Path, int], environ: Mapping[st
         content = (origin / path).read_bytes() if size <= _SEARCHED_BYTES else b""
         for name, value in wanted.items():
             if value in content:
-                raise SettingError(f"{path} holds the value of {name}, and the code is copied into the run directory, where others may read it. Let the code read it when it runs: os.environ[{name!r}].")
+                raise SettingError(
+                    f"{path} holds the value of {name}, and the code is copied into the run directory, where others may read it. Let the code read it when it runs: os.environ[{name!r}]."
+                )
 
 
 def _uncommitted(root: Path, environ: Mapping[str, str]) -> bytes:
@@ -182,7 +190,9 @@ def _add_own_packages(code: Path, entry: str | None) -> None:
         if not (target / "__init__.py").exists():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
         elif any(not (target / path.name).exists() for path in source.glob("*.py")):
-            raise SettingError(f"the package {name}/ in your working tree has the name of one of holdfast's own, which the run could then not find; rename it or put it into a folder.")
+            raise SettingError(
+                f"the package {name}/ in your working tree has the name of one of holdfast's own, which the run could then not find; rename it or put it into a folder."
+            )
     if not (code / _HELPER).exists():
         shutil.copy2(Path(str(resources.files("jobs"))).parent / _HELPER, code / _HELPER)
 

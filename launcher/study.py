@@ -147,7 +147,12 @@ def opened(sweep_dir: RunDir, sweep: Sweep, number: int = 0, repair: bool = True
         with suppress(FileNotFoundError):
             os.rename(sweep_dir.study, aside)
         os.rename(fresh, sweep_dir.study)
-        print(f"holdfast: {sweep_dir.study} could not be read ({err}); it was written anew from the runs" + (f", and the old one is kept as {aside.name}" if aside.exists() else ""), file=sys.stderr, flush=True)
+        print(
+            f"holdfast: {sweep_dir.study} could not be read ({err}); it was written anew from the runs"
+            + (f", and the old one is kept as {aside.name}" if aside.exists() else ""),
+            file=sys.stderr,
+            flush=True,
+        )
         return _study(sweep_dir.study, sweep, number)
 
 

@@ -69,7 +69,9 @@ def to_slurm(run: RunDir, job: Job, environ: Mapping[str, str], members: int = 0
     with _environment(clean_environment(environ)), contextlib.redirect_stderr(io.StringIO()):
         executor = ScriptExecutor(run, job)
         try:
-            jobs = executor.submit_array([_Call(str(run.member(i).path)) for i in range(members)]) if members > 1 else [executor.submit(train_run, str(run.path))]
+            jobs = (
+                executor.submit_array([_Call(str(run.member(i).path)) for i in range(members)]) if members > 1 else [executor.submit(train_run, str(run.path))]
+            )
             job_id = jobs[0].job_id.partition("_")[0]
         except (FailedJobError, FailedSubmissionError) as err:
             refused = SubmitError(explain("sbatch", _words_of(err)))
@@ -90,7 +92,9 @@ def to_local(run: RunDir, job: Job) -> "submitit.Job[int]":
     access.refuse_foreign(run.path, "holdfast submit --local")
     executor = submitit.LocalExecutor(folder=run.submitit, python=sys.executable)
     # The time limit is that of the job; a local run has no queue behind it, so the warning is one minute at most.
-    executor.update_parameters(timeout_min=job.time_limit, tasks_per_node=1, signal_delay_s=min(job.stop_lead_s, 60), gpus_per_node=0 if job.device == "cpu" else job.gpus_per_node)
+    executor.update_parameters(
+        timeout_min=job.time_limit, tasks_per_node=1, signal_delay_s=min(job.stop_lead_s, 60), gpus_per_node=0 if job.device == "cpu" else job.gpus_per_node
+    )
     run.submitit.mkdir(exist_ok=True)
     with _detached(run.submitit / "controller.out"):
         local: submitit.Job[int] = executor.submit(train_run, str(run.path))

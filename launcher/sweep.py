@@ -38,13 +38,29 @@ from slurm.render import run_dir_of, script_for
 _LOGGED = ("val_loss", "val_bits_per_byte", "loss", "grad_norm", "tokens_per_s")
 
 
-def command(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: str | None, options: dict[str, Any], resumed: str | None, local: bool, test_only: bool, wait: bool, as_json: bool) -> int:
+def command(
+    words: Sequence[str],
+    cwd: Path,
+    *,
+    over: Sequence[str],
+    file: str | None,
+    options: dict[str, Any],
+    resumed: str | None,
+    local: bool,
+    test_only: bool,
+    wait: bool,
+    as_json: bool,
+) -> int:
     """`holdfast sweep ...`: which of its forms is meant. Returns the exit code."""
     verb = words[0] if words and words[0] in ("show", "cancel") else "resume" if resumed else "start"
     given = [f"--{name.replace('_', '-')}" for name, value in {"over": list(over) or None, "space": file, **options}.items() if value is not None]
     refused = [option for option in given if verb != "start" and not (verb == "resume" and option in ("--trials", "--parallel"))]
     if refused:
-        what = {"resume": "A sweep keeps what it searches; only --trials and --parallel may be given to --resume", "show": "sweep show takes a sweep", "cancel": "sweep cancel takes a sweep"}[verb]
+        what = {
+            "resume": "A sweep keeps what it searches; only --trials and --parallel may be given to --resume",
+            "show": "sweep show takes a sweep",
+            "cancel": "sweep cancel takes a sweep",
+        }[verb]
         raise SettingError(f"{', '.join(refused)}: {what} (command line).")
     if verb == "show":
         run = find(words[1:], cwd)
@@ -63,7 +79,18 @@ def command(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: str |
     return start(words, cwd, over=over, file=file, options=options, local=local, test_only=test_only, wait=wait, as_json=as_json)
 
 
-def start(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: str | None, options: Mapping[str, Any], local: bool, test_only: bool, wait: bool, as_json: bool) -> int:
+def start(
+    words: Sequence[str],
+    cwd: Path,
+    *,
+    over: Sequence[str],
+    file: str | None,
+    options: Mapping[str, Any],
+    local: bool,
+    test_only: bool,
+    wait: bool,
+    as_json: bool,
+) -> int:
     """Checks a sweep, submits it, says where and what next. Nothing is left behind when anything is wrong. Returns the exit code."""
     base, sweep = described(words, cwd, over, file, options)
     job = base.job
@@ -90,7 +117,9 @@ def start(words: Sequence[str], cwd: Path, *, over: Sequence[str], file: str | N
         if as_json:
             print(json.dumps({"sweep": run.id, "path": str(run.path), "job_id": "", "trials": space.load(run.sweep).trials}))
         else:
-            print(f"sweep {run.id} exists already; nothing was submitted. holdfast sweep show {run.id} shows it, holdfast sweep --resume {run.id} goes on with it.")
+            print(
+                f"sweep {run.id} exists already; nothing was submitted. holdfast sweep show {run.id} shows it, holdfast sweep --resume {run.id} goes on with it."
+            )
         return Exit.DONE
     if local:
         _say(base, sweep, "", local, as_json)
@@ -142,7 +171,9 @@ def described(words: Sequence[str], cwd: Path, over: Sequence[str], file: str | 
     asked = named or os.environ.get("HOLDFAST_JOB") or os.environ.get("JOB") or DEFAULT_JOB
     job = base.job.model_copy(update={"array_parallel": min(sweep.parallel, sweep.trials)})
     swept = {dimension.name for dimension in sweep.over}
-    chosen = {name: base.job.text(name) for name, origin in base.origins.items() if name not in swept and origin.startswith(("environment", "command line", "auto"))}
+    chosen = {
+        name: base.job.text(name) for name, origin in base.origins.items() if name not in swept and origin.startswith(("environment", "command line", "auto"))
+    }
     # RUN_ID names this sweep, a run of the best values is another one; NODE_ENV may hold a token.
     kept = tuple(f"{name.upper()}={value or 'none'}" for name, value in chosen.items() if name not in ("run_id", "array_parallel", "node_env"))
     sweep = sweep.model_copy(update={"job": find_job_file(asked, cwd)[1], "words": kept})
@@ -169,7 +200,9 @@ def resume(naming: Sequence[str], cwd: Path, *, trials: int | None, parallel: st
         if sweep.sampler == "grid":
             raise SettingError(f"{run.id} is a grid of {sweep.trials} points, all of which it has; a new sweep takes other values.")
         if trials < sweep.trials:
-            raise SettingError(f"{run.id} has {sweep.trials} trials already; --trials says how many there shall be in all. holdfast sweep cancel {run.id} stops those that wait.")
+            raise SettingError(
+                f"{run.id} has {sweep.trials} trials already; --trials says how many there shall be in all. holdfast sweep cancel {run.id} stops those that wait."
+            )
         if trials > space.MAX_TRIALS:
             raise SettingError(f"--trials: at most {space.MAX_TRIALS:,} in one array.")
         for number in range(sweep.trials, trials):
@@ -187,7 +220,11 @@ def resume(naming: Sequence[str], cwd: Path, *, trials: int | None, parallel: st
     rows = sweep_show.trials_of(run, sweep, queue)
     open_ones = [row for row in rows if row.state in ("missing", "stopped", "cancelled")]
     if not open_ones:
-        print(json.dumps({"sweep": run.id, "path": str(run.path), "job_id": "", "trials": 0}) if as_json else f"sweep {run.id}: every trial is over, waits or runs; nothing was submitted (--trials N adds more)")
+        print(
+            json.dumps({"sweep": run.id, "path": str(run.path), "job_id": "", "trials": 0})
+            if as_json
+            else f"sweep {run.id}: every trial is over, waits or runs; nothing was submitted (--trials N adds more)"
+        )
         return Exit.DONE
     for row in open_ones:
         run.member(row.number).stop_file.unlink(missing_ok=True)
@@ -231,7 +268,9 @@ def find(naming: Sequence[str], cwd: Path) -> RunDir:
         for candidate in (cwd / word, folder / word):
             if RunDir(candidate).sweep.is_file():
                 return RunDir(candidate.absolute())
-    sweeps = sorted((path.parent for path in folder.glob("*/sweep.json") if not path.parent.name.startswith(".")), key=lambda path: (path / "job.yaml").stat().st_mtime_ns)
+    sweeps = sorted(
+        (path.parent for path in folder.glob("*/sweep.json") if not path.parent.name.startswith(".")), key=lambda path: (path / "job.yaml").stat().st_mtime_ns
+    )
     if not sweeps:
         raise NotFoundError(f"there is no sweep in {folder}/ yet; holdfast sweep JOB --over KEY=a,b makes one")
     for path in reversed(sweeps):
@@ -298,11 +337,19 @@ def _say(base: Resolved, sweep: space.Sweep, estimate: str, local: bool, as_json
         return
     how = {"grid": "a grid", "random": "drawn at random", "tpe": "chosen by tpe"}[sweep.sampler]
     # Of its parts those that no trial changes.
-    print(f"{' · '.join(show.headline(base.job).split(' · ')[:2])} · {sweep.trials} trials, {how}, {'one' if local else min(sweep.parallel, sweep.trials)} at a time")
+    print(
+        f"{' · '.join(show.headline(base.job).split(' · ')[:2])} · {sweep.trials} trials, {how}, {'one' if local else min(sweep.parallel, sweep.trials)} at a time"
+    )
     print("  over          " + "  ".join(dimension.text() for dimension in sweep.over))
     varying = {dimension.name for dimension in sweep.over if not dimension.key} | {"array_parallel"}
-    print(f"  not default   {show.not_default(replace(base, origins={name: 'default' if name in varying else origin for name, origin in base.origins.items()}))}")
-    print(f"  best is       the {'lowest' if sweep.direction == 'minimize' else 'highest'} {sweep.metric}" + (" of the last validation" if sweep.value == "last" else " of any validation") + ("" if sweep.pruner == "none" else f"; trials worse than the median are given up, from the {sweep.prune_startup + 1}th on"))
+    print(
+        f"  not default   {show.not_default(replace(base, origins={name: 'default' if name in varying else origin for name, origin in base.origins.items()}))}"
+    )
+    print(
+        f"  best is       the {'lowest' if sweep.direction == 'minimize' else 'highest'} {sweep.metric}"
+        + (" of the last validation" if sweep.value == "last" else " of any validation")
+        + ("" if sweep.pruner == "none" else f"; trials worse than the median are given up, from the {sweep.prune_startup + 1}th on")
+    )
     if base.job.entry is None and sweep.metric not in _LOGGED:
         near = nearest(sweep.metric, _LOGGED)
         print(f"  careful       the built-in training logs no {sweep.metric}" + (f"; did you mean {near}?" if near else f"; it logs {', '.join(_LOGGED)}"))

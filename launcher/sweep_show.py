@@ -145,15 +145,23 @@ def print_sweep(run: RunDir, as_json: bool) -> None:
     console.print(Text(headline(run, sweep, rows)))
     console.print(table(rows, sweep, best))
     if best:
-        print(f"best        trial {best.number}: {sweep.metric} {show_value(best.value)}" + (f" (its lowest: {show_value(best.best)} at step {best.best_step:,})" if best.best != best.value and sweep.direction == "minimize" else "") + f"  ->  {show.near(Path(run.member(best.number).path))}/")
+        print(
+            f"best        trial {best.number}: {sweep.metric} {show_value(best.value)}"
+            + (f" (its lowest: {show_value(best.best)} at step {best.best_step:,})" if best.best != best.value and sweep.direction == "minimize" else "")
+            + f"  ->  {show.near(Path(run.member(best.number).path))}/"
+        )
         print(f"in full     {command}" + (f"\n            without {left_out}, which the sweep was given" if left_out else ""))
     print("importance  " + ("  ".join(f"{label} {share:.2f}" for label, share in weights.items()) + f"  ({how})" if weights else how))
-    print(f"plot        {show.near(plot) if plot else 'needs matplotlib (pip install matplotlib)' if any(row.value is not None for row in rows) else 'needs a trial that has validated'}")
+    print(
+        f"plot        {show.near(plot) if plot else 'needs matplotlib (pip install matplotlib)' if any(row.value is not None for row in rows) else 'needs a trial that has validated'}"
+    )
 
 
 def headline(run: RunDir, sweep: space.Sweep, rows: Sequence[Trial]) -> str:
     less = "less" if sweep.direction == "minimize" else "more"
-    return f"{run.id} · {sweep.trials} trials by {sweep.sampler} · {sweep.metric}, {less} is better · " + ", ".join(f"{number} {state}" for state, number in counts(rows).items())
+    return f"{run.id} · {sweep.trials} trials by {sweep.sampler} · {sweep.metric}, {less} is better · " + ", ".join(
+        f"{number} {state}" for state, number in counts(rows).items()
+    )
 
 
 def counts(rows: Sequence[Trial]) -> dict[str, int]:
@@ -308,7 +316,12 @@ def _say_changes(rows: Sequence[Trial], sweep: space.Sweep, known: dict[int, tup
         now = (row.state, row.attempts)
         if known.get(row.number, ("waiting", 0)) != now:
             values = "  ".join(f"{label}={space.said(value)}" for label, value in row.values.items())
-            print(f"trial {row.number}  {row.state}  {values}  step {row.step:,}/{row.max_steps:,}" + (f"  {sweep.metric} {show_value(row.value)}" if row.value is not None else "") + (f"  {row.note}" if row.note else ""), flush=True)
+            print(
+                f"trial {row.number}  {row.state}  {values}  step {row.step:,}/{row.max_steps:,}"
+                + (f"  {sweep.metric} {show_value(row.value)}" if row.value is not None else "")
+                + (f"  {row.note}" if row.note else ""),
+                flush=True,
+            )
         known[row.number] = now
 
 

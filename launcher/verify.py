@@ -182,7 +182,9 @@ def _weights(run: RunDir) -> dict[str, str]:
     if newest is None:
         raise HoldfastError("no checkpoint")
     manifest = ckpt_format.verify(newest)
-    return {name: manifest.files[name].sha256 for name in manifest.files if name.startswith((ckpt_format.MODEL, ckpt_format.OPTIMIZER))} | {"step": str(manifest.step)}
+    return {name: manifest.files[name].sha256 for name in manifest.files if name.startswith((ckpt_format.MODEL, ckpt_format.OPTIMIZER))} | {
+        "step": str(manifest.step)
+    }
 
 
 def _losses(run: RunDir) -> list[tuple[int, float, float | None]]:
@@ -237,7 +239,9 @@ def verify_data(run: RunDir, as_json: bool) -> int:
         for fault in verdict.faults:
             print(fault)
         how = "NOT every sample once" if verdict.faults else "every sample once per epoch"
-        print(f"{verdict.steps} steps, {verdict.used:,} samples over {verdict.epochs} whole epochs: {how}; {verdict.repeated:,} used again in steps that were lost and trained again")
+        print(
+            f"{verdict.steps} steps, {verdict.used:,} samples over {verdict.epochs} whole epochs: {how}; {verdict.repeated:,} used again in steps that were lost and trained again"
+        )
     return Exit.FAILED if verdict.faults else Exit.DONE
 
 
@@ -248,7 +252,16 @@ def _logs(run: RunDir) -> Iterator[Path]:
 def cells(case: Case) -> tuple[str, ...]:
     """One row of the table, here and in docs/checkpoints.md."""
     losses = "identical" if case.same_losses else f"differ by {case.loss_difference:.1e}"
-    return (case.name, f"{case.attempts - 1}", str(case.torn_saves), str(case.lost_steps), "identical" if case.same_weights else "differ", losses, case.samples, "yes" if case.passed else "NO")
+    return (
+        case.name,
+        f"{case.attempts - 1}",
+        str(case.torn_saves),
+        str(case.lost_steps),
+        "identical" if case.same_weights else "differ",
+        losses,
+        case.samples,
+        "yes" if case.passed else "NO",
+    )
 
 
 HEADINGS = ("case", "kills", "inside a save", "steps lost", "weights and moments", "losses", "samples", "holds")

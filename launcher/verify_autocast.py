@@ -23,7 +23,21 @@ def verify_autocast(model: str | None, words: Sequence[str], cwd: Path, *, steps
     job = resolved.job
     with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
         out = Path(folder) / "findings.json"
-        command = [sys.executable, "-m", "train.autocast", "--model", job.model, "--options", json.dumps(job.model_options), "--seq-len", str(min(job.seq_len, 128)), "--steps", str(steps), "--out", str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            "train.autocast",
+            "--model",
+            job.model,
+            "--options",
+            json.dumps(job.model_options),
+            "--seq-len",
+            str(min(job.seq_len, 128)),
+            "--steps",
+            str(steps),
+            "--out",
+            str(out),
+        ]
         done = subprocess.run(command, cwd=cwd, stderr=subprocess.PIPE, text=True)
         if not out.exists():
             raise HoldfastError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"the examination ended with {done.returncode}")

@@ -140,7 +140,18 @@ class _Watch:
             else:
                 self._say(f"{asked.run} is left as it is")
             return True
-        moves = {"up": -1, "k": -1, "down": 1, "j": 1, "page up": -self._page(), "page down": self._page(), "home": -len(self.rows), "g": -len(self.rows), "end": len(self.rows), "G": len(self.rows)}
+        moves = {
+            "up": -1,
+            "k": -1,
+            "down": 1,
+            "j": 1,
+            "page up": -self._page(),
+            "page down": self._page(),
+            "home": -len(self.rows),
+            "g": -len(self.rows),
+            "end": len(self.rows),
+            "G": len(self.rows),
+        }
         if key in moves and self.rows:
             self.index = min(max(self.index + moves[key], 0), len(self.rows) - 1)
             self.chosen = self.rows[self.index].path

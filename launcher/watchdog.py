@@ -128,7 +128,9 @@ class Suspects:
 
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line \d+ in (?P<name>.+)$')
 # Threads that are no part of training: the clock, the one that answers when asked, and the trackers with their own (train/track.py).
-_ASIDE = re.compile(r"(?:^|/)(?:clock\.py:_beat$|recorder\.py:_listen$|track\.py:_work$)|(?:site|dist)-packages/(?:tensorboard|tensorboardX|wandb|mlflow|comet_ml|aim|clearml|dvclive|swanlab|trackio)/")
+_ASIDE = re.compile(
+    r"(?:^|/)(?:clock\.py:_beat$|recorder\.py:_listen$|track\.py:_work$)|(?:site|dist)-packages/(?:tensorboard|tensorboardX|wandb|mlflow|comet_ml|aim|clearml|dvclive|swanlab|trackio)/"
+)
 # Where a thread rests that waits for others; the innermost frame says it.
 _WAITING = re.compile(
     r"wait|get|acquire|select|poll|accept|recv|recv_into|join|_wait_for_tstate_lock|readline|_worker|watch|all_reduce|all_gather\w*|allreduce|broadcast\w*"
@@ -146,7 +148,10 @@ def suspects(stacks: Mapping[int, str], world: int) -> Suspects:
         return Suspects(silent, "did not answer when asked for its stacks (stopped, or not scheduled)")
     if silent:
         return Suspects((), "no rank answered when asked for its stacks")
-    tops = {rank: [names[0] for names in _threads(text) if names and not any(_ASIDE.search(f"{file}:{name}") for file, name in names)] for rank, text in stacks.items()}
+    tops = {
+        rank: [names[0] for names in _threads(text) if names and not any(_ASIDE.search(f"{file}:{name}") for file, name in names)]
+        for rank, text in stacks.items()
+    }
     busy = {rank: [f"{file}:{name}" for file, name in found if not _WAITING.fullmatch(name)] for rank, found in tops.items()}
     working = tuple(rank for rank in sorted(busy) if busy[rank])
     if working and len(working) < world:
@@ -184,7 +189,21 @@ def _short(place: str) -> str:
 class Watchdog:
     """Watches one attempt. `tick` is called now and then with the seconds since the last call."""
 
-    def __init__(self, run: RunDir, attempt: int, *, world: int, nodes: list[str], per_node: int, pace_key: str, least_s: float, quiet_s: float, ask: Callable[[str], None], kill: Callable[[str], None], own: bool = False):
+    def __init__(
+        self,
+        run: RunDir,
+        attempt: int,
+        *,
+        world: int,
+        nodes: list[str],
+        per_node: int,
+        pace_key: str,
+        least_s: float,
+        quiet_s: float,
+        ask: Callable[[str], None],
+        kill: Callable[[str], None],
+        own: bool = False,
+    ):
         self._own = own
         self._run, self._attempt, self._world, self._nodes, self._per_node = run, attempt, world, nodes, per_node
         self._ask, self._kill = ask, kill
@@ -211,7 +230,10 @@ class Watchdog:
         limit = self.silence.limit_s
         if self.silence.seconds >= limit and self._asked == 0:
             self._asked = 1
-            print(f"holdfast: no progress for {self.silence.seconds:.0f} s in section {section!r} after step {max(step, 0)} (limit {limit:.0f} s); asking the ranks for their stacks", flush=True)
+            print(
+                f"holdfast: no progress for {self.silence.seconds:.0f} s in section {section!r} after step {max(step, 0)} (limit {limit:.0f} s); asking the ranks for their stacks",
+                flush=True,
+            )
             self._ask(slurm_step)
         elif self.silence.seconds >= 2 * limit:
             self.killed = True
@@ -241,8 +263,18 @@ class Watchdog:
         found = suspects(stacks, self._world)
         where = [self._nodes[rank // self._per_node] if rank // self._per_node < len(self._nodes) else "" for rank in found.ranks]
         who = ", ".join(f"rank {rank}{f' on {node}' if node else ''}" for rank, node in zip(found.ranks[:4], where, strict=False))
-        evidence = f"no progress for {self.silence.seconds:.0f} s in section {section} after step {max(step, 0)}; " + (f"suspect: {who}, which {found.why}" if who else found.why)
-        report = {"section": section, "step": step, "silent_s": round(self.silence.seconds, 1), "limit_s": round(self.silence.limit_s, 1), "ranks": list(found.ranks), "nodes": sorted(set(filter(None, where))), "evidence": evidence}
+        evidence = f"no progress for {self.silence.seconds:.0f} s in section {section} after step {max(step, 0)}; " + (
+            f"suspect: {who}, which {found.why}" if who else found.why
+        )
+        report = {
+            "section": section,
+            "step": step,
+            "silent_s": round(self.silence.seconds, 1),
+            "limit_s": round(self.silence.limit_s, 1),
+            "ranks": list(found.ranks),
+            "nodes": sorted(set(filter(None, where))),
+            "evidence": evidence,
+        }
         aside = attempt.hang.with_suffix(".tmp")
         with suppress(OSError):
             aside.write_text(json.dumps(report))

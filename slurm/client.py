@@ -17,7 +17,10 @@ from jobs.errors import SubmitError
 from slurm.states import is_live
 
 # Words of clients that could not reach slurmctld: ask again later.
-_UNREACHABLE = re.compile(r"Unable to contact slurm|Connection refused|Unable to establish|did not answer within|Zero Bytes were transmitted|Socket timed out|Communication connection failure", re.I)
+_UNREACHABLE = re.compile(
+    r"Unable to contact slurm|Connection refused|Unable to establish|did not answer within|Zero Bytes were transmitted|Socket timed out|Communication connection failure",
+    re.I,
+)
 _RETRY_S = 2.0
 
 # Seconds for one client call. slurmctld answers in milliseconds; a client that cannot reach it gives up after about 8 s by itself.
@@ -124,7 +127,9 @@ def expand_nodelist(text: str) -> list[str]:
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without what an outer job left in it: a nested sbatch would inherit its node and GPU counts."""
-    outer = re.compile(r"^(SLURM_(?!CONF$)|SBATCH_|SRUN_|PMI|PMIX|MASTER_ADDR$|MASTER_PORT$|RANK$|WORLD_SIZE$|LOCAL_RANK$|LOCAL_WORLD_SIZE$|HOLDFAST_(?:ATTEMPT|RUN_DIR|JOB_ID|RANK_LOG|LOG_OFFSET|STARTED)$)")
+    outer = re.compile(
+        r"^(SLURM_(?!CONF$)|SBATCH_|SRUN_|PMI|PMIX|MASTER_ADDR$|MASTER_PORT$|RANK$|WORLD_SIZE$|LOCAL_RANK$|LOCAL_WORLD_SIZE$|HOLDFAST_(?:ATTEMPT|RUN_DIR|JOB_ID|RANK_LOG|LOG_OFFSET|STARTED)$)"
+    )
     return {name: value for name, value in environ.items() if not outer.match(name)}
 
 

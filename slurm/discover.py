@@ -87,7 +87,9 @@ def discover(slurm: Slurm, user: str) -> Cluster:
 def described(config: Mapping[str, str], partitions: str, nodes: str, accounts: str, default_account: str) -> Cluster:
     """The same from text: `scontrol show config` as key -> value, the records of partitions and nodes, the rows of sacctmgr."""
     machines = {record["NodeName"]: record for record in parse_scontrol(nodes) if "NodeName" in record}
-    found = tuple(_partition(record, machines) for record in parse_scontrol(partitions) if "PartitionName" in record and record.get("State", "UP") != "INACTIVE")
+    found = tuple(
+        _partition(record, machines) for record in parse_scontrol(partitions) if "PartitionName" in record and record.get("State", "UP") != "INACTIVE"
+    )
     known = parse_accounts(accounts)
     select = config.get("SelectType", "")
     # --gpus-per-node belongs to cons_tres; the older selection plugins know --gres only.

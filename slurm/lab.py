@@ -513,7 +513,4 @@ def _check_same_shape(running: Lab, asked: LabConfig) -> None:
     have, want = asdict(running.config), asdict(asked)
     different = [f"{name} is {have[name]!r}, asked for {want[name]!r}" for name in have if have[name] != want[name]]
     if different:
-        raise LabError(
-            f"another lab is running in {running.root}: {'; '.join(different)}."
-            " Stop it first, or start this one in another directory"
-        )
+        raise LabError(f"another lab is running in {running.root}: {'; '.join(different)}. Stop it first, or start this one in another directory")

@@ -103,8 +103,7 @@ def slurm_conf(config: LabConfig, root: Path, base_port: int, user: str, host: s
         "SelectTypeParameters=CR_CPU_Memory",
         "DefMemPerCPU=64",
         "SchedulerType=sched/backfill",
-        "SchedulerParameters=bf_interval=1,bf_resolution=1,sched_interval=1,sched_min_interval=0,"
-        "batch_sched_delay=0,default_queue_depth=1000",
+        "SchedulerParameters=bf_interval=1,bf_resolution=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0,default_queue_depth=1000",
         "PriorityType=priority/basic",
         "PreemptType=preempt/partition_prio",
         f"PreemptMode={config.preempt_mode}",
@@ -143,10 +142,8 @@ def slurm_conf(config: LabConfig, root: Path, base_port: int, user: str, host: s
     if config.nodes == 1:
         nodes, ports = "node1", str(first_node_port)
     lines += [
-        f"NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports}"
-        f" CPUs={config.cpus} RealMemory=64000{gres} State=UNKNOWN",
-        "PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1"
-        f" PreemptMode={config.preempt_mode} GraceTime={config.grace_s}",
+        f"NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs={config.cpus} RealMemory=64000{gres} State=UNKNOWN",
+        f"PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode={config.preempt_mode} GraceTime={config.grace_s}",
         "PartitionName=high Nodes=ALL Default=NO MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF",
         config.extra_conf,
     ]
@@ -164,9 +161,7 @@ def gres_conf(config: LabConfig, root: Path) -> str:
     gpu = f"Name=gpu Type={config.gpu_type} File={root}/dev/gpu"
     if not config.real_gpus:
         return gpu + _span(0, config.gpus) + "\n"
-    return "".join(
-        f"NodeName={name} {gpu}{_span(i * config.gpus, config.gpus)}\n" for i, name in enumerate(config.node_names)
-    )
+    return "".join(f"NodeName={name} {gpu}{_span(i * config.gpus, config.gpus)}\n" for i, name in enumerate(config.node_names))
 
 
 def _span(first: int, count: int) -> str:

@@ -40,9 +40,7 @@ def prepare_root(root: Path, config: LabConfig) -> Path:
     root = root.expanduser().resolve()
     odd = sorted(set(re.findall(r"[^A-Za-z0-9._/+@-]", str(root))))
     if odd:
-        raise LabError(
-            f"{root}: slurm.conf cannot carry {' '.join(map(repr, odd))} in the path of a lab; choose another"
-        )
+        raise LabError(f"{root}: slurm.conf cannot carry {' '.join(map(repr, odd))} in the path of a lab; choose another")
     # The longest of all: the socket of a batch script's slurmstepd, whose step has a ten-digit number.
     name = config.node_names[-1]
     longest = f"{root}/spool/{name}/{name}_99999999.4294967291"
@@ -54,9 +52,7 @@ def prepare_root(root: Path, config: LabConfig) -> Path:
         )
     for part in root.parents:
         if part.exists() and part.stat().st_mode & 0o1002 == 0o0002:
-            raise LabError(
-                f"{part}: everybody may replace what lies in it, so no lab can; choose another, or chmod o-w it"
-            )
+            raise LabError(f"{part}: everybody may replace what lies in it, so no lab can; choose another, or chmod o-w it")
     try:
         if root.exists():
             if root.stat().st_uid != os.geteuid():
@@ -85,9 +81,7 @@ def exclusive(root: Path, timeout_s: float = 90) -> Iterator[None]:
             return True
 
         if not lab_proc.wait_until(taken, timeout_s, 0.05):
-            raise LabError(
-                f"{root}: another start or stop has been at work for {timeout_s:g} s; see who holds lab.lock"
-            )
+            raise LabError(f"{root}: another start or stop has been at work for {timeout_s:g} s; see who holds lab.lock")
         yield
 
 
@@ -114,9 +108,7 @@ def reserved_ports(root: Path, config: LabConfig, before: int | None) -> Iterato
                 return
     if config.base_port is not None:
         last = config.base_port + config.num_ports - 1
-        raise LabError(
-            f"of the ports {config.base_port}-{last} on 127.0.0.1 at least one is in use; leave base_port out"
-        )
+        raise LabError(f"of the ports {config.base_port}-{last} on 127.0.0.1 at least one is in use; leave base_port out")
     raise LabError(f"no {config.num_ports} ports in a row are free on 127.0.0.1 in {_PORTS.start}-{_PORTS.stop}")
 
 

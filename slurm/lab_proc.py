@@ -141,11 +141,7 @@ def of_lab(root: Path) -> LabProcesses:
     # A task that cleared its environment is still a descendant of one that is known.
     grew = True
     while grew:
-        more = {
-            p.pid: node_of[p.parent]
-            for p in everything
-            if p.parent in node_of and p.pid not in node_of and p.pid not in ours
-        }
+        more = {p.pid: node_of[p.parent] for p in everything if p.parent in node_of and p.pid not in node_of and p.pid not in ours}
         node_of |= more
         grew = bool(more)
     for pid, node in node_of.items():

@@ -110,20 +110,41 @@ def render_by_hand(job: Job) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
-    return _environment().get_template(template).render(
-        contract={
-            "lead_signal": LEAD_SIGNAL.name.removeprefix("SIG"),
-            "stop_signals": [number.name.removeprefix("SIG") for number in STOP_SIGNALS],
-            "peer_exit_wait_s": PEER_EXIT_WAIT_S,
-            "run_dir": RankEnv.RUN_DIR.value,
-        },
-        **values,
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            contract={
+                "lead_signal": LEAD_SIGNAL.name.removeprefix("SIG"),
+                "stop_signals": [number.name.removeprefix("SIG") for number in STOP_SIGNALS],
+                "peer_exit_wait_s": PEER_EXIT_WAIT_S,
+                "run_dir": RankEnv.RUN_DIR.value,
+            },
+            **values,
+        )
     )
 
 
 # Options that the script or its submission depends on: a site may add options, not change these.
 OURS = frozenset(
-    {"job-name", "nodes", "ntasks", "ntasks-per-node", "requeue", "no-requeue", "open-mode", "signal", "output", "error", "array", "time", "chdir", "export", "wrap", "comment"}
+    {
+        "job-name",
+        "nodes",
+        "ntasks",
+        "ntasks-per-node",
+        "requeue",
+        "no-requeue",
+        "open-mode",
+        "signal",
+        "output",
+        "error",
+        "array",
+        "time",
+        "chdir",
+        "export",
+        "wrap",
+        "comment",
+    }
     | {"wait", "test-only", "parsable"}
 )
 

@@ -101,7 +101,9 @@ class Stage:
                     continue
                 with contextlib.suppress(OSError, ValueError):
                     progress = run.attempt(known.number).progress
-                    if int(progress.read_text()) > known.start_step and any(e["event"] == Event.RESUMED and e["attempt"] == known.number for e in ledger.read(run.ledger)):
+                    if int(progress.read_text()) > known.start_step and any(
+                        e["event"] == Event.RESUMED and e["attempt"] == known.number for e in ledger.read(run.ledger)
+                    ):
                         return progress.stat().st_mtime
             return None
 
@@ -121,7 +123,11 @@ class Stage:
 
     def ended(self, row: Row, run: RunDir, seconds: float = 90, attempts: int = 1) -> Row:
         """Fills in a row whose run is over, and waits long enough to see that it does not come back."""
-        until(lambda: len([known for known in ledger.attempts(ledger.read(run.ledger)) if known.cause]) >= attempts, seconds, f"the end of {run.id}\n{self.cluster.logs(run)}")
+        until(
+            lambda: len([known for known in ledger.attempts(ledger.read(run.ledger)) if known.cause]) >= attempts,
+            seconds,
+            f"the end of {run.id}\n{self.cluster.logs(run)}",
+        )
         until(lambda: not self.queued(run), 60, f"{run.id} to leave the queue")
         time.sleep(8)  # longer than a requeued job waits
         assert not self.queued(run), "it came back"
@@ -343,7 +349,9 @@ def row_14b(stage: Stage) -> Row:
 
 def row_14c(stage: Stage) -> Row:
     # The row of another time, as an accounting that lags shows it.
-    with tools(sacct='while [ $# -gt 0 ]; do [ "$1" = -j ] && j=$2; shift; done; echo "$j|PREEMPTED|0:0|2026-01-01T00:00:00|2026-01-01T00:01:00"; echo "$j|RUNNING|0:0|Unknown|Unknown"') as path:
+    with tools(
+        sacct='while [ $# -gt 0 ]; do [ "$1" = -j ] && j=$2; shift; done; echo "$j|PREEMPTED|0:0|2026-01-01T00:00:00|2026-01-01T00:01:00"; echo "$j|RUNNING|0:0|Unknown|Unknown"'
+    ) as path:
         return _dead_node(stage, 0, "`sacct` lags and shows an older attempt, batch node lost", told=True, node_env=f"PATH={path}")
 
 
@@ -536,7 +544,10 @@ def swept(found: list[save_sweep.Point]) -> Row:
     """One row for many stops: what fits into the grace may lose nothing, the rest two intervals at most; all end identically."""
     fitting, others = [point for point in found if point.fits], [point for point in found if not point.fits]
     shares = ", ".join(f"{share:g}" for share in save_sweep.SHARES)
-    row = Row(f"TERM at every {save_sweep.APART_S * 1000:.0f} ms of a save of {shares} times the grace, KILL after it ({save_sweep.GRACE_S:g} s): {len(found)} points", "-")
+    row = Row(
+        f"TERM at every {save_sweep.APART_S * 1000:.0f} ms of a save of {shares} times the grace, KILL after it ({save_sweep.GRACE_S:g} s): {len(found)} points",
+        "-",
+    )
     row.sent = "TERM and KILL from the test itself"
     row.causes = sorted({point.causes[0] for point in found})
     row.lost = max((point.lost for point in fitting), default=0)
@@ -634,7 +645,9 @@ def main(words: list[str]) -> int:
 
 def keep(row: Row) -> None:
     """Puts a row among those of earlier calls, and writes the page anew."""
-    known = {old["number"]: Row(**{**old, "pairs": [tuple(pair) for pair in old["pairs"]]}) for old in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    known = (
+        {old["number"]: Row(**{**old, "pairs": [tuple(pair) for pair in old["pairs"]]}) for old in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    )
     known[row.number] = row
     numbers = [number for number, _, _ in TABLE]
     rows = sorted((kept for kept in known.values() if kept.number in numbers), key=lambda kept: (int(re.sub(r"\D", "", kept.number)), kept.number))
@@ -698,7 +711,11 @@ def _time_table(rows: list[Row]) -> list[str]:
     for row in rows:
         sums = {part.value: sum(attempt[part.value] for attempt in row.spent) for part in goodput.Part}
         seconds = sum(attempt["seconds"] for attempt in row.spent)
-        lines.append(f"| {row.number} | {len(row.spent)} | {seconds:.1f} | " + " | ".join(f"{sums[word]:.1f}" if sums[word] >= 0.05 else "" for word in shown) + f" | {sum(sums.values()):.1f} |")
+        lines.append(
+            f"| {row.number} | {len(row.spent)} | {seconds:.1f} | "
+            + " | ".join(f"{sums[word]:.1f}" if sums[word] >= 0.05 else "" for word in shown)
+            + f" | {sum(sums.values()):.1f} |"
+        )
     return [*lines, ""]
 
 

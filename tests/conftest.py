@@ -77,7 +77,9 @@ class Cluster:
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=True).stdout
 
     def holdfast(self, *words: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run([sys.executable, "-m", "launcher.cli", *words], cwd=REPOSITORY, env={**self.env, **env}, capture_output=True, text=True, timeout=500)
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher.cli", *words], cwd=REPOSITORY, env={**self.env, **env}, capture_output=True, text=True, timeout=500
+        )
         if check and done.returncode:
             pytest.fail(f"holdfast {' '.join(words)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
         return done

@@ -110,6 +110,7 @@ def run_killed(folder: Path, at: int, world: int, victim: int) -> tuple[bool, in
                 line = ours if rank == 0 else theirs
                 disk = Counting(at if rank == victim else 0, die)
                 with open(acks, "ab", buffering=0) as file:
+
                     def ack(step: int, file: Any = file) -> None:
                         file.write(f"{step}\n".encode())
 

@@ -106,7 +106,9 @@ class Training:
 
     def save(self, *, must: bool = True) -> None:
         scaler = self.stepper.scale.state() if self.stepper.scale else None
-        state = checkpoint.State(self.step, 0, self.job.seed, self.job.max_steps, self.job.batch_size, self.data.name, str(self.job.precision), 1, scaler=scaler)
+        state = checkpoint.State(
+            self.step, 0, self.job.seed, self.job.max_steps, self.job.batch_size, self.data.name, str(self.job.precision), 1, scaler=scaler
+        )
         self.saver.save(state, self.model, self.optimizer, must=must)
 
     def load(self, source: "Training") -> list[str]:
@@ -152,7 +154,18 @@ def global_batch(case: str) -> dict[str, torch.Tensor]:
 
 
 def gradient_job(device: str, world: int, parallel: str = "ddp") -> Job:
-    return job_of("fp32", device, model_options=SMALL_SHAPE, seq_len=LENGTH, batch_size=GLOBAL_BATCH, micro_batch_size=2, grad_accum_steps=4 // world, gpus_per_node=world, parallel=parallel, grad_clip=0)
+    return job_of(
+        "fp32",
+        device,
+        model_options=SMALL_SHAPE,
+        seq_len=LENGTH,
+        batch_size=GLOBAL_BATCH,
+        micro_batch_size=2,
+        grad_accum_steps=4 // world,
+        gpus_per_node=world,
+        parallel=parallel,
+        grad_clip=0,
+    )
 
 
 def gradients_of(job: Job, rt: Any, case: str) -> dict[str, torch.Tensor]:
@@ -165,7 +178,9 @@ def gradients_of(job: Job, rt: Any, case: str) -> dict[str, torch.Tensor]:
     stepper = Stepper(job, rt, model, inner, optim.build(job, inner), context, None)
     batch = global_batch(case)
     assert job.micro_batch_size is not None
-    done = stepper.run([{name: tensor[piece].to(rt.device) for name, tensor in batch.items()} for piece in rank_slice(GLOBAL_BATCH, job.micro_batch_size, rt.world, rt.rank)])
+    done = stepper.run(
+        [{name: tensor[piece].to(rt.device) for name, tensor in batch.items()} for piece in rank_slice(GLOBAL_BATCH, job.micro_batch_size, rt.world, rt.rank)]
+    )
     assert float(rt.total(done.targets.clone())) == int((batch["targets"] != -100).sum())
     return {name: whole(p.grad).cpu() for name, p in inner.named_parameters() if p.grad is not None}
 

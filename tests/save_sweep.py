@@ -33,7 +33,15 @@ INTERVAL = 8
 WORKERS = 6
 # What one step, the way to a step boundary and the end of a process may take on a busy machine.
 _MARGIN_S = 0.9
-_SETTINGS = {"MAX_STEPS": "40", "CHECKPOINT_EVERY": str(INTERVAL), "EVAL_EVERY": "0", "NODES": "1", "GPUS_PER_NODE": "1", "PREFLIGHT_S": "0", "HANG_AFTER_S": "0"}
+_SETTINGS = {
+    "MAX_STEPS": "40",
+    "CHECKPOINT_EVERY": str(INTERVAL),
+    "EVAL_EVERY": "0",
+    "NODES": "1",
+    "GPUS_PER_NODE": "1",
+    "PREFLIGHT_S": "0",
+    "HANG_AFTER_S": "0",
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,9 @@ def sweep(todo: list[tuple[float, float]], workers: int = WORKERS) -> list[Point
 
     def one(index: int) -> None:
         mine = todo[index::workers]
-        done = subprocess.run([sys.executable, __file__, json.dumps(mine)], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=3000)
+        done = subprocess.run(
+            [sys.executable, __file__, json.dumps(mine)], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=3000
+        )
         found.extend(Point(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{"))
         if done.returncode:
             faults.append(done.stderr[-2000:])

@@ -31,7 +31,9 @@ class Terminal:
             os.setsid()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-        self.process = subprocess.Popen(command, env={**clean, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}, cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=own_terminal)
+        self.process = subprocess.Popen(
+            command, env={**clean, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}, cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=own_terminal
+        )
         self.raw = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -73,7 +75,11 @@ class Terminal:
 
     def see(self, text: str, seconds: float = 30) -> list[str]:
         """The picture, as soon as this stands in it."""
-        until(lambda: any(text in line for line in self.frame()) or self.process.poll() is not None, seconds, f"{text!r} on the terminal:\n" + "\n".join(self.frame()))
+        until(
+            lambda: any(text in line for line in self.frame()) or self.process.poll() is not None,
+            seconds,
+            f"{text!r} on the terminal:\n" + "\n".join(self.frame()),
+        )
         frame = self.frame()
         assert any(text in line for line in frame), f"{text!r} is not there; ended with {self.process.poll()}:\n" + self.raw[-3000:]
         return frame
@@ -82,5 +88,9 @@ class Terminal:
         """The exit code; asserts that the terminal is as it was found."""
         code = self.process.wait(seconds)
         assert termios.tcgetattr(self._kept)[:4] == self.before[:4], "the terminal still has our settings"
-        until(lambda: self.raw.count(ALT_ON) == self.raw.count(ALT_OFF) and self.raw.rfind(CURSOR_ON) >= self.raw.rfind(CURSOR_OFF), 10, "the ordinary screen and its cursor")
+        until(
+            lambda: self.raw.count(ALT_ON) == self.raw.count(ALT_OFF) and self.raw.rfind(CURSOR_ON) >= self.raw.rfind(CURSOR_OFF),
+            10,
+            "the ordinary screen and its cursor",
+        )
         return code

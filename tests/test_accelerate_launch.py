@@ -38,7 +38,15 @@ def test_a_config_file_is_for_a_script_of_ones_own() -> None:
 
 def start(folder: Path, script: str, per_node: int) -> "subprocess.Popen[str]":
     (folder / "own.py").write_text(script)
-    env = {**os.environ, "HOLDFAST_RUN_DIR": str(folder), "HOLDFAST_ATTEMPT": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port(str(os.getpid()), per_node)), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "HOLDFAST_RUN_DIR": str(folder),
+        "HOLDFAST_ATTEMPT": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port(str(os.getpid()), per_node)),
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+    }
     env.pop("RANK", None)
     command = [sys.executable, "-m", "train.node", "--nodes", "1", "--per-node", str(per_node), "--", str(folder / "own.py")]
     return subprocess.Popen(command, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -65,7 +65,11 @@ def imports_of(path: Path) -> Iterator[Import]:
             elif isinstance(child, ast.ImportFrom):
                 name = "." * child.level + (child.module or "")
                 yield Import(file, child.lineno, package, name.partition(".")[0], name, lazy)
-            elif isinstance(child, ast.Call) and ast.unparse(child.func) in ("importlib.import_module", "import_module", "__import__") and isinstance(child.args[0], ast.Constant):
+            elif (
+                isinstance(child, ast.Call)
+                and ast.unparse(child.func) in ("importlib.import_module", "import_module", "__import__")
+                and isinstance(child.args[0], ast.Constant)
+            ):
                 name = str(child.args[0].value)
                 yield Import(file, child.lineno, package, name.partition(".")[0], name, lazy)
             yield from walk(child, inside)
@@ -141,7 +145,9 @@ def test_no_module_is_called_like_one_of_the_standard_library() -> None:
 def test_the_scan_sees_imports_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "jobs").mkdir()
     file = tmp_path / "jobs" / "bad.py"
-    file.write_text("import torch.nn as nn\nif 1:\n  from slurm import site\ndef f():\n  import importlib, optuna\n  importlib.import_module('sklearn.datasets')\nclass C:\n  import yaml\n")
+    file.write_text(
+        "import torch.nn as nn\nif 1:\n  from slurm import site\ndef f():\n  import importlib, optuna\n  importlib.import_module('sklearn.datasets')\nclass C:\n  import yaml\n"
+    )
     monkeypatch.setitem(globals(), "REPO", tmp_path)
     seen = {(found.name, found.lazy) for found in imports_of(file)}
     assert seen == {("torch.nn", False), ("slurm", False), ("importlib", True), ("optuna", True), ("sklearn.datasets", True), ("yaml", False)}
@@ -152,10 +158,21 @@ def test_the_scan_sees_imports_of_every_kind(tmp_path: Path, monkeypatch: pytest
 HEAVY = ("torch", "accelerate", "submitit", "numpy", "matplotlib", "optuna", "transformers", "safetensors")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["submit", "--help"], ["sweep", "--help"], ["render"], ["render", "SITE=h100"], ["explain"], ["explain", "--json"], ["status"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["submit", "--help"], ["sweep", "--help"], ["render"], ["render", "SITE=h100"], ["explain"], ["explain", "--json"], ["status"]],
+    ids=" ".join,
+)
 def test_a_command_that_only_reads_loads_nothing_heavy(words: list[str], tmp_path: Path) -> None:
     program = f"import sys\nfrom launcher.cli import run_app\nsys.argv = ['holdfast', *{words!r}]\ncode = run_app()\nprint('loaded:', *[m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)\nsys.exit(code)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout and done.stderr.splitlines()[-1] == "loaded:"
 
@@ -179,7 +196,19 @@ def repository_files() -> list[Path]:
 
 # Put together from parts, so that this file does not contain what it looks for.
 MACHINE = re.compile(r"(?<![\w.~}*/-])/(?:" + "|".join(("ro" + "ot", "wo" + "rk")) + r")(?:/|\b(?![\w-]))")
-INDEXES = [".".join(parts) for parts in (("pypi", "org"), ("files", "pythonhosted"), ("test", "pypi"), ("deb", "debian"), ("security", "debian"), ("archive", "ubuntu"), ("repo", "anaconda"), ("conda", "anaconda"))]
+INDEXES = [
+    ".".join(parts)
+    for parts in (
+        ("pypi", "org"),
+        ("files", "pythonhosted"),
+        ("test", "pypi"),
+        ("deb", "debian"),
+        ("security", "debian"),
+        ("archive", "ubuntu"),
+        ("repo", "anaconda"),
+        ("conda", "anaconda"),
+    )
+]
 INDEXES.append(".".join(("download", "pytorch", "org")))
 
 
@@ -233,5 +262,7 @@ def test_what_is_not_python_lies_inside_the_packages_and_is_found_there() -> Non
 
 def test_nothing_that_the_wheel_needs_is_ignored_by_git() -> None:
     tracked = {path.relative_to(REPO).as_posix() for path in repository_files()}
-    there = {path.relative_to(REPO).as_posix() for package in PACKAGES for path in (REPO / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    there = {
+        path.relative_to(REPO).as_posix() for package in PACKAGES for path in (REPO / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
     assert there <= tracked

@@ -16,7 +16,17 @@ from jobs.sources import load
 from launcher import prepare
 from launcher.prepare import resolve_here, resolve_members
 
-_POINTS = [["SEED=1"], ["lr=3e-4", "SEED=2"], ["--seed", "3"], ["PRECISION=no"], ["MODEL_OPTIONS=n_layers=2", "NOTE=a b"], ["GRAD_CKPT=true"], ["WARMUP_PCT=0.1"], ["NOTE="], ["DATA=text:corpus"]]
+_POINTS = [
+    ["SEED=1"],
+    ["lr=3e-4", "SEED=2"],
+    ["--seed", "3"],
+    ["PRECISION=no"],
+    ["MODEL_OPTIONS=n_layers=2", "NOTE=a b"],
+    ["GRAD_CKPT=true"],
+    ["WARMUP_PCT=0.1"],
+    ["NOTE="],
+    ["DATA=text:corpus"],
+]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +46,10 @@ def test_each_run_of_an_array_is_the_one_that_its_words_alone_would_be(words: Se
 @pytest.mark.parametrize("point", [["SEED=x"], ["SEDE=1"], ["BATCH_SIZE=33", "MICRO_BATCH_SIZE=8"], ["WARMUP_STEPS=3"], ["PRECISION=fp8", "DEVICE=cpu"]])
 def test_what_is_refused_alone_is_refused_in_an_array_in_the_same_words(point: list[str], tmp_path: Path) -> None:
     said = []
-    for resolve in (lambda: resolve_here(["WARMUP_PCT=0.1", *point], {}, tmp_path), lambda: resolve_members(["WARMUP_PCT=0.1"], [["SEED=1"], point], {}, tmp_path)):
+    for resolve in (
+        lambda: resolve_here(["WARMUP_PCT=0.1", *point], {}, tmp_path),
+        lambda: resolve_members(["WARMUP_PCT=0.1"], [["SEED=1"], point], {}, tmp_path),
+    ):
         with pytest.raises(HoldfastError) as caught:
             resolve()
         said.append((type(caught.value), str(caught.value)))

@@ -33,7 +33,11 @@ def test_a_family_of_transformers_trains_in_every_precision(family: str, tmp_pat
     pytest.importorskip("transformers")
     architecture, sizes = FAMILIES[family]
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"model_type": family, "architectures": [architecture], "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3, **sizes}))
+    config.write_text(
+        json.dumps(
+            {"model_type": family, "architectures": [architecture], "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3, **sizes}
+        )
+    )
     findings = examine(f"hf:{config}", seq_len=64)
     assert [finding.precision for finding in findings][: len(precisions_here())] == precisions_here()
     assert all(finding.passed for finding in findings), findings

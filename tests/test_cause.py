@@ -27,7 +27,19 @@ def finished(*ranks: int) -> dict[int, dict[str, object]]:
 
 
 def job(state: str = "RUNNING", **more: object) -> JobInfo:
-    fields = {"job_id": "7", "state": state, "reason": "None", "restarts": 0, "nodes": "node[1-2]", "name": "a", "comment": "", "exit_code": "0:0", "preempted_at": None, "end_time": "2026-11-22T23:42:21", "time_limit": "01:00:00"}
+    fields = {
+        "job_id": "7",
+        "state": state,
+        "reason": "None",
+        "restarts": 0,
+        "nodes": "node[1-2]",
+        "name": "a",
+        "comment": "",
+        "exit_code": "0:0",
+        "preempted_at": None,
+        "end_time": "2026-11-22T23:42:21",
+        "time_limit": "01:00:00",
+    }
     return JobInfo(**{**fields, **more})  # type: ignore[arg-type]
 
 
@@ -48,15 +60,33 @@ TABLE: dict[str, tuple[dict[str, object], Cause]] = {
     "finished, but srun was killed over it": ({"code": 137, "markers": finished(0, 1)}, Cause.FINISHED),
     "rank 0 is not heard of although srun says 0": ({"code": 0, "markers": finished(1)}, Cause.UNKNOWN),
     # preemption
-    "preempted, grace 0": ({"code": 75, "markers": stopped("TERM"), "signals": ["TERM"], "log": PREEMPTION, "job": job("COMPLETING", end_time="Unknown")}, Cause.PREEMPTED),
-    "preempted, grace 12: no reason in the log yet": ({"code": 75, "markers": stopped("TERM"), "log": line(), "job": job(preempted_at="2026-11-21T23:43:00")}, Cause.PREEMPTED),
-    "preempted, user signal": ({"code": 75, "markers": stopped("USR2"), "job": job(preempted_at="2026-11-21T23:43:00"), "seconds_to_limit": 90.0, "lead_s": 120}, Cause.PREEMPTED),
-    "preempted, user signal, controller does not answer": ({"code": 75, "markers": stopped("USR2"), "seconds_to_limit": 3000.0, "lead_s": 120}, Cause.PREEMPTED),
+    "preempted, grace 0": (
+        {"code": 75, "markers": stopped("TERM"), "signals": ["TERM"], "log": PREEMPTION, "job": job("COMPLETING", end_time="Unknown")},
+        Cause.PREEMPTED,
+    ),
+    "preempted, grace 12: no reason in the log yet": (
+        {"code": 75, "markers": stopped("TERM"), "log": line(), "job": job(preempted_at="2026-11-21T23:43:00")},
+        Cause.PREEMPTED,
+    ),
+    "preempted, user signal": (
+        {"code": 75, "markers": stopped("USR2"), "job": job(preempted_at="2026-11-21T23:43:00"), "seconds_to_limit": 90.0, "lead_s": 120},
+        Cause.PREEMPTED,
+    ),
+    "preempted, user signal, controller does not answer": (
+        {"code": 75, "markers": stopped("USR2"), "seconds_to_limit": 3000.0, "lead_s": 120},
+        Cause.PREEMPTED,
+    ),
     "preempted, mode CANCEL": ({"code": 75, "markers": stopped("TERM"), "log": PREEMPTION, "job": job("PREEMPTED")}, Cause.PREEMPTED),
     "preempted, ranks had no time": ({"code": 137, "signals": ["TERM"], "log": PREEMPTION, "job": job("COMPLETING", end_time="Unknown")}, Cause.PREEMPTED),
     "preempted, nobody had time": ({"code": 1, "log": PREEMPTION, "brought_back": True}, Cause.PREEMPTED),
-    "preempted, one rank stopped, another broke over it": ({"code": 75, "markers": {**stopped("TERM", 1), **failed(1, "RuntimeError", "Broken pipe")}, "log": PREEMPTION}, Cause.PREEMPTED),
-    "preempted while importing": ({"code": 143, "signals": ["TERM"], "job": job("COMPLETING", end_time="Unknown"), "log": PREEMPTION + ABORTED}, Cause.PREEMPTED),
+    "preempted, one rank stopped, another broke over it": (
+        {"code": 75, "markers": {**stopped("TERM", 1), **failed(1, "RuntimeError", "Broken pipe")}, "log": PREEMPTION},
+        Cause.PREEMPTED,
+    ),
+    "preempted while importing": (
+        {"code": 143, "signals": ["TERM"], "job": job("COMPLETING", end_time="Unknown"), "log": PREEMPTION + ABORTED},
+        Cause.PREEMPTED,
+    ),
     # time limit
     "time limit, warned": ({"code": 75, "markers": stopped("USR2"), "job": job(), "seconds_to_limit": 31.0, "lead_s": 45}, Cause.TIME_LIMIT),
     "time limit, warned 60 s early": ({"code": 75, "markers": stopped("USR2"), "job": job(), "seconds_to_limit": 104.0, "lead_s": 45}, Cause.TIME_LIMIT),
@@ -64,7 +94,10 @@ TABLE: dict[str, tuple[dict[str, object], Cause]] = {
     "time limit, state says it": ({"code": 75, "markers": stopped("TERM"), "job": job("TIMEOUT")}, Cause.TIME_LIMIT),
     "time limit, killed in a save": ({"code": 137, "log": line() + LIMIT, "signals": ["TERM"]}, Cause.TIME_LIMIT),
     # requeue by others
-    "scontrol requeue": ({"code": 75, "markers": stopped("TERM"), "signals": ["TERM"], "log": REQUEUE, "job": job("COMPLETING", end_time="Unknown")}, Cause.REQUEUED),
+    "scontrol requeue": (
+        {"code": 75, "markers": stopped("TERM"), "signals": ["TERM"], "log": REQUEUE, "job": job("COMPLETING", end_time="Unknown")},
+        Cause.REQUEUED,
+    ),
     "scontrol requeue, pending already": ({"code": 75, "markers": stopped("TERM"), "job": job("PENDING")}, Cause.REQUEUED),
     "a person sends TERM to the step": ({"code": 75, "markers": stopped("TERM"), "job": job()}, Cause.REQUEUED),
     # scancel
@@ -77,22 +110,47 @@ TABLE: dict[str, tuple[dict[str, object], Cause]] = {
     "a stop file": ({"code": 75, "markers": stopped("stop file"), "job": job()}, Cause.CANCELLED),
     "a stop file with a reason": ({"code": 75, "markers": stopped("stop file"), "stop_file": "lunch"}, Cause.CANCELLED),
     "a sweep gives a trial up": ({"code": 75, "markers": stopped("stop file"), "job": job(), "stop_file": "pruned at step 40"}, Cause.PRUNED),
-    "a sweep gives a trial up, and a preemption is faster": ({"code": 75, "markers": stopped("TERM"), "log": PREEMPTION, "stop_file": "pruned at step 40"}, Cause.PRUNED),
+    "a sweep gives a trial up, and a preemption is faster": (
+        {"code": 75, "markers": stopped("TERM"), "log": PREEMPTION, "stop_file": "pruned at step 40"},
+        Cause.PRUNED,
+    ),
     "a sweep gives a trial of a person's own script up": ({"code": 75, "own_script": True, "stop_file": "pruned at step 40"}, Cause.PRUNED),
     "a trial finished before it heard that it is given up": ({"code": 0, "markers": finished(0, 1), "stop_file": "pruned at step 40"}, Cause.FINISHED),
     # nodes
     "node down, told by scontrol update": ({"code": 143, "log": NODE + ABORTED, "signals": ["TERM"]}, Cause.NODE_FAILURE),
     "node down, ranks stopped in time": ({"code": 75, "markers": stopped("TERM"), "log": NODE, "signals": ["TERM"]}, Cause.NODE_FAILURE),
-    "slurmd and tasks killed, srun says 0": ({"code": 0, "markers": PEER, "log": "srun: First task exited 5s ago\nsrun: StepId=2.0 task 1: running\nsrun: error: Node failure on node2\n"}, Cause.NODE_FAILURE),
+    "slurmd and tasks killed, srun says 0": (
+        {"code": 0, "markers": PEER, "log": "srun: First task exited 5s ago\nsrun: StepId=2.0 task 1: running\nsrun: error: Node failure on node2\n"},
+        Cause.NODE_FAILURE,
+    ),
     "slurmd and tasks killed, not noticed yet by srun": ({"code": 1, "markers": PEER, "lost_nodes": ["node2"]}, Cause.NODE_FAILURE),
     "the batch node died": ({"code": 1, "brought_back": True}, Cause.NODE_FAILURE),
     "the batch node died, sacct": ({"code": 1, "accounting": ["NODE_FAIL", "FAILED", "COMPLETED"]}, Cause.NODE_FAILURE),
     "an ECC error": ({"code": 1, "markers": failed(1, "AcceleratorError", "CUDA error: uncorrectable ECC error encountered")}, Cause.NODE_FAILURE),
     # memory
-    "OverMemoryKill": ({"code": 137, "log": "slurmstepd-node1: error: Exceeded job memory limit\n" + line(what="STEP 1.0") + "srun: error: node2: task 1: Killed\n"}, Cause.OUT_OF_MEMORY),
-    "OverMemoryKill, in the rank's log": ({"code": 137, "rank_logs": "slurmstepd-node2: error: StepId=1.0 exceeded memory limit (193884160 > 157286400), being killed\n"}, Cause.OUT_OF_MEMORY),
-    "cgroup": ({"code": 137, "markers": PEER, "log": "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0. Some of the step tasks have been OOM Killed.\nsrun: error: node1: task 1: Out Of Memory\n"}, Cause.OUT_OF_MEMORY),
-    "cgroup, older words": ({"code": 137, "log": "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=5.batch. Some of your processes may have been killed by the cgroup out-of-memory handler.\n"}, Cause.OUT_OF_MEMORY),
+    "OverMemoryKill": (
+        {"code": 137, "log": "slurmstepd-node1: error: Exceeded job memory limit\n" + line(what="STEP 1.0") + "srun: error: node2: task 1: Killed\n"},
+        Cause.OUT_OF_MEMORY,
+    ),
+    "OverMemoryKill, in the rank's log": (
+        {"code": 137, "rank_logs": "slurmstepd-node2: error: StepId=1.0 exceeded memory limit (193884160 > 157286400), being killed\n"},
+        Cause.OUT_OF_MEMORY,
+    ),
+    "cgroup": (
+        {
+            "code": 137,
+            "markers": PEER,
+            "log": "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0. Some of the step tasks have been OOM Killed.\nsrun: error: node1: task 1: Out Of Memory\n",
+        },
+        Cause.OUT_OF_MEMORY,
+    ),
+    "cgroup, older words": (
+        {
+            "code": 137,
+            "log": "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=5.batch. Some of your processes may have been killed by the cgroup out-of-memory handler.\n",
+        },
+        Cause.OUT_OF_MEMORY,
+    ),
     "the step's row in sacct": ({"code": 137, "accounting": ["FAILED", "OUT_OF_MEMORY"]}, Cause.OUT_OF_MEMORY),
     "CUDA memory": ({"code": 1, "markers": {**failed(1, "OutOfMemoryError", "CUDA out of memory. Tried to allocate 2 GiB"), **PEER}}, Cause.OUT_OF_MEMORY),
     "Python's memory": ({"code": 1, "markers": failed(0, "MemoryError", "")}, Cause.OUT_OF_MEMORY),
@@ -102,7 +160,10 @@ TABLE: dict[str, tuple[dict[str, object], Cause]] = {
     "a job that can never run": ({"code": 78, "markers": failed(0, "ImpossibleJobError", "PRECISION=fp8 does not run on a CPU")}, Cause.CODE_ERROR),
     "import fails before a marker can be written": ({"code": 78}, Cause.CODE_ERROR),
     # storage
-    "disk full": ({"code": 1, "markers": {**failed(0, "OSError", "No space left on device", errno=28), **failed(1, "RuntimeError", "Connection reset by peer", 3.0)}}, Cause.STORAGE),
+    "disk full": (
+        {"code": 1, "markers": {**failed(0, "OSError", "No space left on device", errno=28), **failed(1, "RuntimeError", "Connection reset by peer", 3.0)}},
+        Cause.STORAGE,
+    ),
     "a checkpoint cannot be written": ({"code": 1, "markers": failed(0, "CheckpointError", "checkpoint of step 7 could not be written")}, Cause.STORAGE),
     # killed
     "SIGKILL of a rank": ({"code": 137, "markers": PEER, "job": job()}, Cause.KILLED),
@@ -111,7 +172,10 @@ TABLE: dict[str, tuple[dict[str, object], Cause]] = {
     "SIGSEGV": ({"code": 139}, Cause.KILLED),
     # hang
     "hang": ({"code": 137, "hang": {"evidence": "no progress for 20 s", "ranks": [1]}}, Cause.HANG),
-    "hang, and a rank that stopped when it was killed": ({"code": 137, "hang": {"evidence": "x"}, "markers": stopped("TERM", 1), "signals": ["TERM"]}, Cause.HANG),
+    "hang, and a rank that stopped when it was killed": (
+        {"code": 137, "hang": {"evidence": "x"}, "markers": stopped("TERM", 1), "signals": ["TERM"]},
+        Cause.HANG,
+    ),
     # a person's own script, which leaves no markers
     "own script, done": ({"code": 0, "own_script": True}, Cause.FINISHED),
     "own script, stopped at a preemption": ({"code": 75, "own_script": True, "signals": ["TERM"], "log": PREEMPTION}, Cause.PREEMPTED),
@@ -170,7 +234,9 @@ _evidence = st.builds(
     world=st.integers(1, 4),
     log=st.sampled_from(["", PREEMPTION, REQUEUE, NODE, line(), ABORTED, "srun: error: Node failure on node2", "Exceeded job memory limit"]),
     rank_logs=st.sampled_from(["", "Detected 1 oom_kill event"]),
-    job=st.one_of(st.none(), st.builds(job, st.sampled_from(["RUNNING", "COMPLETING", "PENDING", *ENDED]), preempted_at=st.sampled_from([None, "2026-11-21T23:43:00"]))),
+    job=st.one_of(
+        st.none(), st.builds(job, st.sampled_from(["RUNNING", "COMPLETING", "PENDING", *ENDED]), preempted_at=st.sampled_from([None, "2026-11-21T23:43:00"]))
+    ),
     seconds_to_limit=st.one_of(st.none(), st.floats(-1e9, 1e9)),
     lead_s=st.integers(0, 600),
     cancel_wished=st.booleans(),

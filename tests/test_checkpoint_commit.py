@@ -58,7 +58,26 @@ def test_strace_ends_the_writer_at_every_system_call_and_what_was_acknowledged_s
         folder.parent.mkdir()
         # Python itself writes, opens and closes a lot, but makes, renames and flushes nothing.
         paths = [word for path in _paths(folder) for word in ("-P", str(path))] if syscall in ("write", "close", "openat") else []
-        done = subprocess.run([strace, "-f", "-qq", *paths, "-e", f"trace={syscall}", "-e", f"inject={syscall}:signal=KILL:when={number}", "-o", "/dev/null", *PYTHON, "write", str(folder)], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [
+                strace,
+                "-f",
+                "-qq",
+                *paths,
+                "-e",
+                f"trace={syscall}",
+                "-e",
+                f"inject={syscall}:signal=KILL:when={number}",
+                "-o",
+                "/dev/null",
+                *PYTHON,
+                "write",
+                str(folder),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         if "ptrace" in done.stderr or "not permitted" in done.stderr:
             pytest.skip(f"strace may not trace here: {done.stderr.strip()[:80]}")
         assert done.returncode in (0, -9, 137), done.stderr
@@ -137,7 +156,19 @@ def test_all_calls_that_change_the_disk_go_through_the_seam() -> None:
     # A call beside the seam would be a call that no sweep ends.
     text = Path(sys.modules["train.commit"].__file__ or "").read_text()
     body = text.partition("DISK = Disk()")[2]
-    for call in ("os.mkdir", "os.open(", "os.write", "os.fsync", "os.close", "os.rename", "os.unlink", "os.rmdir", "shutil", ".mkdir(parents", ".unlink(missing"):
+    for call in (
+        "os.mkdir",
+        "os.open(",
+        "os.write",
+        "os.fsync",
+        "os.close",
+        "os.rename",
+        "os.unlink",
+        "os.rmdir",
+        "shutil",
+        ".mkdir(parents",
+        ".unlink(missing",
+    ):
         assert call not in body, f"{call} beside Disk"
     assert set(CALLS) == {name for name in vars(Disk) if not name.startswith("_")}
 

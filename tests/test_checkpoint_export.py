@@ -90,7 +90,13 @@ def test_a_damaged_checkpoint_is_not_exported(run: RunDir, tmp_path: Path) -> No
 
 
 def test_ls_and_verify_speak_of_every_checkpoint_without_torch(run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "launcher.cli", "ckpt", "ls", str(run.path), "--json"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "launcher.cli", "ckpt", "ls", str(run.path), "--json"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert not [line for line in done.stderr.splitlines() if line.endswith("| torch")]
     [row] = json.loads(done.stdout)
     assert (row["step"], row["state"], row["world"]) == (8, "complete", 2)

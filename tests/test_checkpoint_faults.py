@@ -38,7 +38,10 @@ def small_model(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
 def write(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     commit = Commit(folder, step, 1)
     commit.begin()
-    files = {ckpt_format.file_name(kind): commit.write(ckpt_format.file_name(kind), checkpoint.safetensors_parts(rows)) for kind, rows in checkpoint.content(model, optimizer, 0).items()}
+    files = {
+        ckpt_format.file_name(kind): commit.write(ckpt_format.file_name(kind), checkpoint.safetensors_parts(rows))
+        for kind, rows in checkpoint.content(model, optimizer, 0).items()
+    }
     commit.finish(files, State(step=step, tokens=step, seed=0, max_steps=9, batch_size=1, data="d", precision="fp32", world=1).plain())
 
 
@@ -272,7 +275,9 @@ def test_free_space_is_asked_for_before_anything_is_written(farm: Farm, monkeypa
     class Stub:
         _run, _job = farm.prepare(), type("Job", (), {"keep_last": 2})()
 
-    save = module._Save(State(step=1, tokens=0, seed=0, max_steps=1, batch_size=1, data="", precision="", world=1), {"model": [b"x" * 5_000_000]}, 0.0, 0.0, False, 1)
+    save = module._Save(
+        State(step=1, tokens=0, seed=0, max_steps=1, batch_size=1, data="", precision="", world=1), {"model": [b"x" * 5_000_000]}, 0.0, 0.0, False, 1
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 4_000_000})())
     with pytest.raises(OSError, match=r"it needs 4.8 MiB, the disk has 3.8 MiB left. KEEP_LAST=2 needs room for 3"):
         module.Saver._check_room(Stub(), save)  # type: ignore[arg-type]

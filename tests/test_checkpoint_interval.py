@@ -19,7 +19,16 @@ def end(cause: str, lost: int = 0, hours: float = 1.0) -> dict[str, object]:
 
 
 def test_only_stops_that_nobody_announced_count_as_failures() -> None:
-    ledger = [end("preempted"), end("time_limit"), end("requeued"), end("finished"), end("killed", 3), end("node_failure", 9), end("preempted", lost=5), {"event": "start", "attempt": 9}]
+    ledger = [
+        end("preempted"),
+        end("time_limit"),
+        end("requeued"),
+        end("finished"),
+        end("killed", 3),
+        end("node_failure", 9),
+        end("preempted", lost=5),
+        {"event": "start", "attempt": 9},
+    ]
     assert history_of(ledger) == History(hours=7.0, failures=3)
 
 

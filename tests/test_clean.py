@@ -59,11 +59,15 @@ def names(folder: Path) -> list[str]:
 def test_without_yes_nothing_goes_and_what_would_is_said_with_its_size(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     made(runs, "old", age_s=40 * DAY_S), made(runs, "new")
-    done = subprocess.run([sys.executable, "-m", "launcher.cli", "clean", "--older", "30d", f"RUNS_DIR={runs}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher.cli", "clean", "--older", "30d", f"RUNS_DIR={runs}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0 and "1 of 2 runs would go" in done.stdout and "--yes does it" in done.stdout and " MB" in done.stdout
     assert "left: last touched" in done.stdout
     assert names(runs) == ["new", "old"]
-    done = subprocess.run([sys.executable, "-m", "launcher.cli", "clean", "--yes", f"RUNS_DIR={runs}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher.cli", "clean", "--yes", f"RUNS_DIR={runs}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
     assert "nothing is chosen" in done.stdout and names(runs) == ["new", "old"]
 
 

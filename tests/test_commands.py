@@ -156,7 +156,9 @@ def test_an_sbatch_whose_answer_was_lost_has_submitted_all_the_same(cluster: Clu
     tool = tmp_path / "bin" / "sbatch"
     tool.parent.mkdir()
     # It queues the job and then reports what a client says when slurmctld answers too late.
-    tool.write_text(f'#!/bin/bash\n"{shutil.which("sbatch")}" "$@" || exit\n[[ " $* " = *" --test-only "* ]] && exit 0\necho "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2\nexit 1\n')
+    tool.write_text(
+        f'#!/bin/bash\n"{shutil.which("sbatch")}" "$@" || exit\n[[ " $* " = *" --test-only "* ]] && exit 0\necho "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2\nexit 1\n'
+    )
     tool.chmod(0o755)
     words = ["--json", f"RUNS_DIR={tmp_path}/runs", *pairs(ONE), "SBATCH_OPTIONS=hold="]
     answer = json.loads(cluster.holdfast("submit", *words, PATH=f"{tool.parent}:{cluster.env['PATH']}").stdout)
@@ -170,7 +172,9 @@ def test_run_trains_in_the_foreground_and_ctrl_c_saves_and_resume_goes_on(tmp_pa
     straight = holdfast("run", *words, "RUN_ID=straight")
     assert straight.returncode == 0, straight.stderr
     assert "step 400/400" in straight.stdout
-    process = subprocess.Popen([HOLDFAST, "run", *words, "RUN_ID=halved"], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [HOLDFAST, "run", *words, "RUN_ID=halved"], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     run = RunDir(runs / "quickstart-halved")
     until(lambda: run.attempt(1).progress.exists() and int(run.attempt(1).progress.read_text() or 0) > 20, 60, "step 20")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it

@@ -117,7 +117,14 @@ ask 'holdfast submit PRECISION=bf'
 complete -p holdfast
 """
     bin_folder = f"{HOLDFAST.parent}:{os.environ['PATH']}"
-    done = subprocess.run(["bash", "--norc", "-c", ask], cwd=runs.parent, env={**os.environ, "PATH": bin_folder, "RUNS_DIR": str(runs)}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "--norc", "-c", ask],
+        cwd=runs.parent,
+        env={**os.environ, "PATH": bin_folder, "RUNS_DIR": str(runs)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.stdout.splitlines() == [
         "watch|",
         "PRECISION=|",

@@ -84,7 +84,9 @@ def tokenizer(path: Path) -> Path:
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>", "[CLS]"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>", "[CLS]"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     made.train_from_iterator(TEXTS, trainer)
     made.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 1)])
     made.enable_truncation(8)
@@ -176,7 +178,10 @@ def test_bad_input_is_one_message_that_says_where_and_leaves_nothing(tmp_path: P
     content, said = BAD[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SettingError, match=said):
-        build([str(jsonl(tmp_path / "good.jsonl", TEXTS)), str(tmp_path / name)] if "nothing" not in name and "blank" not in name else [str(tmp_path / name)], tmp_path / "out")
+        build(
+            [str(jsonl(tmp_path / "good.jsonl", TEXTS)), str(tmp_path / name)] if "nothing" not in name and "blank" not in name else [str(tmp_path / name)],
+            tmp_path / "out",
+        )
     assert {path.name for path in tmp_path.iterdir()} <= {name, "good.jsonl"}
 
 
@@ -191,7 +196,14 @@ def test_a_parquet_or_saved_set_without_the_column_names_those_there_are(tmp_pat
 
 
 def holdfast(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "launcher.cli", "data", "build", *words], cwd=cwd, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "launcher.cli", "data", "build", *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_the_command_builds_says_what_and_refuses_in_one_message(tmp_path: Path) -> None:
@@ -258,7 +270,12 @@ def test_rows_of_text_are_encoded_when_they_are_read_and_dealt_evenly(tmp_path: 
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"colum": "a"}, "Did you mean 'column'"), ({"column": "txt"}, "has no column 'txt'.*Did you mean --column text"), ({"val_share": 2}, "must be between 0 and 1"), ({"tokenizer": "/nowhere"}, "not found; give a local tokenizer.json")],
+    [
+        ({"colum": "a"}, "Did you mean 'column'"),
+        ({"column": "txt"}, "has no column 'txt'.*Did you mean --column text"),
+        ({"val_share": 2}, "must be between 0 and 1"),
+        ({"tokenizer": "/nowhere"}, "not found; give a local tokenizer.json"),
+    ],
 )
 def test_options_of_a_set_that_cannot_be_are_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     where = rows_set(tmp_path / "set", train={"text": TEXTS})

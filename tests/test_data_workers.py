@@ -150,7 +150,17 @@ def alive(pid: int) -> bool:
         return False
 
 
-WORKERS = {"MODEL": "own_models:regression", "MODEL_OPTIONS": "{}", "DATA": "own_models:numbers", "NUM_WORKERS": "2", "PRECISION": "fp32", "MAX_STEPS": "24", "EVAL_EVERY": "12", "CHECKPOINT_EVERY": "6", "GPUS_PER_NODE": "1"}
+WORKERS = {
+    "MODEL": "own_models:regression",
+    "MODEL_OPTIONS": "{}",
+    "DATA": "own_models:numbers",
+    "NUM_WORKERS": "2",
+    "PRECISION": "fp32",
+    "MAX_STEPS": "24",
+    "EVAL_EVERY": "12",
+    "CHECKPOINT_EVERY": "6",
+    "GPUS_PER_NODE": "1",
+}
 
 
 def test_a_killed_run_with_workers_ends_with_the_bits_of_one_without(farm: Farm) -> None:
@@ -224,7 +234,9 @@ def test_cudnn_benchmark_is_on_only_where_it_can_help_and_else_says_why() -> Non
     assert "fixed_shapes" in str(switches.no_cudnn_benchmark(ConvNet(), Augmented(), gpu))
     before = torch.backends.cudnn.benchmark
     try:
-        assert switches.apply(job_of(cudnn_benchmark=True), ConvNet(), Shapes(), gpu) == ["cudnn_benchmark: convolutions are timed in the first step, the fastest way is kept"]
+        assert switches.apply(job_of(cudnn_benchmark=True), ConvNet(), Shapes(), gpu) == [
+            "cudnn_benchmark: convolutions are timed in the first step, the fastest way is kept"
+        ]
         assert torch.backends.cudnn.benchmark
         (line,) = switches.apply(job_of(cudnn_benchmark=True), ConvNet(), Augmented(), gpu)
         assert line.startswith("warning: CUDNN_BENCHMARK has no effect") and not torch.backends.cudnn.benchmark

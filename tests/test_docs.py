@@ -99,11 +99,18 @@ def test_a_block_says_what_it_is(block: Block) -> None:
 def test_the_reading_of_blocks_sees_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "REPOSITORY", tmp_path)
     page = tmp_path / "x.md"
-    page.write_text("- a list\n\n    that goes on\n\ntext\n\n    shown 1\n\n    shown 2\n\n<!-- run -->\n\n    holdfast status  # remark\n\n```sh fails\nfalse\n```\n```sh not-run: why\nx \\\n  y\n```\n")
+    page.write_text(
+        "- a list\n\n    that goes on\n\ntext\n\n    shown 1\n\n    shown 2\n\n<!-- run -->\n\n    holdfast status  # remark\n\n```sh fails\nfalse\n```\n```sh not-run: why\nx \\\n  y\n```\n"
+    )
     assert [(block.kind, block.how, block.text) for block in blocks_of(page)] == [
         ("shown", "", "shown 1\n\nshown 2"), ("sh", "", "holdfast status  # remark"), ("sh", "fails", "false"), ("sh", "not-run", "x \\\n  y"),
     ]  # fmt: skip
-    assert commands_of("holdfast status  # remark\nx \\\n  y\n# remark\ncat > f <<'END'\nholdfast nonsense\nEND\nls") == ["holdfast status", "x  y", "cat > f", "ls"]
+    assert commands_of("holdfast status  # remark\nx \\\n  y\n# remark\ncat > f <<'END'\nholdfast nonsense\nEND\nls") == [
+        "holdfast status",
+        "x  y",
+        "cat > f",
+        "ls",
+    ]
 
 
 # -- what is only shown ------------------------------------------------------------------------------------------------
@@ -115,7 +122,9 @@ def known_commands() -> dict[str, set[str]]:
 
     def walk(group: object, prefix: str) -> None:
         for name, command in getattr(group, "commands", {}).items():
-            found[f"{prefix}{name}"] = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts) if option.startswith("-")} | {"--help"}
+            found[f"{prefix}{name}"] = {
+                option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts) if option.startswith("-")
+            } | {"--help"}
             walk(command, f"{prefix}{name} ")
 
     walk(typer.main.get_command(app), "")
@@ -123,7 +132,9 @@ def known_commands() -> dict[str, set[str]]:
 
 
 COMMANDS = known_commands()
-MAKE_TARGETS = set(re.findall(r"^([a-z-]+)(?= *[a-z-]*:)", (REPOSITORY / "Makefile").read_text(), re.M)) | set(re.search(r"JOB_TARGETS := (.*)", (REPOSITORY / "Makefile").read_text())[1].split())  # type: ignore[index]
+MAKE_TARGETS = set(re.findall(r"^([a-z-]+)(?= *[a-z-]*:)", (REPOSITORY / "Makefile").read_text(), re.M)) | set(
+    re.search(r"JOB_TARGETS := (.*)", (REPOSITORY / "Makefile").read_text())[1].split()
+)  # type: ignore[index]
 
 
 def wrong_words(command: str) -> list[str]:
@@ -160,14 +171,24 @@ def shown_commands(block: Block) -> list[str]:
     if block.kind not in ("sh", "shown"):
         return []
     lines = commands_of(block.text) if block.kind == "sh" else [line.strip() for line in block.text.splitlines()]
-    return [re.split(r"\s{3,}", line.removeprefix("$ "))[0] for line in lines if re.match(r"\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:holdfast|make) ", line)]
+    return [
+        re.split(r"\s{3,}", line.removeprefix("$ "))[0] for line in lines if re.match(r"\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:holdfast|make) ", line)
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_targets_options_and_settings_that_a_page_names_exist(page: Path) -> None:
-    wrong = [f"{where(block)}: {command}: no {word}" for block in BLOCKS if block.page == page.relative_to(REPOSITORY).as_posix() and block.how != "fails" for command in shown_commands(block) for word in wrong_words(command)]
+    wrong = [
+        f"{where(block)}: {command}: no {word}"
+        for block in BLOCKS
+        if block.page == page.relative_to(REPOSITORY).as_posix() and block.how != "fails"
+        for command in shown_commands(block)
+        for word in wrong_words(command)
+    ]
     inline = re.findall(r"`((?:holdfast|make) [^`\n]+)`", page.read_text())
-    wrong += [f"{page.name}: `{command}`: no {word}" for command in inline for word in wrong_words(command.replace("[", " ").replace("]", " ").replace("|", " "))]
+    wrong += [
+        f"{page.name}: `{command}`: no {word}" for command in inline for word in wrong_words(command.replace("[", " ").replace("]", " ").replace("|", " "))
+    ]
     assert not wrong, "\n".join(wrong)
 
 

@@ -51,7 +51,21 @@ def sections(*moves: tuple[str, float]) -> tuple[dict[str, Any], float]:
     return json.loads(json.dumps(clock.record())), hands.at - 100.0
 
 
-ORDERLY = [("", 3), ("restore", 2), ("first_step", 6), ("step", 1), ("step", 1), ("save2", 0), ("save_stall", 0.5), ("useful", 0), ("step", 2), ("data_wait", 0.5), ("useful", 0.5), ("step", 0.25), ("stop", 4)]
+ORDERLY = [
+    ("", 3),
+    ("restore", 2),
+    ("first_step", 6),
+    ("step", 1),
+    ("step", 1),
+    ("save2", 0),
+    ("save_stall", 0.5),
+    ("useful", 0),
+    ("step", 2),
+    ("data_wait", 0.5),
+    ("useful", 0.5),
+    ("step", 0.25),
+    ("stop", 4),
+]
 
 
 def test_an_orderly_attempt_is_split_without_a_rest() -> None:
@@ -59,7 +73,15 @@ def test_an_orderly_attempt_is_split_without_a_rest() -> None:
     parts = parts_of(record, seconds + 1, Cause.PREEMPTED)
     # Four steps in all: 4.75 s of work in three of them, the first one's worth is taken out of its 6 s.
     ordinary = round(4.75 / 3, 3)
-    assert parts == {"start_up": 3, "restore": 2, "first_step": round(6 - ordinary, 3), "useful": round(4.75 + ordinary, 3), "save_stall": 0.5, "data_wait": 0.5, "stop": 5}
+    assert parts == {
+        "start_up": 3,
+        "restore": 2,
+        "first_step": round(6 - ordinary, 3),
+        "useful": round(4.75 + ordinary, 3),
+        "save_stall": 0.5,
+        "data_wait": 0.5,
+        "stop": 5,
+    }
     assert sum(parts.values()) == pytest.approx(seconds + 1)
     # The third step was at work when the save of the second began.
     assert record["marks"] == [[2, 2.0]]
@@ -144,7 +166,10 @@ def test_a_ledger_from_before_the_clock_is_all_other_and_an_empty_one_is_nothing
     assert account([]).allocation_s == 0 and account([]).useful_share is None
 
 
-MOVES = st.lists(st.tuples(st.sampled_from(["restore", "first_step", "step", "save3", "save_stall", "data_wait", "evaluation", "useful", "stop", "fail"]), st.floats(0, 50)), max_size=30)
+MOVES = st.lists(
+    st.tuples(st.sampled_from(["restore", "first_step", "step", "save3", "save_stall", "data_wait", "evaluation", "useful", "stop", "fail"]), st.floats(0, 50)),
+    max_size=30,
+)
 
 
 @given(MOVES, st.floats(0, 100), st.sampled_from([*Cause, None]))

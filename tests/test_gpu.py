@@ -195,7 +195,21 @@ def test_cudnn_times_its_convolutions_where_shapes_are_fixed() -> None:
 def test_the_ordinary_entry_point_names_the_gpu_and_logs_finite_numbers(tmp_path: Path) -> None:
     from benchmarks.hardware import train
 
-    words = ["MODEL=nano", "SEQ_LEN=64", "BATCH_SIZE=8", "MAX_STEPS=20", "EVAL_EVERY=10", "EVAL_SAMPLES=16", "CHECKPOINT_EVERY=10", "LOG_EVERY=1", "DEVICE=cuda", "NODES=1", "GPUS_PER_NODE=1", "SITE=generic", "PROFILE_STEPS=3-4"]
+    words = [
+        "MODEL=nano",
+        "SEQ_LEN=64",
+        "BATCH_SIZE=8",
+        "MAX_STEPS=20",
+        "EVAL_EVERY=10",
+        "EVAL_SAMPLES=16",
+        "CHECKPOINT_EVERY=10",
+        "LOG_EVERY=1",
+        "DEVICE=cuda",
+        "NODES=1",
+        "GPUS_PER_NODE=1",
+        "SITE=generic",
+        "PROFILE_STEPS=3-4",
+    ]
     run = train(tmp_path, "gpu", words)
     text = "\n".join(path.read_text() for path in run.logs.glob("*.0.out"))
     gpu = torch.cuda.get_device_properties(0)
@@ -223,4 +237,10 @@ def test_gradients_of_two_gpus_under_ddp_and_fsdp_equal_those_of_one(tmp_path: P
         one = gradients_of(gradient_job("cuda", 1), One(GPU), case)
         for name, expected in one.items():
             for way in ("ddp", "fsdp"):
-                torch.testing.assert_close(over_two[f"{way} {case}"][name], expected, rtol=0, atol=1e-4 * float(expected.abs().max()), msg=lambda text, name=name, way=way: f"{name}, {way}: {text}")
+                torch.testing.assert_close(
+                    over_two[f"{way} {case}"][name],
+                    expected,
+                    rtol=0,
+                    atol=1e-4 * float(expected.abs().max()),
+                    msg=lambda text, name=name, way=way: f"{name}, {way}: {text}",
+                )

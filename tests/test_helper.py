@@ -33,12 +33,28 @@ def end_of(seed: int, steps: int, rank: int = 0) -> int:
 
 
 def own_run(runs: Path, *args: str, **settings: str) -> RunDir:
-    words = {"ENTRY": str(SCRIPT), "ENTRY_ARGS": ",".join(args), "DEVICE": "cpu", "NODES": "1", "GPUS_PER_NODE": "1", "SEED": "5", "RUNS_DIR": str(runs), **settings}
+    words = {
+        "ENTRY": str(SCRIPT),
+        "ENTRY_ARGS": ",".join(args),
+        "DEVICE": "cpu",
+        "NODES": "1",
+        "GPUS_PER_NODE": "1",
+        "SEED": "5",
+        "RUNS_DIR": str(runs),
+        **settings,
+    }
     return prepare(resolve_here([f"{key}={value}" for key, value in words.items()], {}, REPOSITORY), REPOSITORY, sys.executable)[0]
 
 
 def by_hand(cwd: Path, *args: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, str(SCRIPT), *args], cwd=cwd, env={**ENVIRON, "PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *args],
+        cwd=cwd,
+        env={**ENVIRON, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def steps_of(run: RunDir) -> list[int]:
@@ -51,7 +67,9 @@ def causes(run: RunDir) -> list[str]:
 
 def test_it_needs_the_standard_library_only() -> None:
     """A container that trains need not know what the launcher is made of."""
-    program = "import sys, holdfast; print(sorted({name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names) - {'__main__', '__mp_main__'}))"
+    program = (
+        "import sys, holdfast; print(sorted({name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names) - {'__main__', '__mp_main__'}))"
+    )
     done = subprocess.run([sys.executable, "-S", "-c", program], env={"PYTHONPATH": str(REPOSITORY)}, cwd="/", capture_output=True, text=True, timeout=120)
     assert done.stdout == "['holdfast', 'jobs']\n", done.stdout + done.stderr
 
@@ -169,7 +187,9 @@ def test_a_stop_before_the_script_asks_ends_it_with_75(tmp_path: Path) -> None:
 
 def test_settings_of_the_job_can_be_read(tmp_path: Path) -> None:
     script = tmp_path / "ask.py"
-    script.write_text("import holdfast\nprint('said', [holdfast.setting(n) for n in ('lr', 'note', 'entry_args', 'compile', 'qos')], holdfast.attempt)\ntry:\n  holdfast.setting('nonsense')\nexcept KeyError as err:\n  print(err)\n")
+    script.write_text(
+        "import holdfast\nprint('said', [holdfast.setting(n) for n in ('lr', 'note', 'entry_args', 'compile', 'qos')], holdfast.attempt)\ntry:\n  holdfast.setting('nonsense')\nexcept KeyError as err:\n  print(err)\n"
+    )
     run = own_run(tmp_path / "runs", "a b", ENTRY=str(script), LR="2e-4", NOTE="Zürich: 🙂 \\ # x")
     assert run_attempts(run, {**ENVIRON, "PYTHONUTF8": "1"}) == Exit.DONE
     said = run.log(ledger.read(run.ledger)[0]["job_id"], 0).read_text()

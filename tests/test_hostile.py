@@ -35,7 +35,9 @@ ENDS_A_LINE = ("\n", "\r\n", "\ntouch x\n", "\n#SBATCH --wrap=x\n", "\x00", "\x8
 UNENCODABLE = ("\ud800", "\udcff")
 
 # One line of text that a file name, an argument and a variable can all have.
-line = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join) | st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1, max_size=40)
+line = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join) | st.text(
+    st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1, max_size=40
+)
 anything = (
     line
     | st.lists(st.sampled_from((*PIECES, *ENDS_A_LINE, *UNENCODABLE)), max_size=6).map("".join)
@@ -170,7 +172,9 @@ class Stage:
 
 
 # Refused as folders, and not here but in tests of their own: a backslash, and around a container a comma or colon.
-folder_name = line.map(lambda text: text.translate(str.maketrans("/\\,:", "----")).encode()[:100].decode(errors="ignore")).filter(lambda text: text.strip(".") != "")
+folder_name = line.map(lambda text: text.translate(str.maketrans("/\\,:", "----")).encode()[:100].decode(errors="ignore")).filter(
+    lambda text: text.strip(".") != ""
+)
 
 
 @given(
@@ -188,7 +192,9 @@ folder_name = line.map(lambda text: text.translate(str.maketrans("/\\,:", "----"
     parent=folder_name, tools=folder_name, array=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=80, deadline=None)
-def test_nothing_in_a_script_is_executed_and_every_value_arrives(tmp_path_factory: pytest.TempPathFactory, values: dict[str, object], parent: str, tools: str, array: bool) -> None:
+def test_nothing_in_a_script_is_executed_and_every_value_arrives(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, object], parent: str, tools: str, array: bool
+) -> None:
     stage = Stage(tmp_path_factory.mktemp("stage"))
     run = RunDir(stage.room / "runs" / parent / "a-b")
     run.code.mkdir(parents=True)
@@ -267,7 +273,7 @@ def test_variables_of_an_attempt_are_sourced_as_they_are(tmp_path_factory: pytes
 
 @pytest.mark.slurm
 def test_hostile_text_reaches_the_training_process_of_a_real_job_unchanged(cluster: Cluster) -> None:
-    room = cluster.runs.parent / "it's \"all\" $(touch x); mine"
+    room = cluster.runs.parent / 'it\'s "all" $(touch x); mine'
     corpus = room / "50 % of `touch x` 日本" / "corpus one.txt"
     corpus.parent.mkdir(parents=True)
     for index in range(2):

@@ -88,7 +88,11 @@ def test_accounts_are_read_and_their_absence_is_no_error(alps: Found) -> None:
 
 def test_the_obvious_choice_is_the_partition_with_gpus_and_the_default_account(alps: Found) -> None:
     assert choose(alps, {}, None, takes_defaults=True) == {"partition": "preempt", "account": "research", "qos": ""}
-    assert choose(alps, {"partition": "debug", "account": "teaching", "qos": "normal"}, None, takes_defaults=False) == {"partition": "debug", "account": "teaching", "qos": "normal"}
+    assert choose(alps, {"partition": "debug", "account": "teaching", "qos": "normal"}, None, takes_defaults=False) == {
+        "partition": "debug",
+        "account": "teaching",
+        "qos": "normal",
+    }
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,10 @@ def test_the_file_resolves_to_what_was_found(alps: Found, name: str, tmp_path: P
     else:
         assert (job.gpu_request, job.device) == ("none", "cpu") and "gpus_per_node" not in values
     # What stands behind a # can be uncommented as it is.
-    bare = "\n".join(line.removeprefix("# ") if line.startswith("# ") and line[2:].partition(":")[0] in type(job).model_fields else line for line in path.read_text().splitlines())
+    bare = "\n".join(
+        line.removeprefix("# ") if line.startswith("# ") and line[2:].partition(":")[0] in type(job).model_fields else line
+        for line in path.read_text().splitlines()
+    )
     path.write_text(bare.replace("[cuda/13.0]", "[]"))
     resolve(["NODES=1", "GPUS_PER_NODE=4", f"SITE={path}"], {}, REPOSITORY, lambda word: sitefile.find(word, REPOSITORY))
     assert len(yaml.safe_load(bare)) > len(values) + 4
@@ -141,7 +148,14 @@ def test_odd_names_are_written_so_that_they_come_back(alps: Found, tmp_path: Pat
 def test_on_the_lab_the_file_is_right_and_a_job_runs_with_it(cluster: Cluster, tmp_path: Path) -> None:
     def init(*words: str) -> subprocess.CompletedProcess[str]:
         env = {name: value for name, value in cluster.env.items() if name not in ("HOLDFAST_SITE", "RUNS_DIR")}
-        return subprocess.run([sys.executable, "-m", "launcher.cli", "init", *words], cwd=tmp_path, env={**env, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            [sys.executable, "-m", "launcher.cli", "init", *words],
+            cwd=tmp_path,
+            env={**env, "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
     done = init()
     assert done.returncode == 2 and "say PARTITION=low (or high)" in done.stderr and not any(tmp_path.iterdir())
@@ -149,7 +163,15 @@ def test_on_the_lab_the_file_is_right_and_a_job_runs_with_it(cluster: Cluster, t
     answer = json.loads(done.stdout)
     assert answer["chosen"] == {"partition": "low", "account": "", "qos": ""} and "to start at" in answer["slurm_says"], answer
     written = (tmp_path / "sites/mine.yaml").read_text()
-    assert yaml.safe_load(written) == {"partition": "low", "gpu_request": "gpus-per-node", "gpu_type": "h100", "gpus_per_node": 8, "cpus_per_gpu": 2, "device": "cpu", "mem_gb": 4}
+    assert yaml.safe_load(written) == {
+        "partition": "low",
+        "gpu_request": "gpus-per-node",
+        "gpu_type": "h100",
+        "gpus_per_node": 8,
+        "cpus_per_gpu": 2,
+        "device": "cpu",
+        "mem_gb": 4,
+    }
     refused = init("PARTITION=high", "sites/mine.yaml")
     assert refused.returncode == 2 and "--force" in refused.stderr and (tmp_path / "sites/mine.yaml").read_text() == written
     done = init("PARTITION=high", "--force", "sites/mine.yaml")
@@ -165,7 +187,14 @@ def test_on_the_lab_the_file_is_right_and_a_job_runs_with_it(cluster: Cluster, t
 @pytest.mark.slurm
 def test_at_a_terminal_it_asks_and_asks_again(cluster: Cluster, tmp_path: Path) -> None:
     master, slave = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-m", "launcher.cli", "init"], cwd=tmp_path, env={**cluster.env, "PYTHONPATH": str(REPOSITORY), "TERM": "dumb"}, stdin=slave, stdout=slave, stderr=slave)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launcher.cli", "init"],
+        cwd=tmp_path,
+        env={**cluster.env, "PYTHONPATH": str(REPOSITORY), "TERM": "dumb"},
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+    )
     os.close(slave)
     os.write(master, b"hihg\nhigh\n")
     assert process.wait(120) == 0

@@ -49,9 +49,7 @@ def room() -> Iterator[Path]:
 
 
 def client(of: Lab, *command: str, timeout_s: float = 90) -> str:
-    done = subprocess.run(
-        command, env={**os.environ, **of.env()}, cwd=of.root, capture_output=True, text=True, timeout=timeout_s
-    )
+    done = subprocess.run(command, env={**os.environ, **of.env()}, cwd=of.root, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -121,9 +119,7 @@ def test_all_wrong_values_of_a_config_are_named_at_once() -> None:
 
 
 def test_configuration_says_what_was_asked_for(tmp_path: Path) -> None:
-    config = LabConfig(
-        nodes=3, gpus=2, grace_s=7, preempt_mode="CANCEL", user_signal=True, extra_conf="DebugFlags=Gres"
-    )
+    config = LabConfig(nodes=3, gpus=2, grace_s=7, preempt_mode="CANCEL", user_signal=True, extra_conf="DebugFlags=Gres")
     text = lab_conf.slurm_conf(config, tmp_path, 12000, "ada", "box")
     assert "SlurmUser=ada\n" in text
     assert "NodeName=node[1-3] NodeHostname=box NodeAddr=127.0.0.1 Port=[12002-12004]" in text
@@ -143,9 +139,7 @@ def test_real_gpus_are_dealt_out_to_the_nodes(tmp_path: Path) -> None:
 
 
 def test_host_name_of_the_machine_means_loopback_inside() -> None:
-    text = lab_conf.hosts(
-        "127.0.0.1 localhost\n10.1.2.3 box.site box other # me\n::1 box\n", ("box.site", "box"), ("node1",)
-    )
+    text = lab_conf.hosts("127.0.0.1 localhost\n10.1.2.3 box.site box other # me\n::1 box\n", ("box.site", "box"), ("node1",))
     assert text == "127.0.0.1 box.site box\n127.0.0.11 node1\n127.0.0.1 localhost\n10.1.2.3 other\n"
 
 
@@ -350,9 +344,7 @@ def test_failed_start_shows_the_reason_and_leaves_nothing(room: Path) -> None:
 @real()
 def test_daemons_let_go_of_the_callers_output_and_outlive_it(room: Path) -> None:
     code = "import sys; from pathlib import Path; from slurm import lab; lab.start(Path(sys.argv[1])); print('up')"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(room / "lab")], cwd=REPO, capture_output=True, text=True, timeout=20
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(room / "lab")], cwd=REPO, capture_output=True, text=True, timeout=20)
     assert done.stdout == "up\n", done.stderr
     cluster = lab.find(room / "lab")
     assert cluster and cluster.config == LabConfig()

@@ -36,7 +36,18 @@ def test_a_torn_last_line_costs_itself_and_nothing_else(tmp_path_factory: pytest
     assert steps == [*range(kept), 9]
 
 
-@pytest.mark.parametrize("rubbish", [b'{"event": "sta', b"\0" * 512, b"[1, 2]\n", b'{"event": "end"}\n', b'{"event": "end", "attempt": "1", "job_id": "7", "time": 1}\n', b'"end"\n', b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "rubbish",
+    [
+        b'{"event": "sta',
+        b"\0" * 512,
+        b"[1, 2]\n",
+        b'{"event": "end"}\n',
+        b'{"event": "end", "attempt": "1", "job_id": "7", "time": 1}\n',
+        b'"end"\n',
+        b"\xff\xfe\n",
+    ],
+)
 def test_what_is_no_event_is_left_out(tmp_path: Path, rubbish: bytes) -> None:
     path = tmp_path / "ledger.jsonl"
     write(path, 1)

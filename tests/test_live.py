@@ -91,8 +91,22 @@ def test_a_line_covers_the_time_since_the_one_before() -> None:
 
 
 def test_the_progress_line_says_what_there_is_and_leaves_out_what_was_not_waited_for() -> None:
-    line = {"step": 20, "loss": 2.5, "lr": 1e-3, "tokens_per_s": 12345.6, "tflops": 523.4, "peak_pct": 52.9, "gpu_memory_gib": 45.25, "loss_scale": 65536.0, "data_wait_pct": 12.3, "save_wait_pct": 0.2}
-    assert progress_text(line, 100) == "step 20/100 · loss 2.5000 · lr 1.00e-03 · 12,346 tok/s · 523 TFLOP/s (52.9 % of peak) · 45.2 GiB · loss scale 65536 · 12 % waiting for data"
+    line = {
+        "step": 20,
+        "loss": 2.5,
+        "lr": 1e-3,
+        "tokens_per_s": 12345.6,
+        "tflops": 523.4,
+        "peak_pct": 52.9,
+        "gpu_memory_gib": 45.25,
+        "loss_scale": 65536.0,
+        "data_wait_pct": 12.3,
+        "save_wait_pct": 0.2,
+    }
+    assert (
+        progress_text(line, 100)
+        == "step 20/100 · loss 2.5000 · lr 1.00e-03 · 12,346 tok/s · 523 TFLOP/s (52.9 % of peak) · 45.2 GiB · loss scale 65536 · 12 % waiting for data"
+    )
     plain = {"step": 1, "loss": 2.5, "lr": 0.0, "tokens_per_s": 10.0, "tflops": 0.00123, "data_wait_pct": 0.0, "save_wait_pct": 0.0, "val_loss": 2.0}
     assert progress_text(plain, 9) == "step 1/9 · loss 2.5000 · lr 0.00e+00 · 10 tok/s · 0.00123 TFLOP/s · val loss 2.0000"
 

@@ -74,7 +74,9 @@ def test_the_newest_attempt_begins_where_it_began_also_in_a_file_that_two_share(
     two_attempts(run, second_job)
     assert copied(run) == f"--- attempt 2 · job {second_job} · after preemption ---\nzero two\n"
     assert copied(run, attempt="1") == "--- attempt 1 · job 12 ---\nzero one\nhalf a line"
-    assert copied(run, attempt="all") == f"--- attempt 1 · job 12 ---\nzero one\nhalf a line\n--- attempt 2 · job {second_job} · after preemption ---\nzero two\n"
+    assert (
+        copied(run, attempt="all") == f"--- attempt 1 · job 12 ---\nzero one\nhalf a line\n--- attempt 2 · job {second_job} · after preemption ---\nzero two\n"
+    )
 
 
 def test_all_ranks_have_their_names_before_each_line(run: RunDir) -> None:
@@ -182,10 +184,14 @@ def spoken(attempt: int, ranks: str) -> set[str]:
 def test_a_local_run_is_followed_over_its_attempts(tmp_path: Path) -> None:
     (tmp_path / "speaks.py").write_text(_SPEAKS)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HOLDFAST_"))}
-    done = subprocess.run([HOLDFAST, "submit", "--local", "--json", f"ENTRY={tmp_path}/speaks.py", *_PLAIN], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [HOLDFAST, "submit", "--local", "--json", f"ENTRY={tmp_path}/speaks.py", *_PLAIN], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     path = json.loads(done.stdout)["path"]
-    followed = subprocess.run([HOLDFAST, "logs", "-f", "--rank", "all", "--attempt", "all", path], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    followed = subprocess.run(
+        [HOLDFAST, "logs", "-f", "--rank", "all", "--attempt", "all", path], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
     lines = followed.stdout.splitlines()
     borders = [index for index, line in enumerate(lines) if line.startswith("--- attempt")]
     assert followed.returncode == 0 and len(borders) == 2, followed.stdout + followed.stderr
@@ -213,4 +219,6 @@ def test_a_requeued_job_of_slurm_is_followed_over_its_attempts(cluster: Cluster,
     assert "attempt 1 ended" in first and "attempt 2 ended: finished" in second and "attempt 2" not in first
     # One file for both attempts: the border is in the middle of it.
     assert run.log(job, 0).read_text().count("line 4") == 2
-    assert cluster.holdfast("logs", "--attempt", "1", str(run.path)).stdout == f"--- attempt 1 · job {job} ---\n" + "".join(f"rank 0 attempt 1 line {number}\n" for number in range(5))
+    assert cluster.holdfast("logs", "--attempt", "1", str(run.path)).stdout == f"--- attempt 1 · job {job} ---\n" + "".join(
+        f"rank 0 attempt 1 line {number}\n" for number in range(5)
+    )

@@ -31,7 +31,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def job_of(precision: str, shape: dict[str, Any], **settings: Any) -> Job:
-    return Job(**{"job_name": "t", "model": "nano", "model_options": shape, "seq_len": 32, "batch_size": 4, "micro_batch_size": 4, "grad_accum_steps": 1, "precision": precision, **settings})
+    return Job(
+        **{
+            "job_name": "t",
+            "model": "nano",
+            "model_options": shape,
+            "seq_len": 32,
+            "batch_size": 4,
+            "micro_batch_size": 4,
+            "grad_accum_steps": 1,
+            "precision": precision,
+            **settings,
+        }
+    )
 
 
 def batch_of(job: Job) -> dict[str, torch.Tensor]:
@@ -131,7 +143,9 @@ def test_other_models_and_cpus_have_no_estimate() -> None:
 def test_explain_tells_it_where_it_can() -> None:
     def explain(*words: str) -> str:
         env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY)}
-        return subprocess.run([sys.executable, "-m", "launcher.cli", "explain", *words], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+        return subprocess.run(
+            [sys.executable, "-m", "launcher.cli", "explain", *words], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60, check=True
+        ).stdout
 
     line = explain("jobs/gpt_1b_h100.yaml").rstrip().splitlines()[-1]
     assert line.startswith("about ") and " GB of GPU memory at the peak" in line and "weights 5.0, moments 10.1, gradients 5.0" in line

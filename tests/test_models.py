@@ -443,12 +443,8 @@ def test_transformers_models_with_changed_logits_tied_heads_and_classes(tmp_path
 
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     scaled = transformers.GraniteConfig(**shape, vocab_size=96, num_key_value_heads=4, logits_scaling=7.0)
-    gpt2 = transformers.GPT2Config(
-        vocab_size=96, n_positions=32, n_embd=32, n_layer=1, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-    )
-    bert = transformers.BertConfig(
-        **shape, vocab_size=96, num_labels=3, hidden_dropout_prob=0, attention_probs_dropout_prob=0
-    )
+    gpt2 = transformers.GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=1, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    bert = transformers.BertConfig(**shape, vocab_size=96, num_labels=3, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
     kinds = (
         (scaled, "GraniteForCausalLM", None),
         (gpt2, "GPT2LMHeadModel", ("transformer", "lm_head")),

@@ -88,7 +88,7 @@ def files_with(folder: Path, text: str) -> list[str]:
 def test_the_end_of_a_run_is_posted_once_with_what_a_person_wants_to_know(tmp_path: Path, hook: Hook, capsys: pytest.CaptureFixture[str]) -> None:
     run = ended(tmp_path)
     notify.tell(run, Job(job_name="x", note="for the paper"), OVER, Cause.FINISHED, "every rank finished", {notify.VARIABLE: hook.url})
-    (path, body), = hook.got
+    ((path, body),) = hook.got
     assert path.endswith(SECRET)
     assert body["event"] == "finished" and body["run"] == "run" and body["step"] == 1200 and body["lost_steps"] == 3 and body["note"] == "for the paper"
     assert body["text"] == "holdfast: run run finished at step 1,200; 1 attempt, 3 steps lost" == body["content"]
@@ -105,7 +105,9 @@ def test_the_end_of_a_run_is_posted_once_with_what_a_person_wants_to_know(tmp_pa
         (Verdict(False, "cancelled"), Cause.CANCELLED, None),
     ],
 )
-def test_failures_and_crash_loops_are_posted_and_requeues_and_cancellations_are_not(tmp_path: Path, hook: Hook, verdict: Verdict, cause: Cause, event: str | None) -> None:
+def test_failures_and_crash_loops_are_posted_and_requeues_and_cancellations_are_not(
+    tmp_path: Path, hook: Hook, verdict: Verdict, cause: Cause, event: str | None
+) -> None:
     notify.tell(ended(tmp_path, cause), Job(job_name="x"), verdict, cause, "why it was", {notify.VARIABLE: hook.url})
     assert [body["event"] for _, body in hook.got] == ([event] if event else [])
     assert all(verdict.reason in body["text"] and "why it was" in body["text"] for _, body in hook.got)
@@ -123,7 +125,9 @@ def test_the_address_comes_from_a_file_and_no_setting_can_hold_it(tmp_path: Path
         resolve_here(["NOTIFY_WEBHOOK=http://x"], {}, REPOSITORY)
 
 
-def test_whatever_goes_wrong_is_one_line_without_the_address_and_soon_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_whatever_goes_wrong_is_one_line_without_the_address_and_soon_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(notify, "TIMEOUT_S", 0.5)
     run, job, refusing = ended(tmp_path), Job(job_name="x"), Hook(status=404)
     silent = socket.socket()
@@ -151,7 +155,11 @@ def test_whatever_goes_wrong_is_one_line_without_the_address_and_soon_over(tmp_p
 
 def test_a_run_without_slurm_tells_too(tmp_path: Path, hook: Hook) -> None:
     (tmp_path / "x.py").write_text("raise RuntimeError('planted')\n")
-    run, _ = prepare(resolve_here([f"ENTRY={tmp_path}/x.py", "DEVICE=cpu", "NODES=1", "GPUS_PER_NODE=1", f"RUNS_DIR={tmp_path}/runs"], {}, REPOSITORY), REPOSITORY, sys.executable)
+    run, _ = prepare(
+        resolve_here([f"ENTRY={tmp_path}/x.py", "DEVICE=cpu", "NODES=1", "GPUS_PER_NODE=1", f"RUNS_DIR={tmp_path}/runs"], {}, REPOSITORY),
+        REPOSITORY,
+        sys.executable,
+    )
     assert run_attempts(run, {"PATH": os.environ["PATH"], notify.VARIABLE: hook.url}) == Exit.FAILED
     assert [body["event"] for _, body in hook.got] == ["failed"]
     assert not files_with(run.path, SECRET)
@@ -191,7 +199,14 @@ def test_slurm_mails_the_end_and_not_the_requeue() -> None:
     here = lab.start(root / "lab", lab.LabConfig(nodes=1, extra_conf=f"MailProg={mailer}"))
     try:
         cluster = Cluster(here, root / "runs")
-        words = ["NODES=1", "GPUS_PER_NODE=1", "ENTRY=tests/helped_script.py", "ENTRY_ARGS=2000,1000,0.05", f"RUNS_DIR={root}/runs", "NOTIFY_EMAIL=me@example.org"]
+        words = [
+            "NODES=1",
+            "GPUS_PER_NODE=1",
+            "ENTRY=tests/helped_script.py",
+            "ENTRY_ARGS=2000,1000,0.05",
+            f"RUNS_DIR={root}/runs",
+            "NOTIFY_EMAIL=me@example.org",
+        ]
         run = RunDir(Path(json.loads(cluster.holdfast("submit", "--json", *words).stdout)["path"]))
         cluster.at_step(run, 5)
         cluster.slurm("scontrol", "requeue", cluster.job_id(run))
@@ -207,6 +222,9 @@ def test_slurm_mails_the_end_and_not_the_requeue() -> None:
 
 
 def test_the_script_asks_slurm_for_its_mail_only_when_told_to() -> None:
-    shown = [subprocess.run([sys.executable, "-m", "launcher.cli", "render", *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=120).stdout for words in ([], ["NOTIFY_EMAIL=a@b.org"])]
+    shown = [
+        subprocess.run([sys.executable, "-m", "launcher.cli", "render", *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=120).stdout
+        for words in ([], ["NOTIFY_EMAIL=a@b.org"])
+    ]
     assert "mail" not in shown[0]
     assert "#SBATCH --mail-user=a@b.org\n#SBATCH --mail-type=END,FAIL\n" in shown[1]

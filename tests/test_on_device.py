@@ -85,7 +85,9 @@ def test_gradients_of_two_ranks_equal_those_of_one_and_of_one_whole_batch(tmp_pa
         for name, expected in whole.items():
             assert float(expected.abs().max()) > 0, name
             for other in (accumulated[name], over_two[f"ddp {case}"][name], over_two[f"fsdp {case}"][name]):
-                torch.testing.assert_close(other, expected, rtol=0, atol=2e-6 * float(expected.abs().max()), msg=lambda text, name=name, case=case: f"{name}, {case}: {text}")
+                torch.testing.assert_close(
+                    other, expected, rtol=0, atol=2e-6 * float(expected.abs().max()), msg=lambda text, name=name, case=case: f"{name}, {case}: {text}"
+                )
 
 
 @pytest.mark.slow

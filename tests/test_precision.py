@@ -27,7 +27,17 @@ TINY = {"n_layers": 1, "d_model": 64, "n_heads": 2, "d_ff": 128}
 
 
 def job_of(**settings: object) -> Job:
-    base = {"job_name": "t", "model": "nano", "model_options": TINY, "seq_len": 32, "batch_size": 8, "micro_batch_size": 8, "grad_accum_steps": 1, "device": "cpu", "precision": "fp32"}
+    base = {
+        "job_name": "t",
+        "model": "nano",
+        "model_options": TINY,
+        "seq_len": 32,
+        "batch_size": 8,
+        "micro_batch_size": 8,
+        "grad_accum_steps": 1,
+        "device": "cpu",
+        "precision": "fp32",
+    }
     return Job(**{**base, **settings})
 
 
@@ -284,14 +294,22 @@ def test_every_mode_says_where_it_runs_and_what_runs_instead() -> None:
 
 @pytest.mark.parametrize("precision", ["high", "highest"])
 def test_the_one_tf32_switch_keeps_torchs_old_and_new_settings_consistent(precision: str) -> None:
-    code = f"import torch; torch.set_float32_matmul_precision({precision!r}); print(torch.backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision())"
+    code = (
+        f"import torch; torch.set_float32_matmul_precision({precision!r}); print(torch.backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == [str(precision == "high"), precision], done.stderr
 
 
 @pytest.mark.parametrize("words", [["PRECISION=fp16"], ["PRECISION=tf32"], ["PRECISION=fp8"]])
 def test_a_gpu_precision_on_a_cpu_is_refused_with_what_works(tmp_path: Path, words: list[str]) -> None:
-    done = subprocess.run([Path(sys.executable).with_name("holdfast"), "run", *words, f"RUNS_DIR={tmp_path}/runs"], cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run(
+        [Path(sys.executable).with_name("holdfast"), "run", *words, f"RUNS_DIR={tmp_path}/runs"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.returncode == 78
     assert "Nearest that works" in done.stdout + done.stderr
 
@@ -305,5 +323,3 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_step(tmp_path: Path) ->
     assert "at step" in done.stdout and "A lower LR" in done.stdout
     run = RunDir(tmp_path / "runs" / "quickstart-nan")
     assert [a.cause.value for a in ledger.attempts(ledger.read(run.ledger)) if a.cause] == ["code_error"]
-
-

@@ -82,7 +82,9 @@ def test_the_page_beside_it_holds_the_table(measured: tuple[Path, dict[str, Any]
     assert holdfast("status", "--json", f"RUNS_DIR={runs}").stdout.strip() == "[]", "a measurement is no run"
 
 
-@pytest.mark.parametrize("words", [["MODEL=convnet", "DATA=digits"], ["MODEL=own_models:regression", "DATA=own_models:numbers"]], ids=["convnet", "a module of one's own"])
+@pytest.mark.parametrize(
+    "words", [["MODEL=convnet", "DATA=digits"], ["MODEL=own_models:regression", "DATA=own_models:numbers"]], ids=["convnet", "a module of one's own"]
+)
 def test_other_models_are_measured_too_and_only_leaves_modes_out_and_keeps_nothing(tmp_path: Path, words: list[str]) -> None:
     done = holdfast("precision", *words, "BATCH_SIZE=8", f"RUNS_DIR={tmp_path}", "--steps", "6", "--only", "fp32", PYTHONPATH=str(REPOSITORY / "tests"))
     assert done.returncode == 0, done.stderr
@@ -129,7 +131,9 @@ def rows(**speeds: float) -> list[Row]:
         ({"fp32": 1, "bf16": 10, "fp8_current": 13, "fp8_delayed": 13.2}, {}, "fp8 te delayed", "fastest"),
     ],
 )
-def test_the_fastest_within_parity_is_recommended_unless_a_simpler_one_is_nearly_as_fast(speeds: dict[str, float], spoilt: dict[str, dict[str, Any]], chosen: str, why: str) -> None:
+def test_the_fastest_within_parity_is_recommended_unless_a_simpler_one_is_nearly_as_fast(
+    speeds: dict[str, float], spoilt: dict[str, dict[str, Any]], chosen: str, why: str
+) -> None:
     found = [replace(row, **spoilt.get(row.name, {})) for row in rows(**speeds)]
     judge(found, 0.02)
     best, rule = recommend(found)
@@ -140,7 +144,9 @@ def test_the_fastest_within_parity_is_recommended_unless_a_simpler_one_is_nearly
 
 def test_a_mode_that_was_left_out_says_why_and_is_never_taken() -> None:
     found = rows(fp32=1, bf16=2)
-    found.append(Row("fp8 te current", {"precision": "fp8", "fp8_backend": "te", "fp8_recipe": "current"}, verdict="left out: no layer of this model can be converted"))
+    found.append(
+        Row("fp8 te current", {"precision": "fp8", "fp8_backend": "te", "fp8_recipe": "current"}, verdict="left out: no layer of this model can be converted")
+    )
     judge(found, 0.02)
     assert recommend(found)[0] is found[1]
     headings, lines = table(found)
@@ -213,7 +219,10 @@ def test_a_resume_cannot_ask_for_auto(tmp_path: Path) -> None:
 
 def test_a_value_of_ones_own_goes_before_the_advice(tmp_path: Path) -> None:
     one = job(gpu_arch="sm_90", seq_len=128)
-    advice.keep(advice.place(tmp_path, one, 90), {"settings": {"precision": "fp8", "fp8_backend": "te", "fp8_recipe": "current"}, "device": "H100", "date": "2026-01-01", "rule": "fastest"})
+    advice.keep(
+        advice.place(tmp_path, one, 90),
+        {"settings": {"precision": "fp8", "fp8_backend": "te", "fp8_recipe": "current"}, "device": "H100", "date": "2026-01-01", "rule": "fastest"},
+    )
     words = ["MODEL=nano", "MODEL_OPTIONS={}", "SEQ_LEN=128", "GPU_ARCH=sm_90", "PRECISION=auto", "FP8_RECIPE=delayed", f"RUNS_DIR={tmp_path}"]
     resolved = resolve_here(words, {}, REPOSITORY)
     assert (resolved.job.precision, resolved.job.fp8_recipe) == ("fp8", "delayed")

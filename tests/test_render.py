@@ -31,7 +31,7 @@ RUN = RunDir(Path("/shared/runs/x-abcd"))
 # Values that a shell, sbatch or Slurm's file name patterns would each like to read their own way.
 HOSTILE = (
     "two words",
-    "it's \"quoted\"",
+    'it\'s "quoted"',
     "back\\slash \\\\ \\n",
     "$(touch x) `touch x` ${HOME}",
     "; touch x & | > x",
@@ -152,7 +152,7 @@ def test_what_cannot_be_an_option_is_refused_by_name(name: str) -> None:
 
 def test_other_options_are_passed_on_with_and_without_a_value() -> None:
     text = script(Job(sbatch_options={"mail_type": "END,FAIL", "--exclusive": "", "licenses": "a b"}))
-    assert "#SBATCH --mail-type=END,FAIL\n#SBATCH --exclusive\n#SBATCH --licenses=\"a b\"\n" in text
+    assert '#SBATCH --mail-type=END,FAIL\n#SBATCH --exclusive\n#SBATCH --licenses="a b"\n' in text
 
 
 @pytest.mark.parametrize("path", ["/shared/a\nb", "/shared/a\rb", "/shared/a\0b"])
@@ -273,12 +273,16 @@ def test_the_log_of_a_job_lies_where_it_was_asked_for_whatever_the_folder_is_cal
         expected[run.logs / "{}.batch.out"] = small.submit(f"{directives}echo log {number}\n")
     for number, (where, job_id) in enumerate(expected.items()):
         log = Path(str(where).replace("{}", job_id))
-        until(lambda log=log, number=number: log.exists() and log.read_text() == f"log {number}\n", 20, f"{log}; there is {sorted(small.room.glob('runs/*/*/logs/*'))}")
+        until(
+            lambda log=log, number=number: log.exists() and log.read_text() == f"log {number}\n",
+            20,
+            f"{log}; there is {sorted(small.room.glob('runs/*/*/logs/*'))}",
+        )
 
 
 @pytest.mark.slurm
 def test_logs_of_an_array_lie_with_its_members_whatever_the_folder_is_called(small: Small) -> None:
-    run = RunDir(small.room / "runs" / "50 %a \"done\" $(touch x)" / "x-abcd")
+    run = RunDir(small.room / "runs" / '50 %a "done" $(touch x)' / "x-abcd")
     for index in range(2):
         run.member(index).logs.mkdir(parents=True)
     text = render_script(Job(gpu_request="none"), Script(run, "/opt/python", array_size=2))

@@ -29,7 +29,18 @@ from launcher.report_page import page, write_report
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">{{ 7*7 }} &amp; \u2028 '\""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars"]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +74,15 @@ def open_in_browser(path: Path, *, fragment: str = "", width: int = 1280) -> str
         pytest.skip("needs chromium: apt-get install chromium")
     home = tempfile.mkdtemp(prefix="hf-chromium-")
     try:
-        command = [CHROMIUM, *FLAGS, f"--user-data-dir={home}", "--enable-logging=stderr", f"--window-size={width},2000", "--dump-dom", path.as_uri() + fragment]
+        command = [
+            CHROMIUM,
+            *FLAGS,
+            f"--user-data-dir={home}",
+            "--enable-logging=stderr",
+            f"--window-size={width},2000",
+            "--dump-dom",
+            path.as_uri() + fragment,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": home})
     finally:
         shutil.rmtree(home, ignore_errors=True)
@@ -98,7 +117,11 @@ def test_a_thinned_curve_keeps_its_ends_and_its_extremes(values: list[float], po
 def test_the_figures_of_an_interrupted_run(tmp_path: Path) -> None:
     run = written_run(tmp_path, "gpt-a2b3", steps=2000, causes=("preempted", "node_failure", "finished"))
     (shown,) = figures_of([run])["runs"]
-    assert [(attempt["number"], attempt["cause"], attempt["lost_steps"]) for attempt in shown["attempts"]] == [(1, "preempted", 0), (2, "node_failure", 40), (3, "finished", 0)]
+    assert [(attempt["number"], attempt["cause"], attempt["lost_steps"]) for attempt in shown["attempts"]] == [
+        (1, "preempted", 0),
+        (2, "node_failure", 40),
+        (3, "finished", 0),
+    ]
     # Bands over steps neither overlap nor leave a gap, though attempt 2 went 40 steps further than was kept.
     assert [(attempt["from_step"], attempt["until_step"]) for attempt in shown["attempts"]] == [(0, 666), (666, 1293), (1293, 2000)]
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
@@ -163,7 +186,9 @@ def test_a_loss_that_is_no_number_is_a_gap_and_no_fault(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["empty", "running", "failed", "no_ledger", "damaged_settings"])
 def test_runs_in_every_state_have_a_page(tmp_path: Path, kind: str) -> None:
-    run = written_run(tmp_path, f"{kind.replace('_', '-')}-a2b3", steps=400, causes={"running": ("preempted", "running"), "failed": ("code_error",)}.get(kind, ("finished",)))
+    run = written_run(
+        tmp_path, f"{kind.replace('_', '-')}-a2b3", steps=400, causes={"running": ("preempted", "running"), "failed": ("code_error",)}.get(kind, ("finished",))
+    )
     if kind == "empty":
         run.metrics.unlink()
         run.ledger.unlink()
@@ -209,7 +234,11 @@ def test_the_command_writes_the_page_into_the_run_and_prints_figures_for_program
     assert refused.returncode == 2 and "--out" in refused.stderr and "Traceback" not in refused.stderr
     both = holdfast("report", "gpt-a2b3", "gpt-c4d5", f"--out={tmp_path}/both.html")
     assert both.returncode == 0 and "gpt-c4d5" in (tmp_path / "both.html").read_text()
-    for words, said in ((["report", "nothing"], "no run 'nothing'"), (["report", "LR=3"], "LR has no effect here"), (["report", "a2b3", f"--out={tmp_path}/no/such/x.html"], "cannot be written")):
+    for words, said in (
+        (["report", "nothing"], "no run 'nothing'"),
+        (["report", "LR=3"], "LR has no effect here"),
+        (["report", "a2b3", f"--out={tmp_path}/no/such/x.html"], "cannot be written"),
+    ):
         done = holdfast(*words)
         assert done.returncode == 2 and said in done.stderr, done.stderr
 
@@ -250,7 +279,9 @@ def test_a_report_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, mon
 
 def hostile_run(tmp_path: Path) -> RunDir:
     run = written_run(tmp_path, "gpt-a2b3", steps=200, note=HOSTILE, diff=f"+{HOSTILE}\n-</pre></details>{HOSTILE}\n", causes=("code_error", "finished"))
-    run.ledger.write_text(run.ledger.read_text().replace("what slurmctld said about attempt 1", json.dumps(HOSTILE)[1:-1]).replace('"81237"', json.dumps(HOSTILE)))
+    run.ledger.write_text(
+        run.ledger.read_text().replace("what slurmctld said about attempt 1", json.dumps(HOSTILE)[1:-1]).replace('"81237"', json.dumps(HOSTILE))
+    )
     run.metrics.write_text(run.metrics.read_text().replace('"grad_norm"', json.dumps(HOSTILE)))
     snapshot = json.loads(run.snapshot.read_text())
     run.snapshot.write_text(json.dumps(snapshot | {"branch": HOSTILE, "from": HOSTILE}))

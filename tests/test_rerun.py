@@ -26,7 +26,9 @@ ENVIRON = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
 
 def holdfast(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HOLDFAST_"))}
-    return subprocess.run([sys.executable, "-m", "launcher.cli", *words], cwd=cwd, env={**clean, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "launcher.cli", *words], cwd=cwd, env={**clean, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.fixture

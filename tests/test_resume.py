@@ -338,4 +338,7 @@ def test_the_resume_command_takes_settings_and_the_run_goes_on_with_them(farm: F
     assert "--ntasks-per-node=1" in run.script.read_text()
     assert json.loads(run.origins.read_text())["gpus_per_node"] == "holdfast resume"
     assert [event["step"] for event in events(run, "checkpoint")][-2:] == [30, 40]
-    assert split_run_words(["abcd", "RUNS_DIR=x", "--precision", "fp32", "RUN=y", "NODES=1"], {}) == (["abcd", "RUNS_DIR=x", "RUN=y"], ["--precision", "fp32", "NODES=1"])
+    assert split_run_words(["abcd", "RUNS_DIR=x", "--precision", "fp32", "RUN=y", "NODES=1"], {}) == (
+        ["abcd", "RUNS_DIR=x", "RUN=y"],
+        ["--precision", "fp32", "NODES=1"],
+    )

@@ -25,12 +25,8 @@ def torch_rates(schedule: Schedule, steps: int) -> list[float]:
         warnings.simplefilter("ignore")
         main = {
             "constant": lambda: torch_lr.ConstantLR(optimizer, factor=1.0, total_iters=rest),
-            "linear": lambda: torch_lr.LinearLR(
-                optimizer, 1.0, schedule.min_lr / schedule.base_lr, total_iters=rest
-            ),
-            "cosine": lambda: torch_lr.CosineAnnealingLR(
-                optimizer, T_max=schedule.T_max or rest, eta_min=schedule.min_lr
-            ),
+            "linear": lambda: torch_lr.LinearLR(optimizer, 1.0, schedule.min_lr / schedule.base_lr, total_iters=rest),
+            "cosine": lambda: torch_lr.CosineAnnealingLR(optimizer, T_max=schedule.T_max or rest, eta_min=schedule.min_lr),
             "cosine_with_restarts": lambda: torch_lr.CosineAnnealingWarmRestarts(
                 optimizer, T_0=schedule.T_0 or rest, T_mult=schedule.T_mult, eta_min=schedule.min_lr
             ),

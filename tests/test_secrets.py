@@ -27,8 +27,22 @@ PLANTED = {
     "AWS_SECRET_ACCESS_KEY": "wJalr" + "XUtnFEMI/K7MDENG/bPxRfi",
     "DB_PASSWORD": "correct" + "-horse-7",
 }
-IN_FILES = {name: f"only-in-{name.strip('.').replace('.', '-').replace('/', '-')}-" + "9f8e7d" for name in (".env", ".env.local", "conf/server.pem", "id_ed25519", "gone.key")}
-QUICK = {**SMALL, "NODES": "1", "GPUS_PER_NODE": "1", "DEVICE": "cpu", "MAX_STEPS": "12", "EVAL_EVERY": "6", "EVAL_SAMPLES": "8", "CHECKPOINT_EVERY": "6", "LOG_EVERY": "1", "BATCH_SIZE": "4"}
+IN_FILES = {
+    name: f"only-in-{name.strip('.').replace('.', '-').replace('/', '-')}-" + "9f8e7d"
+    for name in (".env", ".env.local", "conf/server.pem", "id_ed25519", "gone.key")
+}
+QUICK = {
+    **SMALL,
+    "NODES": "1",
+    "GPUS_PER_NODE": "1",
+    "DEVICE": "cpu",
+    "MAX_STEPS": "12",
+    "EVAL_EVERY": "6",
+    "EVAL_SAMPLES": "8",
+    "CHECKPOINT_EVERY": "6",
+    "LOG_EVERY": "1",
+    "BATCH_SIZE": "4",
+}
 
 
 def git(cwd: Path, *words: str) -> None:
@@ -61,11 +75,20 @@ def holdfast(*words: str, cwd: Path, umask: int = 0o022, **env: str) -> subproce
 def found_in(folder: Path, values: dict[str, str]) -> list[str]:
     """`FILE: NAME` for each file below a folder that holds one of these values, names of files included."""
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
-    return [f"{path.relative_to(folder)}: {name}" for path, content in files.items() for name, value in values.items() if value.encode() in content or value in str(path)]
+    return [
+        f"{path.relative_to(folder)}: {name}"
+        for path, content in files.items()
+        for name, value in values.items()
+        if value.encode() in content or value in str(path)
+    ]
 
 
 def writable_by_others(folder: Path) -> list[str]:
-    return [f"{path.relative_to(folder)} {oct(path.lstat().st_mode)}" for path in [folder, *folder.rglob("*")] if not path.is_symlink() and path.lstat().st_mode & 0o022]
+    return [
+        f"{path.relative_to(folder)} {oct(path.lstat().st_mode)}"
+        for path in [folder, *folder.rglob("*")]
+        if not path.is_symlink() and path.lstat().st_mode & 0o022
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -150,17 +173,49 @@ def test_a_secret_in_a_site_file_is_refused_with_its_place(tmp_path: Path) -> No
     assert done.returncode == 2 and f"({tmp_path}/site.yaml)" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "GITHUB_PAT", "MLFLOW_TRACKING_PASSWORD", "OPENAI_APIKEY", "KAGGLE_KEY", "TOKEN", "api_key", "TOKEN2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_ACCESS_KEY_ID",
+        "GITHUB_PAT",
+        "MLFLOW_TRACKING_PASSWORD",
+        "OPENAI_APIKEY",
+        "KAGGLE_KEY",
+        "TOKEN",
+        "api_key",
+        "TOKEN2",
+    ],
+)
 def test_names_of_secrets_are_known(name: str) -> None:
     assert secret.is_secret_name(name)
 
 
-@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "MAX_TOKENS", "NCCL_IB_PKEY", "NCCL_IB_HCA", "PATH", "MONKEY", "KEYBOARD", "PYTHONPATH"])
+@pytest.mark.parametrize(
+    "name", ["TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "MAX_TOKENS", "NCCL_IB_PKEY", "NCCL_IB_HCA", "PATH", "MONKEY", "KEYBOARD", "PYTHONPATH"]
+)
 def test_names_of_ordinary_variables_are_no_secrets(name: str) -> None:
     assert not secret.is_secret_name(name)
 
 
-@pytest.mark.parametrize(("path", "expected"), [(".env", True), ("a/.env.local", True), ("prod.env", True), (".env.example", False), ("x.pem", True), ("keys/id_rsa", True), (".netrc", True), ("environment.py", False), ("env.py", False), ("key.py", False)])
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        (".env", True),
+        ("a/.env.local", True),
+        ("prod.env", True),
+        (".env.example", False),
+        ("x.pem", True),
+        ("keys/id_rsa", True),
+        (".netrc", True),
+        ("environment.py", False),
+        ("env.py", False),
+        ("key.py", False),
+    ],
+)
 def test_files_that_keep_secrets_are_known(path: str, expected: bool) -> None:
     assert secret.is_secret_file(PurePath(path)) is expected
 
@@ -202,7 +257,14 @@ def test_a_secret_that_was_taken_out_of_the_code_is_masked_in_the_diff(tmp_path:
 
 def test_the_report_of_a_run_that_was_frozen_with_a_secret_masks_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.show.ask_queue", lambda: (None, ""))
-    run = written_run(tmp_path, "old-a2b3", steps=100, causes=("finished",), node_env={"HF_TOKEN": "abc-old-value", "NCCL_DEBUG": "INFO"}, diff=f"+x = '{PLANTED['HF_TOKEN']}'\n")
+    run = written_run(
+        tmp_path,
+        "old-a2b3",
+        steps=100,
+        causes=("finished",),
+        node_env={"HF_TOKEN": "abc-old-value", "NCCL_DEBUG": "INFO"},
+        diff=f"+x = '{PLANTED['HF_TOKEN']}'\n",
+    )
     text = page(figures_of([run]))
     assert "abc-old-value" not in text and PLANTED["HF_TOKEN"] not in text and "HF_TOKEN=***" in text and "NCCL_DEBUG=INFO" in text
 

@@ -151,7 +151,9 @@ def test_whatever_batch_is_accepted_adds_up_and_what_is_refused_does_not(nodes: 
     job = Job(nodes=nodes, gpus_per_node=gpus, batch_size=batch, micro_batch_size=micro, grad_accum_steps=accum)
     problems, derived = rules.check(job, {})
     possible = any(
-        nodes * gpus * m * a == batch for m in ([micro] if micro else range(1, batch + 1)) for a in ([accum] if accum else {1, max(batch // (nodes * gpus * m), 1)})
+        nodes * gpus * m * a == batch
+        for m in ([micro] if micro else range(1, batch + 1))
+        for a in ([accum] if accum else {1, max(batch // (nodes * gpus * m), 1)})
     )
     assert bool(problems) is not possible
     if not problems:
@@ -213,7 +215,10 @@ def test_what_the_hardware_cannot_do_is_refused_with_the_nearest_mode_that_works
     assert rules.check(Job(**{**values, "precision": nearest}), {})[0] == []
 
 
-@pytest.mark.parametrize("values", [{"precision": "fp8", "gpu_arch": "sm_90"}, {"precision": "fp8", "gpu_arch": "sm_89"}, {"precision": "fp8"}, {"precision": "bf16", "device": "cpu"}])
+@pytest.mark.parametrize(
+    "values",
+    [{"precision": "fp8", "gpu_arch": "sm_90"}, {"precision": "fp8", "gpu_arch": "sm_89"}, {"precision": "fp8"}, {"precision": "bf16", "device": "cpu"}],
+)
 def test_what_the_hardware_can_do_or_is_not_known_is_let_through(values: dict[str, Any]) -> None:
     assert rules.check(Job(**values), {})[0] == []
 
@@ -280,7 +285,16 @@ def test_the_schema_refuses_what_it_should() -> None:
     for key, wrong in (("nodes", 0), ("nodes", "2"), ("precision", "bf-16"), ("compile", 1), ("modules", 3), ("model_options", [])):
         assert not fits(schema["properties"][key], wrong, schema), key
     assert not fits(schema["properties"]["training"], {"use_amp": "yes"}, schema) and not fits(schema["properties"]["training"], {"nope": 1}, schema)
-    for key, right in (("training", {"use_amp": True, "amp_dtype": "float16", "learning_rate": 0.1}), ("time_limit", "24:00:00"), ("time_limit", 90), ("precision", "no"), ("precision", False), ("modules", "a,b"), ("modules", ["a"]), ("partition", None)):
+    for key, right in (
+        ("training", {"use_amp": True, "amp_dtype": "float16", "learning_rate": 0.1}),
+        ("time_limit", "24:00:00"),
+        ("time_limit", 90),
+        ("precision", "no"),
+        ("precision", False),
+        ("modules", "a,b"),
+        ("modules", ["a"]),
+        ("partition", None),
+    ):
         assert fits(schema["properties"][key], right, schema), key
 
 

@@ -40,7 +40,11 @@ if holdfast.attempt == 1:
 @pytest.mark.timeout(900)
 def test_modules_are_loaded_and_ranks_in_a_container_see_and_hear_everything(cluster: Cluster, tmp_path: Path) -> None:
     bin_, notes = tmp_path / "bin", tmp_path / "notes"
-    for path, text in ((bin_ / "apptainer", FAKE_APPTAINER.format(notes=notes)), (tmp_path / "modules/init/bash", FAKE_MODULES), (tmp_path / "own/inside.py", INSIDE)):
+    for path, text in (
+        (bin_ / "apptainer", FAKE_APPTAINER.format(notes=notes)),
+        (tmp_path / "modules/init/bash", FAKE_MODULES),
+        (tmp_path / "own/inside.py", INSIDE),
+    ):
         path.parent.mkdir(parents=True)
         path.write_text(text)
         path.chmod(0o755)

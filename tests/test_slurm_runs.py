@@ -61,8 +61,17 @@ def test_a_run_at_its_time_limit_is_warned_requeued_and_ends_with_identical_weig
 
 def test_accelerate_launch_keeps_the_contract_and_leads_to_the_same_weights(cluster: Cluster, undisturbed: RunDir) -> None:
     config = cluster.runs / "accelerate.yaml"
-    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: bf16\nuse_cpu: false\ndebug: false\nnum_machines: 9\nnum_processes: 9\n")
-    own = cluster.submit(LAUNCH="accelerate", NODES="2", GPUS_PER_NODE="1", ENTRY=str(REPOSITORY / "tests" / "own_script.py"), ENTRY_ARGS="patient", ACCELERATE_CONFIG=str(config))
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: bf16\nuse_cpu: false\ndebug: false\nnum_machines: 9\nnum_processes: 9\n"
+    )
+    own = cluster.submit(
+        LAUNCH="accelerate",
+        NODES="2",
+        GPUS_PER_NODE="1",
+        ENTRY=str(REPOSITORY / "tests" / "own_script.py"),
+        ENTRY_ARGS="patient",
+        ACCELERATE_CONFIG=str(config),
+    )
     run = cluster.submit(LAUNCH="accelerate", **TWO_BY_TWO)
     cluster.at_step(run, 25)
     until(lambda: (own.path / "count.0").exists(), 60, "the first steps of the other script")
@@ -106,7 +115,9 @@ def test_scancel_stops_a_run_for_good_and_resume_goes_on(cluster: Cluster, undis
     cluster.at_step(run, 20)
     cluster.slurm("scancel", cluster.job_id(run))
     until(lambda: [a for a in ledger.attempts(ledger.read(run.ledger)) if a.cause], 30, "the end of the attempt")
-    until(lambda: not cluster.slurm("squeue", "-h", "-j", cluster.job_id(run), "-t", "all", "-o", "%T").replace("CANCELLED", "").strip(), 30, "the job to leave")
+    until(
+        lambda: not cluster.slurm("squeue", "-h", "-j", cluster.job_id(run), "-t", "all", "-o", "%T").replace("CANCELLED", "").strip(), 30, "the job to leave"
+    )
     attempt = ledger.attempts(ledger.read(run.ledger))[0]
     assert attempt.cause is not None and attempt.cause.value == "cancelled", cluster.logs(run)
     assert "cancelled" in cluster.holdfast("status", str(run.path)).stdout

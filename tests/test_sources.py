@@ -190,7 +190,9 @@ def test_lists_and_mappings_can_be_given_as_one_word(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("word", ["mixed_precision", "fp_precision", "precision"])
-@pytest.mark.parametrize(("value", "meant"), [("no", "fp32"), ("none", "fp32"), ("NO", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16"), ("half", "fp16"), ("fp8", "fp8")])
+@pytest.mark.parametrize(
+    ("value", "meant"), [("no", "fp32"), ("none", "fp32"), ("NO", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16"), ("half", "fp16"), ("fp8", "fp8")]
+)
 def test_words_of_other_tools_for_precision_are_understood_everywhere(desk: Desk, word: str, value: str, meant: str) -> None:
     assert desk(f"{word}={value}").job.precision == meant
     assert desk(**{word.upper(): value}).job.precision == meant
@@ -214,7 +216,10 @@ def test_precision_no_is_fp32_also_when_yaml_already_made_it_false(desk: Desk) -
 )
 def test_use_amp_and_amp_dtype_together_mean_a_precision(desk: Desk, words: list[str], meant: str) -> None:
     assert desk(*words).job.precision == meant
-    assert desk.job("".join(f"{word.lstrip('-').replace('=', ': ')}\n" for word in words if "=" in word) or "use_amp: true\namp_dtype: float16")().job.precision == meant
+    assert (
+        desk.job("".join(f"{word.lstrip('-').replace('=', ': ')}\n" for word in words if "=" in word) or "use_amp: true\namp_dtype: float16")().job.precision
+        == meant
+    )
 
 
 def test_amp_flags_win_over_the_file_and_a_precision_above_them_wins_over_them(desk: Desk) -> None:
@@ -236,7 +241,11 @@ def test_amp_words_that_mean_nothing_are_refused(desk: Desk, words: list[str], s
 
 def test_an_alias_on_the_command_line_is_shown_as_what_it_means(desk: Desk) -> None:
     resolved = desk("LEARNING_RATE=1", "--grad-ckpt", "batch-size=8")
-    assert resolved.job.lr == 1 and resolved.job.grad_checkpointing and resolved.notes == ("LEARNING_RATE is read as LR", "grad-ckpt is read as GRAD_CHECKPOINTING")
+    assert (
+        resolved.job.lr == 1
+        and resolved.job.grad_checkpointing
+        and resolved.notes == ("LEARNING_RATE is read as LR", "grad-ckpt is read as GRAD_CHECKPOINTING")
+    )
 
 
 def test_one_thing_under_two_words_in_one_file_is_refused(desk: Desk) -> None:
@@ -415,7 +424,16 @@ def test_all_faults_of_all_layers_are_reported_at_once_with_their_origins(desk: 
     assert len(lines) == len(expected)
 
 
-@pytest.mark.parametrize(("word", "meant"), [("PRECISON", "PRECISION"), ("batchsize", "BATCH_SIZE"), ("gpus", "GPUS_PER_NODE"), ("learning_rat", "LEARNING_RATE"), ("mixed_precison", "MIXED_PRECISION")])
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("PRECISON", "PRECISION"),
+        ("batchsize", "BATCH_SIZE"),
+        ("gpus", "GPUS_PER_NODE"),
+        ("learning_rat", "LEARNING_RATE"),
+        ("mixed_precison", "MIXED_PRECISION"),
+    ],
+)
 def test_a_misspelt_name_is_answered_with_the_nearest(desk: Desk, word: str, meant: str) -> None:
     (line,) = desk.refused(f"{word}=1")
     if word == "gpus":  # too far from anything to guess
@@ -474,7 +492,7 @@ TYPED = (
     "x -- y",
     "-- x",
     "a=b",
-    "it's \"quoted\"",
+    'it\'s "quoted"',
     "`touch x`; touch x",
     "# no remark \\#",
     "tab\there",
@@ -516,7 +534,11 @@ def test_any_text_comes_back_from_a_job_file_as_it_went_in(tmp_path_factory: pyt
     assert read_yaml(path, "any.yaml") == values
 
 
-trees = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | anything, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(anything, inner, max_size=3), max_leaves=8)
+trees = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | anything,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(anything, inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @given(st.dictionaries(anything, trees, max_size=4))

@@ -54,7 +54,16 @@ def test_status_of_a_thousand_runs_takes_little_of_a_processor(thousand: Path) -
 
 def test_status_says_of_each_run_what_its_files_say(thousand: Path) -> None:
     rows = {row.run: row for row in show.collect(rundir.all_runs(thousand), {"102": ("RUNNING", "None", "node1"), "104": ("PENDING", "Priority", "")})}
-    assert [rows[f"quickstart-000{index}"].state for index in range(8)] == ["finished", "finished", "running", "failed", "waiting", "stopped", "cancelled", "finished"]
+    assert [rows[f"quickstart-000{index}"].state for index in range(8)] == [
+        "finished",
+        "finished",
+        "running",
+        "failed",
+        "waiting",
+        "stopped",
+        "cancelled",
+        "finished",
+    ]
     run = RunDir(thousand / "quickstart-0000")
     last = json.loads(run.metrics.read_text().splitlines()[-1])
     row = rows["quickstart-0000"]
@@ -134,7 +143,9 @@ def test_no_metrics_are_no_lines(tmp_path: Path) -> None:
 
 # -- job.yaml, read quickly --------------------------------------------------------------------------------------------
 
-_TEXT = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(["no", "1e3", "0x10", "24:00:00", "~", "#", "a: b", "\\", '"', "\ud7ff", "😀", "\x85", "- x", "010"])
+_TEXT = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(
+    ["no", "1e3", "0x10", "24:00:00", "~", "#", "a: b", "\\", '"', "\ud7ff", "😀", "\x85", "- x", "010"]
+)
 _SCALAR = st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False) | _TEXT
 _VALUE = st.recursive(_SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TEXT, inner, max_size=3), max_leaves=6)
 
@@ -153,7 +164,40 @@ def test_what_is_read_quickly_is_what_yaml_reads(values: dict[str, Any]) -> None
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(["a: 1", "b: no", 'c: "x"', "d: 1e3", "e: 010", "f: [1, 2]", "a: 2", "g: {x: 1}", 'h: {"x": 1, "x": 2}', "i: 1 # x", "j: NaN", "  k: 1", "true: 1", "l:", 'm: "\\ud83d\\ude00"', "n: 1, \"o\": 2", "p: .5", "q: -0", "r: 1.", "# s", "t: 'u'", "v: Infinity", "w: \"\\/\"", "x: -0.0", "y: 1E400"]), max_size=6))
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "a: 1",
+                "b: no",
+                'c: "x"',
+                "d: 1e3",
+                "e: 010",
+                "f: [1, 2]",
+                "a: 2",
+                "g: {x: 1}",
+                'h: {"x": 1, "x": 2}',
+                "i: 1 # x",
+                "j: NaN",
+                "  k: 1",
+                "true: 1",
+                "l:",
+                'm: "\\ud83d\\ude00"',
+                'n: 1, "o": 2',
+                "p: .5",
+                "q: -0",
+                "r: 1.",
+                "# s",
+                "t: 'u'",
+                "v: Infinity",
+                'w: "\\/"',
+                "x: -0.0",
+                "y: 1E400",
+            ]
+        ),
+        max_size=6,
+    )
+)
 def test_lines_by_hand_mean_what_yaml_says_they_mean(lines: list[str]) -> None:
     text = "\n".join(lines)
     quick = plain_yaml.read(text)

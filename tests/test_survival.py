@@ -149,7 +149,18 @@ def test_ranks_are_asked_at_the_first_limit_and_killed_at_the_second_only(tmp_pa
     attempt = run.attempt(1)
     attempt.path.mkdir(parents=True)
     told: list[str] = []
-    dog = Watchdog(run, 1, world=2, nodes=["n1", "n2"], per_node=1, pace_key="k", least_s=10, quiet_s=40, ask=lambda step: told.append(f"ask {step}"), kill=lambda step: told.append(f"kill {step}"))
+    dog = Watchdog(
+        run,
+        1,
+        world=2,
+        nodes=["n1", "n2"],
+        per_node=1,
+        pace_key="k",
+        least_s=10,
+        quiet_s=40,
+        ask=lambda step: told.append(f"ask {step}"),
+        kill=lambda step: told.append(f"kill {step}"),
+    )
     assert read_place(run, 1) == ("start", -1, "")
     attempt.section.write_text("step 3".ljust(32))
     for step in range(20):
@@ -256,13 +267,17 @@ def test_a_gpu_that_the_kernels_log_speaks_of_is_a_fault_for_an_hour(tmp_path: P
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def faults(at: float, number: int) -> preflight.Report:
-        stands_in("dmesg", f"[{at:12.6f}] NVRM: Xid (PCI:0000:65:00): {number}, pid=77, name=python, GPU has fallen off the bus.\n[    1.0] usb 1-1: new device")
+        stands_in(
+            "dmesg", f"[{at:12.6f}] NVRM: Xid (PCI:0000:65:00): {number}, pid=77, name=python, GPU has fallen off the bus.\n[    1.0] usb 1-1: new device"
+        )
         return preflight.check(run, 1, "node1", gpus=1)
 
     assert "GPU at 0000:65:00: Xid 79 (fallen off the bus)" in faults(uptime, 79).node_faults[0]
     # The job's own doing, and one that happened long ago (the clock of a machine that has just begun cannot show that).
     assert faults(uptime, 31).node_faults == []
-    assert preflight.xids("[  100.000000] NVRM: Xid (PCI:0000:65:00): 79, x\n[  200.500000] NVRM: Xid (PCI:0000:65:00): 79, x", 8000.5) == [(79, "0000:65:00", 7800.0)]
+    assert preflight.xids("[  100.000000] NVRM: Xid (PCI:0000:65:00): 79, x\n[  200.500000] NVRM: Xid (PCI:0000:65:00): 79, x", 8000.5) == [
+        (79, "0000:65:00", 7800.0)
+    ]
     monkeypatch.setattr(preflight, "_XID_FORGIVEN_S", -1.0)
     report = faults(uptime, 79)
     assert report.node_faults == [] and "Xid 79" in report.remarks[0]
@@ -285,7 +300,17 @@ def test_an_all_reduce_speaks_against_a_node_only_where_the_others_are_well() ->
 @pytest.mark.slurm
 @pytest.mark.timeout(900)
 def test_the_nodes_are_measured_by_an_all_reduce_before_they_train(cluster: Cluster) -> None:
-    run = cluster.submit(NODES="3", GPUS_PER_NODE="1", BATCH_SIZE="12", MAX_STEPS="3", EVAL_EVERY="0", EVAL_SAMPLES="8", PREFLIGHT_ALLREDUCE="on", PREFLIGHT_GB_S="1000", PREFLIGHT_S="90")
+    run = cluster.submit(
+        NODES="3",
+        GPUS_PER_NODE="1",
+        BATCH_SIZE="12",
+        MAX_STEPS="3",
+        EVAL_EVERY="0",
+        EVAL_SAMPLES="8",
+        PREFLIGHT_ALLREDUCE="on",
+        PREFLIGHT_GB_S="1000",
+        PREFLIGHT_S="90",
+    )
     cluster.finished(run)
     result = json.loads(run.attempt(1).allreduce.read_text())
     assert result["ranks"] == 3 and result["backend"] == "gloo" and 0 < result["gb_s"] < 1000 and result["slow"] == []
@@ -352,8 +377,15 @@ def test_the_meeting_place_is_one_that_the_other_nodes_can_reach(monkeypatch: py
 
 
 def test_what_an_outer_job_left_in_the_environment_is_gone() -> None:
-    outer = {name: "x" for name in ("SLURM_JOB_ID", "SLURM_GPUS_PER_NODE", "SBATCH_EXCLUSIVE", "MASTER_ADDR", "RANK", RankEnv.ATTEMPT, "HOLDFAST_STARTED", "PMIX_RANK")}
-    assert clean_environment({**outer, "SLURM_CONF": "/etc/slurm.conf", "HOLDFAST_SITE": "lab", "LANG": "C"}) == {"SLURM_CONF": "/etc/slurm.conf", "HOLDFAST_SITE": "lab", "LANG": "C"}
+    outer = {
+        name: "x"
+        for name in ("SLURM_JOB_ID", "SLURM_GPUS_PER_NODE", "SBATCH_EXCLUSIVE", "MASTER_ADDR", "RANK", RankEnv.ATTEMPT, "HOLDFAST_STARTED", "PMIX_RANK")
+    }
+    assert clean_environment({**outer, "SLURM_CONF": "/etc/slurm.conf", "HOLDFAST_SITE": "lab", "LANG": "C"}) == {
+        "SLURM_CONF": "/etc/slurm.conf",
+        "HOLDFAST_SITE": "lab",
+        "LANG": "C",
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- the doctor
@@ -373,7 +405,15 @@ SLURM_VERSION           = 23.11.4
 TaskPlugin              = task/affinity,task/cgroup
 """
 )
-PARTITION = {"PartitionName": "preempt", "PreemptMode": "REQUEUE", "GraceTime": "60", "State": "UP", "TotalNodes": "64", "MaxTime": "2-00:00:00", "Default": "YES"}
+PARTITION = {
+    "PartitionName": "preempt",
+    "PreemptMode": "REQUEUE",
+    "GraceTime": "60",
+    "State": "UP",
+    "TotalNodes": "64",
+    "MaxTime": "2-00:00:00",
+    "Default": "YES",
+}
 ALL = frozenset({"scontrol", "sacct", "sacctmgr"})
 
 
@@ -381,7 +421,9 @@ def job(**settings: object) -> Job:
     return Job(job_name="a", **{"batch_size": 32, "time_limit": 120, **settings})  # type: ignore[arg-type]
 
 
-def site(config: dict[str, str] | None = None, partition: dict[str, str] | None = None, programs: frozenset[str] = ALL, qos: dict[str, str] | None = None) -> Site:
+def site(
+    config: dict[str, str] | None = None, partition: dict[str, str] | None = None, programs: frozenset[str] = ALL, qos: dict[str, str] | None = None
+) -> Site:
     return Site({**CONFIG, **(config or {})}, {**PARTITION, **(partition or {})}, qos or {}, programs)
 
 
@@ -425,9 +467,20 @@ def test_a_save_that_does_not_fit_into_the_warning_is_a_fault() -> None:
 
 
 def test_what_a_node_has_is_said_and_what_it_lacks_is_a_fault() -> None:
-    node = {"node": "gpu7", "python": "3.11.7", "executable": "/opt/python", "libraries": {"torch": "2.11.0", "accelerate": "1.15.0"}, "gpus": ["NVIDIA H100, 81559 MiB"] * 8, "driver": "550.54"}
+    node = {
+        "node": "gpu7",
+        "python": "3.11.7",
+        "executable": "/opt/python",
+        "libraries": {"torch": "2.11.0", "accelerate": "1.15.0"},
+        "gpus": ["NVIDIA H100, 81559 MiB"] * 8,
+        "driver": "550.54",
+    }
     text = "\n".join(f"{found.level} {found.text}" for found in of_node(node, "", job(), {"torch": "2.13.0", "accelerate": "1.15.0"}))
-    assert "ok gpu7: 8 x NVIDIA H100, 81559 MiB, driver 550.54" in text and "warning torch 2.13.0 here, 2.11.0 there" in text and "accelerate 1.15.0 here" not in text
+    assert (
+        "ok gpu7: 8 x NVIDIA H100, 81559 MiB, driver 550.54" in text
+        and "warning torch 2.13.0 here, 2.11.0 there" in text
+        and "accelerate 1.15.0 here" not in text
+    )
     (bare, _, fault) = of_node({**node, "libraries": {}, "gpus": [], "driver": "nvidia-smi is not there"}, "", job(), {})
     assert "no GPU (nvidia-smi is not there)" in bare.text and fault.level == "fault" and "NODE_PYTHON" in fault.text
     assert of_node(None, "no node could be asked: busy", job(), {})[0] == Finding("note", "a node", "no node could be asked: busy")

@@ -37,7 +37,13 @@ def define(*over: str, **options: Any) -> Sweep:
 
 def test_words_become_dimensions() -> None:
     described = define("LR=1e-4..1e-2:log", "precision=bf16,fp32", "batch-size=16..64:step=16", "MODEL_OPTIONS.d_model=64,128", "beta2=0.9..0.99", trials=12)
-    assert [d.text() for d in described.over] == ["LR=0.0001..0.01:log", "PRECISION=bf16,fp32", "BATCH_SIZE=16..64:step=16", "MODEL_OPTIONS.d_model=64,128", "BETA2=0.9..0.99"]
+    assert [d.text() for d in described.over] == [
+        "LR=0.0001..0.01:log",
+        "PRECISION=bf16,fp32",
+        "BATCH_SIZE=16..64:step=16",
+        "MODEL_OPTIONS.d_model=64,128",
+        "BETA2=0.9..0.99",
+    ]
     assert [d.whole for d in described.over] == [False, False, True, False, False]
     assert (described.sampler, described.trials, described.parallel, described.metric, described.pruner) == ("tpe", 12, 3, "val_loss", "none")
 
@@ -85,7 +91,9 @@ def test_all_faults_are_told_at_once() -> None:
 
 def test_a_file_says_the_same_as_words_and_the_command_line_wins(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
-    file.write_text("over:\n  lr: {low: 1e-4, high: 1e-2, log: true}\n  precision: [bf16, none]\n  warmup_pct: [0.1, ~]\n  seed: 1..3\ntrials: 12\npruner: median\n")
+    file.write_text(
+        "over:\n  lr: {low: 1e-4, high: 1e-2, log: true}\n  precision: [bf16, none]\n  warmup_pct: [0.1, ~]\n  seed: 1..3\ntrials: 12\npruner: median\n"
+    )
     described = space_words.define(["PRECISION=fp32,bf16"], {"trials": 8}, file, "x.yaml", 256)
     assert [d.text() for d in described.over] == ["LR=0.0001..0.01:log", "PRECISION=fp32,bf16", "WARMUP_PCT=0.1,none", "SEED=1..3"]
     assert (described.trials, described.pruner) == (8, "median")
@@ -166,7 +174,11 @@ def test_combinations_inside_a_range_are_tried_too() -> None:
 def test_values_that_a_setting_cannot_have_are_told_like_anywhere() -> None:
     with pytest.raises(SettingError) as err:
         space.check(define("LR=-1,1e-3", "SEED=1,x", "PRECISION=fp32,none"), BASE)
-    assert str(err.value).splitlines() == ["LR: '-1' must be more than 0.0 (sweep).", "SEED: 'x' is not a whole number (sweep).", *str(err.value).splitlines()[2:]]
+    assert str(err.value).splitlines() == [
+        "LR: '-1' must be more than 0.0 (sweep).",
+        "SEED: 'x' is not a whole number (sweep).",
+        *str(err.value).splitlines()[2:],
+    ]
 
 
 def test_two_words_for_one_value_are_refused() -> None:
@@ -471,13 +483,19 @@ def test_who_is_watched(tmp_path: Path) -> None:
 # -- real trials on this machine ---------------------------------------------------------------------------------------
 
 
-def test_a_sweep_on_this_machine_goes_on_over_a_trial_that_fails_and_can_be_enlarged(farm: Farm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_sweep_on_this_machine_goes_on_over_a_trial_that_fails_and_can_be_enlarged(
+    farm: Farm,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(REPOSITORY)
     runs = farm.root / "sweeps"
     words = [f"{name}={value}" for name, value in {**TINY, "RUNS_DIR": str(runs), "GPUS_PER_NODE": "1", "MAX_CODE_ERROR": "0"}.items()]
     words = [word for word in words if not word.startswith("SEED=")]
     options: dict[str, Any] = {"trials": 3, "parallel": None, "sampler": "random"}
-    code = sweep.command(words, REPOSITORY, over=["SEED=1..100", "LR=1e-3,1e30"], file=None, options=options, resumed=None, local=True, test_only=False, wait=False, as_json=True)
+    code = sweep.command(
+        words, REPOSITORY, over=["SEED=1..100", "LR=1e-3,1e30"], file=None, options=options, resumed=None, local=True, test_only=False, wait=False, as_json=True
+    )
     told = json.loads(capsys.readouterr().out)
     states = [row["state"] for row in told["trials"]]
     assert code == Exit.DONE and len(states) == 3 and set(states) == {"finished", "failed"}, told
@@ -486,7 +504,9 @@ def test_a_sweep_on_this_machine_goes_on_over_a_trial_that_fails_and_can_be_enla
     assert metrics.read(run.member(told["best"]).metrics)[-1]["val_loss"] == told["trials"][told["best"]]["value"]
     # More of it: only the new ones are trained.
     before = {number: run.member(number).ledger.read_bytes() for number in range(3)}
-    code = sweep.command([], REPOSITORY, over=[], file=None, options={"trials": 4}, resumed=str(run.path), local=True, test_only=False, wait=False, as_json=True)
+    code = sweep.command(
+        [], REPOSITORY, over=[], file=None, options={"trials": 4}, resumed=str(run.path), local=True, test_only=False, wait=False, as_json=True
+    )
     told = json.loads(capsys.readouterr().out)
     assert code == Exit.DONE and len(told["trials"]) == 4 and told["counts"].get("finished", 0) + told["counts"].get("failed", 0) == 4
     assert before == {number: run.member(number).ledger.read_bytes() for number in range(3)}

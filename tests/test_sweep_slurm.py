@@ -72,7 +72,11 @@ def test_twelve_trials_of_which_some_are_preempted_all_finish_and_none_is_lost_o
 
     # The study says the same: each number once, the values that were trained, the value that came out.
     sweep = space.load(sweep_dir.sweep)
-    known = until(lambda: (found := study.opened(sweep_dir, sweep).get_trials()) and all(trial.state.is_finished() for trial in found) and found, 60, "the study to hear of the last trial")
+    known = until(
+        lambda: (found := study.opened(sweep_dir, sweep).get_trials()) and all(trial.state.is_finished() for trial in found) and found,
+        60,
+        "the study to hear of the last trial",
+    )
     assert [trial.number for trial in known] == list(range(12)) and {trial.state.name for trial in known} == {"COMPLETE"}
     for trial, run in zip(known, trials, strict=True):
         job = load(run.job_yaml)

@@ -143,7 +143,9 @@ def test_each_line_reaches_a_tracker_of_any_name(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("where", ["__init__", "start", "log", "finish"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SystemExit("wandb: no key k3y-that-nobody-may-see"), ModuleNotFoundError("No module named 'mlflow'")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SystemExit("wandb: no key k3y-that-nobody-may-see"), ModuleNotFoundError("No module named 'mlflow'")]
+)
 def test_a_failing_tracker_warns_once_and_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, error: BaseException) -> None:
     def fail(self: Fake, *words: Any, **more: Any) -> None:
         raise error
@@ -177,7 +179,9 @@ def test_without_trackers_nothing_is_imported_and_no_thread_started(tmp_path: Pa
 
 def test_the_threads_of_trackers_make_nobody_suspect_of_a_hang() -> None:
     def thread(word: str, *frames: str) -> str:
-        return f"{word} 0x00007f01 (most recent call first):\n" + "".join(f'  File "{file}", line 3 in {name}\n' for file, name in (frame.split(":") for frame in frames))
+        return f"{word} 0x00007f01 (most recent call first):\n" + "".join(
+            f'  File "{file}", line 3 in {name}\n' for file, name in (frame.split(":") for frame in frames)
+        )
 
     training = thread("Current thread", "/r/code/train/step.py:all_reduce", "/r/code/train/loop.py:train")
     ours = thread("Thread", "/usr/lib/python3.11/socket.py:sendall", "/v/site-packages/wandb/sdk/wandb_run.py:log", "/r/code/train/track.py:_work")

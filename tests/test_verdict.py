@@ -34,7 +34,17 @@ BUDGETS = Budgets()
 
 def ended(number: int, cause: str, start: int = 0, saved: int | None = None, step: int | None = None, job: str = "7") -> dict[str, Any]:
     saved = number * 10 if saved is None else saved
-    return {"event": "end", "attempt": number, "job_id": job, "time": 1.0, "cause": cause, "start_step": start, "saved_step": saved, "step": saved if step is None else step, "lost_steps": 0}
+    return {
+        "event": "end",
+        "attempt": number,
+        "job_id": job,
+        "time": 1.0,
+        "cause": cause,
+        "start_step": start,
+        "saved_step": saved,
+        "step": saved if step is None else step,
+        "lost_steps": 0,
+    }
 
 
 def events(*causes: str) -> list[dict[str, Any]]:
@@ -76,7 +86,13 @@ def test_attempts_that_train_and_save_nothing_are_given_up(cause: str) -> None:
 
 
 def test_progress_in_between_makes_the_count_of_attempts_without_it_begin_anew() -> None:
-    stuck = [ended(1, "preempted", 0, 0, 5), ended(2, "preempted", 0, 0, 5), ended(3, "preempted", 0, 10, 10), ended(4, "preempted", 10, 10, 15), ended(5, "preempted", 10, 10, 15)]
+    stuck = [
+        ended(1, "preempted", 0, 0, 5),
+        ended(2, "preempted", 0, 0, 5),
+        ended(3, "preempted", 0, 10, 10),
+        ended(4, "preempted", 10, 10, 15),
+        ended(5, "preempted", 10, 10, 15),
+    ]
     assert judge(stuck, BUDGETS).again
 
 
@@ -180,7 +196,9 @@ class FakeSlurm(Slurm):
             job = self.jobs[command[command.index("-j") + 1]]
             rows = {"works": job.rows, "late": job.rows[:-1], "empty": []}[self.sacct]
             stamp = datetime.fromtimestamp
-            return "".join(f"{job.id}|{state}|0:0|{stamp(start).isoformat(timespec='seconds')}|{stamp(end).isoformat(timespec='seconds')}\n" for state, start, end in rows)
+            return "".join(
+                f"{job.id}|{state}|0:0|{stamp(start).isoformat(timespec='seconds')}|{stamp(end).isoformat(timespec='seconds')}\n" for state, start, end in rows
+            )
         if words.startswith("scontrol -o show partition"):
             return "PartitionName=low TotalNodes=4\n"
         if words.startswith("scontrol -o show node"):
@@ -209,7 +227,9 @@ class Live:
 def made_run(folder: Path) -> tuple[RunDir, Budgets]:
     run = RunDir(folder / "a-1")
     run.logs.mkdir(parents=True)
-    resolved = resolve_here(["MODEL=nano", "NODES=1", "GPUS_PER_NODE=2", "DEVICE=cpu", "GPU_REQUEST=none", f"RUNS_DIR={folder}", "MAX_STEPS=100000"], {}, Path.cwd())
+    resolved = resolve_here(
+        ["MODEL=nano", "NODES=1", "GPUS_PER_NODE=2", "DEVICE=cpu", "GPU_REQUEST=none", f"RUNS_DIR={folder}", "MAX_STEPS=100000"], {}, Path.cwd()
+    )
     run.job_yaml.write_text(dump_yaml(resolved.job.model_dump(mode="json")))
     run.script.write_text("#!/bin/bash\n")
     return run, attempt.budgets_of(resolved.job)
@@ -227,7 +247,11 @@ class Histories(RuleBasedStateMachine):
         self.truth: dict[int, set[Cause]] = {}
         self.offset = 0.0
         real = time.time
-        self.patches = [mock.patch("time.time", lambda: real() + self.offset), mock.patch("builtins.print"), mock.patch("launcher.attempt.checked", lambda *_, **__: {})]
+        self.patches = [
+            mock.patch("time.time", lambda: real() + self.offset),
+            mock.patch("builtins.print"),
+            mock.patch("launcher.attempt.checked", lambda *_, **__: {}),
+        ]
         self.patches.append(mock.patch("launcher.attempt.signal.signal"))
         for patch in self.patches:
             patch.start()
@@ -291,7 +315,9 @@ class Histories(RuleBasedStateMachine):
         step = int(progress.read_text()) + steps
         progress.write_text(str(step))
         if save != "none":
-            ledger.append(self.run.ledger, Event.CHECKPOINT if save == "ok" else Event.SAVE_FAILED, attempt=self.live.number, job_id=self.live.job.id, step=step)
+            ledger.append(
+                self.run.ledger, Event.CHECKPOINT if save == "ok" else Event.SAVE_FAILED, attempt=self.live.number, job_id=self.live.job.id, step=step
+            )
 
     def leave(self, reason: str, rank: int, **fields: object) -> None:
         assert self.live
@@ -322,7 +348,13 @@ class Histories(RuleBasedStateMachine):
             self.slurm.over(live.job, "COMPLETED" if cause is Cause.FINISHED else "FAILED")
 
     @precondition(lambda self: self.live)
-    @rule(kind=st.sampled_from(["PREEMPTION", "JOB REQUEUE", "NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS"]), saved=st.booleans(), slurm_first=st.booleans(), script_lives=st.booleans(), ghost=st.booleans())
+    @rule(
+        kind=st.sampled_from(["PREEMPTION", "JOB REQUEUE", "NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS"]),
+        saved=st.booleans(),
+        slurm_first=st.booleans(),
+        script_lives=st.booleans(),
+        ghost=st.booleans(),
+    )
     def slurm_takes_the_nodes(self, kind: str, saved: bool, slurm_first: bool, script_lives: bool, ghost: bool) -> None:
         assert self.live
         live, job = self.live, self.live.job
@@ -380,7 +412,11 @@ class Histories(RuleBasedStateMachine):
             self.leave("error", 0, **peer)
             self.ends({Cause.KILLED}, 137, [])
         else:
-            error = {"code": {"kind": "ValueError", "message": "x"}, "oom": {"kind": "OutOfMemoryError", "message": "CUDA out of memory"}, "storage": {"kind": "OSError", "message": "No space left", "errno": 28}}[kind]
+            error = {
+                "code": {"kind": "ValueError", "message": "x"},
+                "oom": {"kind": "OutOfMemoryError", "message": "CUDA out of memory"},
+                "storage": {"kind": "OSError", "message": "No space left", "errno": 28},
+            }[kind]
             self.leave("error", 0, **peer)
             self.leave("error", 1, **error)
             self.ends({{"code": Cause.CODE_ERROR, "oom": Cause.OUT_OF_MEMORY, "storage": Cause.STORAGE}[kind]}, 1, [])
@@ -501,7 +537,9 @@ class Histories(RuleBasedStateMachine):
         assert row.state in ("finished", "cancelled") or row.note, row
 
 
-Histories.TestCase.settings = settings(max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "60")), stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+Histories.TestCase.settings = settings(
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "60")), stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
 TestHistories = Histories.TestCase
 
 

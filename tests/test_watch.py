@@ -23,11 +23,46 @@ from launcher.runs_live import Known
 from launcher.show import RunStatus
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")
-_ROW = RunStatus("gpt-1b-k3f9", "/runs/gpt-1b-k3f9", "running", "81237", 3, 6120, 10_000, 2.7139, 71_400.0, 0, ["preempted"], 6100, time.time() - 1865, "2 interruptions (preempted), 0 steps lost", "", 4321.0, 55.2)
+_ROW = RunStatus(
+    "gpt-1b-k3f9",
+    "/runs/gpt-1b-k3f9",
+    "running",
+    "81237",
+    3,
+    6120,
+    10_000,
+    2.7139,
+    71_400.0,
+    0,
+    ["preempted"],
+    6100,
+    time.time() - 1865,
+    "2 interruptions (preempted), 0 steps lost",
+    "",
+    4321.0,
+    55.2,
+)
 _ROWS = [
     _ROW,
-    replace(_ROW, run="a-very-long-name-of-a-run-that-nobody-can-say-x8aa", path="/1", state="waiting", note="preempted, queued again; jobs of higher priority are before it"),
-    replace(_ROW, run="cnn-77fe", path="/2", state="failed", loss=None, tokens_per_s=None, seconds_left=None, checkpoint_step=None, checkpoint_time=None, note="overflow at step 139"),
+    replace(
+        _ROW,
+        run="a-very-long-name-of-a-run-that-nobody-can-say-x8aa",
+        path="/1",
+        state="waiting",
+        note="preempted, queued again; jobs of higher priority are before it",
+    ),
+    replace(
+        _ROW,
+        run="cnn-77fe",
+        path="/2",
+        state="failed",
+        loss=None,
+        tokens_per_s=None,
+        seconds_left=None,
+        checkpoint_step=None,
+        checkpoint_time=None,
+        note="overflow at step 139",
+    ),
     replace(_ROW, run="new-abcd", path="/3", state="waiting", attempt=0, step=0, loss=None, checkpoint_step=None, checkpoint_time=None, note=""),
 ]
 _CURVES = {_ROW.path: [10 / (n + 2) for n in range(60)]}

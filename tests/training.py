@@ -50,7 +50,9 @@ class Farm:
     def __init__(self, root: Path):
         self.root = root
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("zygote.py"))], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("zygote.py"))], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._lock = threading.Lock()
         self.ranks: list[Rank] = []
         self.before: str | None = None
@@ -73,7 +75,14 @@ class Farm:
         """In place of launcher.local._spawn."""
         self.ranks = []
         for rank in range(job.world_size):
-            env = {**environ, RankEnv.RANK: str(rank), RankEnv.WORLD_SIZE: str(job.world_size), RankEnv.LOCAL_RANK: str(rank), RankEnv.LOCAL_WORLD_SIZE: str(job.world_size), "MASTER_ADDR": "127.0.0.1"}
+            env = {
+                **environ,
+                RankEnv.RANK: str(rank),
+                RankEnv.WORLD_SIZE: str(job.world_size),
+                RankEnv.LOCAL_RANK: str(rank),
+                RankEnv.LOCAL_WORLD_SIZE: str(job.world_size),
+                "MASTER_ADDR": "127.0.0.1",
+            }
             # Only what differs from the parent's environment, which the fork has already.
             env = {name: value for name, value in env.items() if os.environ.get(name) != value}
             log = str(run.log(environ["HOLDFAST_JOB_ID"], rank))

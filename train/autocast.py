@@ -44,7 +44,9 @@ class Finding:
     passed: bool = False
 
 
-def examine(spec: str, *, options: dict[str, Any] | None = None, seq_len: int = 64, batch: int = 4, steps: int = 5, device: torch.device | None = None) -> list[Finding]:
+def examine(
+    spec: str, *, options: dict[str, Any] | None = None, seq_len: int = 64, batch: int = 4, steps: int = 5, device: torch.device | None = None
+) -> list[Finding]:
     """Findings for fp32 and every other precision of this machine, in the order of the table of modes."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arch = None
@@ -69,7 +71,9 @@ def examine(spec: str, *, options: dict[str, Any] | None = None, seq_len: int = 
     return findings
 
 
-def _train(spec: str, options: dict[str, Any], precision: Precision, device: torch.device, seq_len: int, batch: int, steps: int, finding: Finding) -> torch.Tensor:
+def _train(
+    spec: str, options: dict[str, Any], precision: Precision, device: torch.device, seq_len: int, batch: int, steps: int, finding: Finding
+) -> torch.Tensor:
     """Trains and fills in losses and culprit. Returns the first gradient, flat, in fp32 on the CPU."""
     torch.set_float32_matmul_precision(MODES[precision].matmul_precision)
     torch.manual_seed(0)
@@ -113,7 +117,9 @@ class _Watch:
 
     def __init__(self, model: nn.Module):
         self.culprit = ""
-        self._handles = [module.register_forward_hook(self._hook(name, type(module).__name__), with_kwargs=True) for name, module in model.named_modules() if name]
+        self._handles = [
+            module.register_forward_hook(self._hook(name, type(module).__name__), with_kwargs=True) for name, module in model.named_modules() if name
+        ]
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -151,7 +157,11 @@ def make_batch(model: nn.Module, batch: int, seq_len: int, device: torch.device)
     tokens = torch.randint(min(8, vocab - 1), vocab, (batch, seq_len), generator=generator)
     if type(model).__name__ == "HFClassifier":
         labels = int(getattr(config, "num_labels", 2))
-        return {"tokens": tokens.to(device), "targets": torch.randint(0, labels, (batch,), generator=generator).to(device), "attention_mask": torch.ones_like(tokens).to(device)}
+        return {
+            "tokens": tokens.to(device),
+            "targets": torch.randint(0, labels, (batch,), generator=generator).to(device),
+            "attention_mask": torch.ones_like(tokens).to(device),
+        }
     return {"tokens": tokens.to(device), "targets": tokens.roll(-1, 1).to(device)}
 
 
@@ -169,7 +179,13 @@ def _judge(finding: Finding, precision: Precision, gradient: torch.Tensor, refer
     finding.cosine = float(torch.nn.functional.cosine_similarity(gradient, first, dim=0)) if len(gradient) == len(first) else math.nan
     close = finding.difference <= TOLERANCE[precision] and finding.cosine >= _COSINE[precision]
     finding.passed = fell and close
-    finding.verdict = "good" if finding.passed else "the loss does not fall" if not fell else f"too far from fp32 (allowed: loss {TOLERANCE[precision]:g}, cosine {_COSINE[precision]:g})"
+    finding.verdict = (
+        "good"
+        if finding.passed
+        else "the loss does not fall"
+        if not fell
+        else f"too far from fp32 (allowed: loss {TOLERANCE[precision]:g}, cosine {_COSINE[precision]:g})"
+    )
 
 
 def main() -> int:

@@ -112,7 +112,11 @@ def measure(job: Job, steps: int, warm_up: int) -> tuple[Measurement, "np.ndarra
             continue
         if step == 0:
             gradient = sample_gradient(model, 1.0 if scale is None else scale.scale)
-            found.memory_gb |= {"parameters": held_gb(weights_of(model)), "gradients": held_gb(optim.gradients_of(model)), "optimizer": held_gb(optim.state_by_name(optimizer, model).values())}
+            found.memory_gb |= {
+                "parameters": held_gb(weights_of(model)),
+                "gradients": held_gb(optim.gradients_of(model)),
+                "optimizer": held_gb(optim.state_by_name(optimizer, model).values()),
+            }
         sums.append(torch.stack([done.loss_sum.double(), done.targets.double()]))
         step += 1
     feed.close()
@@ -200,7 +204,13 @@ def hardware() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {"device": "CPU", "arch": None, "memory_gb": None, "fp8": [], "torch": torch.__version__}
     properties = torch.cuda.get_device_properties(0)
-    return {"device": properties.name, "arch": properties.major * 10 + properties.minor, "memory_gb": properties.total_memory / 1e9, "fp8": [name for name, module in (("te", "transformer_engine.pytorch"), ("torchao", "torchao.float8")) if _can_import(module)], "torch": torch.__version__}
+    return {
+        "device": properties.name,
+        "arch": properties.major * 10 + properties.minor,
+        "memory_gb": properties.total_memory / 1e9,
+        "fp8": [name for name, module in (("te", "transformer_engine.pytorch"), ("torchao", "torchao.float8")) if _can_import(module)],
+        "torch": torch.__version__,
+    }
 
 
 def _can_import(module: str) -> bool:

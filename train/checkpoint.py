@@ -211,7 +211,9 @@ def _load_moments(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimiz
             dropped.append(key)
         elif isinstance(parameter, DTensor) and shape == tuple(parameter.shape):
             local = saved.rows_of(key, parameter).to(parameter.device)
-            moments[key] = DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+            moments[key] = DTensor.from_local(
+                local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+            )
         else:
             moments[key] = saved.whole(key)
     return load_state_by_name(optimizer, model, moments), sorted({key.rpartition("/")[0] for key in dropped})

@@ -34,7 +34,17 @@ class Validation:
         return values
 
 
-def evaluate(model: nn.Module, context: Callable[[], AbstractContextManager[object]], data: Dataset, feed: ValidationFeed, runtime: Runtime, *, samples: int | None, micro_batch: int, should_stop: Callable[[], bool]) -> Validation | None:
+def evaluate(
+    model: nn.Module,
+    context: Callable[[], AbstractContextManager[object]],
+    data: Dataset,
+    feed: ValidationFeed,
+    runtime: Runtime,
+    *,
+    samples: int | None,
+    micro_batch: int,
+    should_stop: Callable[[], bool],
+) -> Validation | None:
     """The validation loss under the precision of training; None when the ranks agreed to stop in the middle.
 
     `model` is the module inside DDP: ranks have shards of different lengths and must not wait for each other in it."""

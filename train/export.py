@@ -1,7 +1,7 @@
 """A checkpoint for other tools: `python -m train.export`, started by `holdfast ckpt export`.
 
-    plain   model.safetensors: the weights by our own names, whatever number of processes wrote them
-    hf      model.safetensors and config.json that transformers loads: the built-in model as a Llama, an hf: model as itself
+plain   model.safetensors: the weights by our own names, whatever number of processes wrote them
+hf      model.safetensors and config.json that transformers loads: the built-in model as a Llama, an hf: model as itself
 """
 
 import argparse

@@ -73,7 +73,9 @@ def convert(model: nn.Module, job: Job, *, emulate: bool = False, make_linear: C
     Raises ImpossibleJobError when the library is missing, or no layer of this model can be converted."""
     recipe = recipe_of(job)
     if job.micro_batch_size and (job.micro_batch_size * job.seq_len) % ALIGNMENT:
-        raise ImpossibleJobError(f"PRECISION=fp8: MICRO_BATCH_SIZE={job.micro_batch_size} x SEQ_LEN={job.seq_len} tokens is no multiple of {ALIGNMENT}, which fp8 products need.")
+        raise ImpossibleJobError(
+            f"PRECISION=fp8: MICRO_BATCH_SIZE={job.micro_batch_size} x SEQ_LEN={job.seq_len} tokens is no multiple of {ALIGNMENT}, which fp8 products need."
+        )
     layers = plan(model)
     chosen = {layer.name for layer in layers if layer.converted}
     if not chosen:
@@ -170,5 +172,3 @@ def _convert_torchao(model: nn.Module, chosen: set[str], recipe: str, emulate: b
     if emulate:
         config = dataclasses.replace(config, emulate=True)
     convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name in chosen)
-
-

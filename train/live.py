@@ -29,7 +29,11 @@ class Live:
 
     def lines(self) -> list[str]:
         """What the figures mean, for the first lines of a run."""
-        share = f"% of {self.peak.tflops:,.0f} TFLOP/s, the {self.peak.kind} peak of {self.peak.gpu}" if self.peak else f"no % of peak: the table has no entry for {self._device}"
+        share = (
+            f"% of {self.peak.tflops:,.0f} TFLOP/s, the {self.peak.kind} peak of {self.peak.gpu}"
+            if self.peak
+            else f"no % of peak: the table has no entry for {self._device}"
+        )
         return [f"model FLOPs: {self._formula}" + (f"; {share}" if self._flops_per_step else "")]
 
     def restart(self) -> None:

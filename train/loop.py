@@ -87,7 +87,9 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
         scale.load(loaded.scaler)
     prepared = inner if is_sharded(inner) else rt.accelerator.prepare_model(inner)
     if sum(p.requires_grad for p in inner.parameters()):
-        say(f"  model {job.model}: {sum(p.numel() for p in inner.parameters()):,} parameters · data {data.name}: {len(data):,} samples · batch {job.batch_size} = {rt.world} x {job.micro_batch_size} x {job.grad_accum_steps}")
+        say(
+            f"  model {job.model}: {sum(p.numel() for p in inner.parameters()):,} parameters · data {data.name}: {len(data):,} samples · batch {job.batch_size} = {rt.world} x {job.micro_batch_size} x {job.grad_accum_steps}"
+        )
 
     metrics = MetricsLog(run.metrics, resumed or 0, again=pending is not None) if rt.is_main else None
     progress = Progress(run.attempt(rt.attempt), rt.is_main)
@@ -181,7 +183,9 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
         before = progress.enter("evaluation")
         begun = clock.now()
         with clock.during(Part.EVALUATION):
-            result = evaluate(inner, stepper.context, val_data, val_feed, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, should_stop=agreed_to_stop)
+            result = evaluate(
+                inner, stepper.context, val_data, val_feed, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, should_stop=agreed_to_stop
+            )
             if result is None:
                 clock.count(Part.LOST, since=begun)
         progress.enter(before)
@@ -225,7 +229,16 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
         due_eval = step == job.max_steps or (job.eval_every > 0 and step % job.eval_every == 0)
         if due_eval or step % log_every == 0 or step == 1:
             total, count = rt.total(torch.stack([done.loss_sum.double(), done.targets])).tolist()
-            line: dict[str, Any] = {"step": step, "loss": total / count, "lr": lr, "grad_norm": done.norm.item(), "tokens": step * tokens_per_step, **live.values(), "attempt": rt.attempt, "time": round(time.time(), 3)}
+            line: dict[str, Any] = {
+                "step": step,
+                "loss": total / count,
+                "lr": lr,
+                "grad_norm": done.norm.item(),
+                "tokens": step * tokens_per_step,
+                **live.values(),
+                "attempt": rt.attempt,
+                "time": round(time.time(), 3),
+            }
             if stepper.scale is not None:
                 line |= {"loss_scale": stepper.scale.scale, "growth_tracker": stepper.scale.good_steps}
             if not math.isfinite(total) or not math.isfinite(line["grad_norm"]):
@@ -326,4 +339,10 @@ class _Speaker:
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "accelerate": accelerate.__version__, "numpy": np.__version__, "platform": sys.platform}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "numpy": np.__version__,
+        "platform": sys.platform,
+    }

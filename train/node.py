@@ -123,7 +123,10 @@ def _ranks_below(parent: int) -> Iterator[int]:
     """Processes of this one that are ranks: each has its number in its environment."""
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            if int((place / "stat").read_text().rpartition(")")[2].split()[1]) == parent and f"\0{RankEnv.RANK}=".encode() in b"\0" + (place / "environ").read_bytes():
+            if (
+                int((place / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+                and f"\0{RankEnv.RANK}=".encode() in b"\0" + (place / "environ").read_bytes()
+            ):
                 yield int(place.name)
         except (OSError, IndexError, ValueError):
             continue

@@ -81,7 +81,11 @@ class OverflowGuard:
         if self.scale is None or exhausted:
             if self.policy == "fallback" and self.scale is not None:
                 return False
-            times = f"{self.in_a_row} times in a row (MAX_OVERFLOWS={self.limit})" if self.scale else f"and {self.policy!r} can help only where there is a loss scale"
+            times = (
+                f"{self.in_a_row} times in a row (MAX_OVERFLOWS={self.limit})"
+                if self.scale
+                else f"and {self.policy!r} can help only where there is a loss scale"
+            )
             raise GradientOverflow(f"{said}, {times}. The loss or a weight is not finite: a lower LR, more warm-up or PRECISION=bf16 may help.")
         return True
 
@@ -94,7 +98,9 @@ def first_bad(model: nn.Module) -> str:
     return "no parameter of this rank"
 
 
-def forward_context(precision: Precision, device: torch.device, fp8: Callable[[], AbstractContextManager[object]] | None = None) -> Callable[[], AbstractContextManager[object]]:
+def forward_context(
+    precision: Precision, device: torch.device, fp8: Callable[[], AbstractContextManager[object]] | None = None
+) -> Callable[[], AbstractContextManager[object]]:
     """What every forward pass, of training and of validation, runs in: autocast where the mode has it, fp8 inside."""
     dtype_name = MODES[precision].autocast
 

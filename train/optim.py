@@ -64,7 +64,12 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
     """`<parameter>/<moment>` -> tensor, for every moment that the optimizer holds."""
-    return {f"{name}/{key}": value for name, p in model.named_parameters() for key, value in optimizer.state.get(fp32_of(p), {}).items() if isinstance(value, torch.Tensor)}
+    return {
+        f"{name}/{key}": value
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state.get(fp32_of(p), {}).items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:

@@ -82,7 +82,9 @@ def start(job: Job, environ: Mapping[str, str] = os.environ) -> Runtime:
     use_cpu = _use_cpu(job, environ)
     local_world = int(environ.get(RankEnv.LOCAL_WORLD_SIZE, "1"))
     if not use_cpu and local_world > torch.cuda.device_count():
-        raise ImpossibleJobError(f"{local_world} processes on this node, but it shows {torch.cuda.device_count()} GPU(s). GPUS_PER_NODE and what Slurm was asked for must agree.")
+        raise ImpossibleJobError(
+            f"{local_world} processes on this node, but it shows {torch.cuda.device_count()} GPU(s). GPUS_PER_NODE and what Slurm was asked for must agree."
+        )
     arch = None if use_cpu else _arch()
     mode = MODES[job.precision]
     if not runs_on(mode, arch):

@@ -173,7 +173,15 @@ class Saver:
             self._say(f"  WARNING: {message} Training goes on.")
             if self._rt.is_main:
                 with suppress(OSError):
-                    ledger.append(self._run.ledger, Event.SAVE_FAILED, attempt=self._rt.attempt, job_id=self._rt.job_id, step=step, errno=errno.errorcode.get(code or 0), reason=text)
+                    ledger.append(
+                        self._run.ledger,
+                        Event.SAVE_FAILED,
+                        attempt=self._rt.attempt,
+                        job_id=self._rt.job_id,
+                        step=step,
+                        errno=errno.errorcode.get(code or 0),
+                        reason=text,
+                    )
         except BaseException as err:
             self._error = err
 

@@ -14,7 +14,11 @@ def apply(job: Job, model: nn.Module, data: Dataset, device: torch.device) -> li
     torch.backends.cudnn.benchmark = job.cudnn_benchmark and reason is None
     lines = []
     if job.cudnn_benchmark:
-        lines.append(f"warning: CUDNN_BENCHMARK has no effect: {reason}" if reason else "cudnn_benchmark: convolutions are timed in the first step, the fastest way is kept")
+        lines.append(
+            f"warning: CUDNN_BENCHMARK has no effect: {reason}"
+            if reason
+            else "cudnn_benchmark: convolutions are timed in the first step, the fastest way is kept"
+        )
     defaults = Job.model_fields
     if not job.num_workers:
         unused = [name for name in ("prefetch_factor", "persistent_workers") if getattr(job, name) != defaults[name].default]

@@ -87,7 +87,9 @@ class Trackers:
             said = " ".join(str(err).split())[:300]
             for key, value in secret.secrets_of(os.environ).items():
                 said = said.replace(value, f"<{key}>")
-            self._say(f"  WARNING: tracker {name} is off from here: {type(err).__name__}: {secret.masked(said)}. Training goes on; metrics.jsonl has every line.")
+            self._say(
+                f"  WARNING: tracker {name} is off from here: {type(err).__name__}: {secret.masked(said)}. Training goes on; metrics.jsonl has every line."
+            )
 
     def _start(self, name: str) -> Any:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -115,11 +117,21 @@ class Trackers:
 
         mode = os.environ["WANDB_MODE"]
         if mode == "offline" and self._kept == 0:
-            self._say(f"  wandb is offline on this node; to send what it wrote: wandb sync {self._run.wandb}/offline-run-*    (WANDB_MODE=online sends at once)")
+            self._say(
+                f"  wandb is offline on this node; to send what it wrote: wandb sync {self._run.wandb}/offline-run-*    (WANDB_MODE=online sends at once)"
+            )
         # The terminal's text is in logs/ and the code in code/: neither is sent, and nothing is read from a repository around.
         settings = wandb.Settings(console=os.environ.get("WANDB_CONSOLE", "off"), silent=True, disable_git=True, disable_code=True, save_code=False)
         same = {} if mode == "offline" else {"resume": "allow"}
-        return {"id": self._run.id, "name": self._run.id, "group": self._job.job_name, "dir": str(self._run.path), "config": _config(self._job), "settings": settings, **same}
+        return {
+            "id": self._run.id,
+            "name": self._run.id,
+            "group": self._job.job_name,
+            "dir": str(self._run.path),
+            "config": _config(self._job),
+            "settings": settings,
+            **same,
+        }
 
 
 def chosen(job: Job) -> tuple[str, ...]:
@@ -131,4 +143,8 @@ def chosen(job: Job) -> tuple[str, ...]:
 
 def _config(job: Job) -> dict[str, Any]:
     """The settings as a tracker may have them: plain values, without what could hold a secret."""
-    return {name: value if isinstance(value, bool | int | float) else secret.masked(job.text(name)) for name, value in job.model_dump().items() if name not in ("node_env", "entry_args")}
+    return {
+        name: value if isinstance(value, bool | int | float) else secret.masked(job.text(name))
+        for name, value in job.model_dump().items()
+        if name not in ("node_env", "entry_args")
+    }

@@ -76,7 +76,16 @@ class _Dealer:
         return self._forced.get(digest, "val" if digest < self._limit else "train")
 
 
-def build(inputs: list[str], out: Path, *, tokenizer: str | None = None, eos: str | None = None, column: str = "text", val_share: float = DEFAULT_VAL_SHARE, say: "_Progress | None" = None) -> Built:
+def build(
+    inputs: list[str],
+    out: Path,
+    *,
+    tokenizer: str | None = None,
+    eos: str | None = None,
+    column: str = "text",
+    val_share: float = DEFAULT_VAL_SHARE,
+    say: "_Progress | None" = None,
+) -> Built:
     """Builds `out`/train.bin and val.bin with their descriptions. Raises SettingError; `out` is then not there."""
     begun = time.monotonic()
     if not 0 < val_share < 1:
@@ -101,18 +110,34 @@ def build(inputs: list[str], out: Path, *, tokenizer: str | None = None, eos: st
             _cut(writers, lacking[0], val_share, encoder.vocab_size)
         counts = {split: writers[split].documents for split in _SPLITS}
         for split in _SPLITS:
-            write_note(writers[split].path, count=writers[split].tokens, vocab_size=encoder.vocab_size, tokenizer=encoder.name, end=encoder.end, documents=counts[split])
-        about = {"inputs": [{"path": str(source.path), "bytes": source.size} for source in sources], "column": column, "tokenizer": tokenizer or "bytes", "val_share": val_share}
+            write_note(
+                writers[split].path,
+                count=writers[split].tokens,
+                vocab_size=encoder.vocab_size,
+                tokenizer=encoder.name,
+                end=encoder.end,
+                documents=counts[split],
+            )
+        about = {
+            "inputs": [{"path": str(source.path), "bytes": source.size} for source in sources],
+            "column": column,
+            "tokenizer": tokenizer or "bytes",
+            "val_share": val_share,
+        }
         (aside / "data.json").write_text(json.dumps(about, indent=1) + "\n")
         os.rename(aside, out)
     except OSError as err:
         raise HoldfastError(f"{out}: cannot be written: {err.strerror or err}; nothing is left of it") from err
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return Built(str(out), encoder.name, encoder.vocab_size, {split: writers[split].tokens for split in _SPLITS}, counts, empty, round(time.monotonic() - begun, 2))
+    return Built(
+        str(out), encoder.name, encoder.vocab_size, {split: writers[split].tokens for split in _SPLITS}, counts, empty, round(time.monotonic() - begun, 2)
+    )
 
 
-def _deal(sources: list[Source], folder: Path, encoder: Encoder, column: str, val_share: float, forced: dict[int, str], say: "_Progress | None") -> tuple[dict[str, _Writer], _Dealer, int]:
+def _deal(
+    sources: list[Source], folder: Path, encoder: Encoder, column: str, val_share: float, forced: dict[int, str], say: "_Progress | None"
+) -> tuple[dict[str, _Writer], _Dealer, int]:
     """Writes every document to its side. Returns the writers, closed, and how many documents were empty."""
     writers = {split: _Writer(folder / f"{split}.bin", encoder.vocab_size) for split in _SPLITS}
     dealer, empty = _Dealer(val_share, forced), 0

@@ -67,10 +67,7 @@ def stdlib_corpus(root: Path | None = None) -> Corpus:
 
     files = _walk(root, _SKIPPED_FOLDERS, wanted)
     if not files:
-        raise SettingError(
-            f"data 'stdlib': no .py files below {root}; this Python ships its library without source."
-            " Use DATA=text:<folder> or DATA=synthetic"
-        )
+        raise SettingError(f"data 'stdlib': no .py files below {root}; this Python ships its library without source. Use DATA=text:<folder> or DATA=synthetic")
     return Corpus(f"stdlib-{platform.python_version()}", root, files)
 
 

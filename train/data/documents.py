@@ -107,9 +107,9 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as err:
         raise SettingError(f"{where}: not UTF-8 (byte 0x{err.object[err.start]:02x} at {err.start})") from err
     except ValueError as err:
-        raise SettingError(f"{where}: not JSON ({err}); each line holds one object such as {{\"text\": \"...\"}}") from err
+        raise SettingError(f'{where}: not JSON ({err}); each line holds one object such as {{"text": "..."}}') from err
     if not isinstance(row, dict):
-        raise SettingError(f"{where}: holds a {type(row).__name__}; each line holds one object such as {{\"text\": \"...\"}}")
+        raise SettingError(f'{where}: holds a {type(row).__name__}; each line holds one object such as {{"text": "..."}}')
     return row
 
 

@@ -38,7 +38,9 @@ def load_splits(path: Path) -> dict[str, Any]:
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as err:  # pyarrow's, json's or the library's own, by what is missing
-        raise SettingError(f"data 'hfds:{path}': not a folder that save_to_disk wrote ({str(err).splitlines()[0] if str(err) else type(err).__name__})") from err
+        raise SettingError(
+            f"data 'hfds:{path}': not a folder that save_to_disk wrote ({str(err).splitlines()[0] if str(err) else type(err).__name__})"
+        ) from err
     return dict(found) if isinstance(found, dict) else {"train": found}
 
 
@@ -61,7 +63,9 @@ def open_rows(location: str, split: str, *, seq_len: int, vocab_size: int | None
         chosen = _every_nth(len(rows), float(options.get("val_share", DEFAULT_VAL_SHARE)), split)
     column = options.get("column") or next((name for name in (*_TOKENS, *_TEXT) if name in rows.column_names), None)
     if column is None:
-        raise SettingError(f"data 'hfds:{location}': none of the columns {', '.join(rows.column_names)} is named as usual; name yours with DATA_OPTIONS=column=NAME")
+        raise SettingError(
+            f"data 'hfds:{location}': none of the columns {', '.join(rows.column_names)} is named as usual; name yours with DATA_OPTIONS=column=NAME"
+        )
     if column not in rows.column_names:
         raise no_column(f"data 'hfds:{location}'", column, rows.column_names)
     kind = str(getattr(rows.features[column], "dtype", "list"))
@@ -99,7 +103,11 @@ class Rows:
         targets = np.full((len(ids), self.seq_len), IGNORE, dtype=np.int64)
         texts_or_tokens = found[self._column]
         try:
-            rows = self._encoder.encode([text or "" for text in texts_or_tokens]) if self._encoder else [np.asarray(row or (), dtype=np.int64) for row in texts_or_tokens]
+            rows = (
+                self._encoder.encode([text or "" for text in texts_or_tokens])
+                if self._encoder
+                else [np.asarray(row or (), dtype=np.int64) for row in texts_or_tokens]
+            )
         except (TypeError, ValueError) as err:
             raise SettingError(f"data {self.name!r}: column {self._column!r} holds neither text nor lists of whole numbers") from err
         labels = rows if self._labels == self._column else [np.asarray(row, dtype=np.int64) for row in found[self._labels]]

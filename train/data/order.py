@@ -26,9 +26,7 @@ def sample_ids(step: int, batch_size: int, num_samples: int, seed: int) -> NDArr
     return permuted(index, epoch, num_samples, seed)
 
 
-def permuted(
-    index: NDArray[np.int64], epoch: NDArray[np.int64], num_samples: int, seed: int
-) -> NDArray[np.int64]:
+def permuted(index: NDArray[np.int64], epoch: NDArray[np.int64], num_samples: int, seed: int) -> NDArray[np.int64]:
     """Where each epoch's permutation of range(num_samples) sends `index`; both arrays have one shape, [n]."""
     # Two halves of equal width; the domain 4**half is less than four times num_samples, so that few walks are needed.
     half = max(2, ((num_samples - 1).bit_length() + 1) // 2)

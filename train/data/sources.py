@@ -1,13 +1,13 @@
 """Where samples come from: one protocol, and `open_data`, which turns the setting `data` into a dataset.
 
-    stdlib            source text of the running Python's standard library, bytes; nothing to download
-    text:PATH         a text file or a folder of text, bytes
-    tokens:PATH       memory-mapped token files (train/data/tokens.py has the forms that PATH can take); `holdfast data build`
-                      makes them
-    hfds:PATH         a data set of the `datasets` library as save_to_disk leaves it, a row a sample (train/data/hfds.py)
-    synthetic         an affine recurrence over any vocabulary; its best loss is 0
-    digits            small real images, from scikit-learn
-    package.module:build    your own: a callable (split=, seq_len=, vocab_size=, cache_dir=, **data_options) -> Dataset
+stdlib            source text of the running Python's standard library, bytes; nothing to download
+text:PATH         a text file or a folder of text, bytes
+tokens:PATH       memory-mapped token files (train/data/tokens.py has the forms that PATH can take); `holdfast data build`
+                  makes them
+hfds:PATH         a data set of the `datasets` library as save_to_disk leaves it, a row a sample (train/data/hfds.py)
+synthetic         an affine recurrence over any vocabulary; its best loss is 0
+digits            small real images, from scikit-learn
+package.module:build    your own: a callable (split=, seq_len=, vocab_size=, cache_dir=, **data_options) -> Dataset
 """
 
 from collections.abc import Mapping
@@ -100,8 +100,7 @@ def open_data(
         raise unknown("data", spec, SPECS)
     if vocab_size is not None and data.vocab_size > vocab_size:
         raise SettingError(
-            f"data {spec!r} has a vocabulary of {data.vocab_size}, the model one of {vocab_size};"
-            " use a model with a larger vocabulary or other data"
+            f"data {spec!r} has a vocabulary of {data.vocab_size}, the model one of {vocab_size}; use a model with a larger vocabulary or other data"
         )
     return data
 

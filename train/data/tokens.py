@@ -83,10 +83,7 @@ def read_tokens(path: Path) -> tuple[NDArray[np.integer], int | None]:
         )
     array = np.memmap(path, dtype=_DTYPES[note["dtype"]], mode="r") if path.stat().st_size else np.empty(0, np.uint16)
     if note.get("count", len(array)) != len(array):
-        raise SettingError(
-            f"data 'tokens:{path}': has {len(array)} tokens, {sidecar(path).name} says {note['count']};"
-            " one of them was only half copied"
-        )
+        raise SettingError(f"data 'tokens:{path}': has {len(array)} tokens, {sidecar(path).name} says {note['count']}; one of them was only half copied")
     return array, note.get("vocab_size")
 
 

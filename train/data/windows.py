@@ -40,9 +40,7 @@ class TokenWindows:
         rows = self._rows[ids].astype(np.int64)
         # Out of range here is a message; on a GPU it is a device-side assert that ends the process.
         if rows.size and (rows.max() >= self.vocab_size or rows.min() < 0):
-            raise SettingError(
-                f"data {self.name!r} holds token {int(rows.max())}, its vocabulary is stated as {self.vocab_size}"
-            )
+            raise SettingError(f"data {self.name!r} holds token {int(rows.max())}, its vocabulary is stated as {self.vocab_size}")
         return split_window(rows)
 
 

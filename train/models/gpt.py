@@ -54,9 +54,7 @@ class GPTConfig:
         if self.n_heads % self.kv_heads:
             raise SettingError(f"model: n_heads {self.n_heads} must be a multiple of n_kv_heads {self.kv_heads}")
         if self.head_dim is None and self.d_model % self.n_heads:
-            raise SettingError(
-                f"model: d_model {self.d_model} must be a multiple of n_heads {self.n_heads}, or give head_dim"
-            )
+            raise SettingError(f"model: d_model {self.d_model} must be a multiple of n_heads {self.n_heads}, or give head_dim")
         if self.channels % 2:
             raise SettingError(f"model: {self.channels} channels per head; rotary positions need an even number")
 
@@ -213,9 +211,7 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, loss_mask: Tensor | None = None) -> Tensor:
         """Sum of cross entropies in nats, fp32 scalar. All arguments [B, T]; targets of -100 do not count."""
         chunk = self.config.loss_chunk_tokens
-        return chunked_loss_sum(
-            self.hidden(tokens), self.head_weight, targets, loss_mask, chunk_tokens=chunk, terms=self._terms
-        )
+        return chunked_loss_sum(self.hidden(tokens), self.head_weight, targets, loss_mask, chunk_tokens=chunk, terms=self._terms)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """[B, T, V], held whole: for generation and tests, not for training."""

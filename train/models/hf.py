@@ -86,10 +86,7 @@ def build_hf(location: str, *, vocab_size: int | None, seq_len: int, overrides: 
         raise SettingError("model 'hf:': transformers is not installed; install holdfast with its 'hf' group") from err
     path = Path(location).expanduser()
     if not path.exists() or (path.is_dir() and not (path / "config.json").is_file()):
-        raise SettingError(
-            f"model 'hf:{location}': not found; give a local folder with a config.json, or a config.json:"
-            " models are not fetched"
-        )
+        raise SettingError(f"model 'hf:{location}': not found; give a local folder with a config.json, or a config.json: models are not fetched")
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     for name, value in overrides.items():
         if not hasattr(config, name):

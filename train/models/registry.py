@@ -1,9 +1,9 @@
 """Models by name: the presets, and `build_model`, which turns the setting `model` into a module.
 
-    nano 124m 350m 1b 3b 8b    presets of the built-in language model (jobs/presets.py); options are fields of GPTConfig
-    convnet                    a small image classifier; options num_classes, channels, width
-    hf:PATH                    a local transformers folder or config.json; options are fields of its config
-    package.module:build       your own: a callable (vocab_size=, seq_len=, **options) -> nn.Module
+nano 124m 350m 1b 3b 8b    presets of the built-in language model (jobs/presets.py); options are fields of GPTConfig
+convnet                    a small image classifier; options num_classes, channels, width
+hf:PATH                    a local transformers folder or config.json; options are fields of its config
+package.module:build       your own: a callable (vocab_size=, seq_len=, **options) -> nn.Module
 """
 
 from collections.abc import Mapping
@@ -25,9 +25,7 @@ SPECS = (*PRESETS, "convnet", "hf:PATH", "package.module:build")
 _VOCAB_MULTIPLE = 128
 
 
-def preset_config(
-    name: str, *, vocab_size: int | None = None, seq_len: int | None = None, overrides: Mapping[str, Any] | None = None
-) -> GPTConfig:
+def preset_config(name: str, *, vocab_size: int | None = None, seq_len: int | None = None, overrides: Mapping[str, Any] | None = None) -> GPTConfig:
     """A preset's config for data of `vocab_size` tokens and samples of `seq_len` tokens.
 
     A vocabulary larger than the preset's enlarges it, to a multiple of 128; a smaller one leaves the shape alone.
@@ -49,9 +47,7 @@ def preset_config(
     return config
 
 
-def build_model(
-    spec: str, *, vocab_size: int | None = None, seq_len: int = 128, overrides: Mapping[str, Any] | None = None
-) -> nn.Module:
+def build_model(spec: str, *, vocab_size: int | None = None, seq_len: int = 128, overrides: Mapping[str, Any] | None = None) -> nn.Module:
     """The model that `spec` names, under the contract of train/models/contract.py, on torch's default device.
 
     vocab_size, seq_len: what the data has (`convnet`: vocab_size is the number of classes). overrides: options of the
