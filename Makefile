@@ -3,7 +3,7 @@
 # This file lists no setting and holds no default. holdfast reads the words of the command line from make itself, as they
 # were typed, and refuses the ones it does not know; so they are not exported, which would expand $(...) inside them.
 unexport $(foreach word,$(MAKEOVERRIDES),$(if $(findstring =,$(word)),$(firstword $(subst =, ,$(word)))))
-export HOLDFAST_PYTHON HOLDFAST_INSTALL_SLURM HOLDFAST_LAB
+export HOLDFAST_PYTHON HOLDFAST_INSTALL_SLURM HOLDFAST_PINS HOLDFAST_LAB
 
 SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
@@ -14,8 +14,11 @@ JOB_TARGETS := run render explain precision submit sweep status watch logs cance
 # Two at a time, a file to each: most of a Slurm test is waiting. With three, imports take longer than the warnings of a short time limit.
 BY_FILE := -n 2 --dist loadfile
 
+# What belongs to the project, as a list with NUL between its names.
+FILES := git ls-files -z --cached --others --exclude-standard
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu chaos lint golden bench-launch clean $(JOB_TARGETS) lab lab-stop te
+.PHONY: help setup demo test test-slow test-gpu chaos lint pins golden bench-launch clean $(JOB_TARGETS) lab lab-stop te
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+( [a-z-]+)*:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +26,7 @@ help:  ## this list
 
 setup: $(READY)  ## make .venv with everything this machine needs
 
-$(READY): pyproject.toml launcher/setup.sh
+$(READY): pyproject.toml constraints.txt launcher/setup.sh
 	@launcher/setup.sh venv
 
 demo: $(READY)  ## train, be preempted and resume on a private real Slurm, in about two minutes
@@ -44,11 +47,16 @@ chaos: $(READY)  ## every fault of docs/survival.md on the lab, and that page wr
 	@launcher/setup.sh slurm
 	@.venv/bin/python -m tests.chaos
 
-lint: $(READY)  ## ruff, mypy, shellcheck
+lint: $(READY)  ## ruff, mypy, codespell, shellcheck
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check --quiet .
 	@.venv/bin/mypy
-	@shellcheck launcher/setup.sh .ci/run slurm/train.sbatch
+	@$(FILES) | xargs -0 .venv/bin/codespell
+	@command -v shellcheck >/dev/null || { echo "make lint needs shellcheck, a package of your system: apt-get install shellcheck" >&2; exit 1; }
+	@$(FILES) ':!*.j2' | xargs -0 awk 'FNR == 1 && /^\043!.*sh$$/ { print FILENAME } { nextfile }' | xargs shellcheck
+
+pins: $(READY)  ## write constraints.txt anew with the newest versions that fit; TORCH=2.14.0 for another torch
+	@env -u MAKEFLAGS .venv/bin/python -m tests.pins $(if $(TORCH),--torch $(TORCH))
 
 golden: $(READY)  ## write golden scripts, settings page and schema anew; review the diff
 	@.venv/bin/python -m launcher.docs
@@ -58,7 +66,7 @@ bench-launch: $(READY)  ## time of render, submit and start, on the lab
 	@.venv/bin/python -m benchmarks.launch
 
 te: $(READY)  ## Transformer Engine for fp8: built against the installed torch, so never by an environment file
-	@.venv/bin/pip install --no-build-isolation '.[te]'
+	@.venv/bin/pip install --no-build-isolation -e '.[te]'
 
 $(JOB_TARGETS): $(READY)
 	@$(HOLDFAST) $@ $(ARGS)

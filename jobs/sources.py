@@ -41,10 +41,11 @@ OTHER_VARIABLES = frozenset(
         "HOLDFAST_LAB",
         "HOLDFAST_PYTHON",
         "HOLDFAST_INSTALL_SLURM",
+        "HOLDFAST_PINS",
     }
 )
 # Words that a person may hand to make for the Makefile itself.
-MAKE_WORDS = frozenset({"HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM", "HOLDFAST_LAB", "ARGS", "TESTS"})
+MAKE_WORDS = frozenset({"HOLDFAST_PYTHON", "HOLDFAST_INSTALL_SLURM", "HOLDFAST_PINS", "HOLDFAST_LAB", "ARGS", "TESTS"})
 
 # Two words of other tools that together mean one setting here.
 _AMP_WORDS = ("use_amp", "amp_dtype")

@@ -11,7 +11,6 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-import yaml
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGES = ("jobs", "slurm", "launcher", "train")
@@ -232,17 +231,6 @@ def test_no_file_names_a_package_index() -> None:
     """Where packages come from is the machine's choice: mirrors and offline clusters have their own."""
     wrong = [f"{path.relative_to(REPO)} names {host}" for path in repository_files() for host in INDEXES if host in path.read_text("utf-8", errors="replace")]
     assert not wrong, "\n".join(wrong)
-
-
-def test_environment_and_project_files_ask_for_the_same() -> None:
-    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    text = (REPO / "environment.yml").read_text()
-    environment = yaml.safe_load(text)
-    assert environment["name"] == project["name"] and environment["channels"] == ["conda-forge"]
-    by_pip = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
-    assert by_pip == [project["dependencies"]]
-    assert f"python{project['requires-python']}" in environment["dependencies"] and "pip" in environment["dependencies"]
-    assert not [entry for entry in by_pip[0] if "transformer" in entry] and "isolation" in text and "make te" in text
 
 
 def test_every_third_party_module_that_is_always_imported_is_a_dependency() -> None:

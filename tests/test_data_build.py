@@ -271,7 +271,7 @@ def test_rows_of_text_are_encoded_when_they_are_read_and_dealt_evenly(tmp_path: 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"colum": "a"}, "Did you mean 'column'"),
+        ({"colum": "a"}, "Did you mean 'column'"),  # codespell:ignore colum
         ({"column": "txt"}, "has no column 'txt'.*Did you mean --column text"),
         ({"val_share": 2}, "must be between 0 and 1"),
         ({"tokenizer": "/nowhere"}, "not found; give a local tokenizer.json"),

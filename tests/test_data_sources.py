@@ -243,7 +243,7 @@ def test_own_data_by_import_path(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingError, match="has no name, vocab_size, unit, batch"):
         open_data("my_data:wrong", seq_len=9, split="val")
     with pytest.raises(SettingError, match="Did you mean 'build'"):
-        open_data("my_data:biuld", seq_len=9, split="val")
+        open_data("my_data:biuld", seq_len=9, split="val")  # codespell:ignore biuld
     with pytest.raises(SettingError, match=r"'no_such_module' .* cannot be found"):
         open_data("no_such_module:build", seq_len=9, split="val")
 
@@ -255,7 +255,7 @@ def test_own_data_by_import_path(monkeypatch: pytest.MonkeyPatch) -> None:
         ("tokens:", "needs a path"),
         ("stdlib:3.11", "takes nothing"),
         ("tokens:{here}/corpos/train.bin", "Did you mean '.*corpus'"),
-        ("tokens:{here}/corpus/trian.bin", "Did you mean '.*train.bin'"),
+        ("tokens:{here}/corpus/trian.bin", "Did you mean '.*train.bin'"),  # codespell:ignore trian
         ("text:{here}/corpus/none", "there is no 'none' in"),
         ("tokens:{here}/corpus/train.txt", "ends in .bin or .npy"),
     ],

@@ -316,7 +316,7 @@ def test_data_enlarges_a_vocabulary_but_never_shrinks_it() -> None:
         ("nano", {"n_kv_heads": 3}, "multiple of n_kv_heads 3"),
         ("nano", {"n_heads": 3}, "d_model 128 must be a multiple of n_heads 3"),
         ("nano", {"d_ff": 0}, "d_ff 0 is not allowed"),
-        ("convnet", {"widht": 3}, "Did you mean 'width'"),
+        ("convnet", {"widht": 3}, "Did you mean 'width'"),  # codespell:ignore widht
         ("hf:", {}, "choose one of nano"),
         ("no_such_module:build", {}, "cannot be found"),
     ],

@@ -103,7 +103,7 @@ def test_a_file_says_the_same_as_words_and_the_command_line_wins(tmp_path: Path)
     ("text", "said"),
     [
         ("over: {lr: 1..2}\ntrails: 3\n", "'trails' is no option of a sweep (x.yaml). Did you mean 'trials'?"),
-        ("over: {lr: {low: 1, hight: 2}}\n", "needs low and high"),
+        ("over: {lr: {low: 1, hight: 2}}\n", "needs low and high"),  # codespell:ignore hight
         ("over: [lr]\n", "over: holds a list"),
         ("over: {lr: 3}\n", "has one value only"),
         ("over: {lr: {low: 1, high: true}}\n", "'True' is not a number"),
