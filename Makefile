@@ -18,7 +18,7 @@ BY_FILE := -n 2 --dist loadfile
 FILES := git ls-files -z --cached --others --exclude-standard
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu chaos lint pins golden bench-launch clean $(JOB_TARGETS) lab lab-stop te
+.PHONY: help setup demo test test-fast test-slow test-gpu test-repeat coverage chaos lint pins golden bench-launch clean $(JOB_TARGETS) lab lab-stop te
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+( [a-z-]+)*:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,11 +37,24 @@ test: $(READY)  ## all tests; the ones on a real Slurm wherever it can be had
 	@launcher/setup.sh slurm || true
 	@.venv/bin/python -m pytest $(BY_FILE) -m "not slow and not gpu" $(TESTS)
 
+test-fast: $(READY)  ## the tests that start no Slurm and no training and load no torch: under a minute
+	@.venv/bin/python -m pytest --fast -n 2 --dist worksteal $(TESTS)
+
 test-slow: $(READY)  ## the tests that take long: more seeds, more kills, compilation
 	@.venv/bin/python -m pytest -m "slow and not gpu" $(TESTS)
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	@.venv/bin/python -m pytest -m gpu
+
+test-repeat: $(READY)  ## all tests N times (10), then which failed how often; TESTS=tests/test_lab.py for some of them
+	@env -u MAKEFLAGS .venv/bin/python -m tests.repeat $(or $(N),10) -- $(BY_FILE) -m "not slow and not gpu" $(TESTS)
+
+coverage: $(READY)  ## all tests, and which lines and branches of jobs/ and slurm/ they reach; fails below 95 %
+	@launcher/setup.sh slurm || true
+	@.venv/bin/coverage erase
+	@.venv/bin/coverage run -m pytest $(BY_FILE) -m "not slow and not gpu" $(TESTS)
+	@.venv/bin/coverage combine --quiet
+	@.venv/bin/coverage report
 
 chaos: $(READY)  ## every fault of docs/survival.md on the lab, and that page written anew; about half an hour
 	@launcher/setup.sh slurm
@@ -79,5 +92,5 @@ lab-stop: $(READY)  ## stop it
 	@$(HOLDFAST) lab stop
 
 clean:  ## remove caches (never runs)
-	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* build dist
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,9 +50,28 @@ def pytest_report_header() -> str:
     return f"Slurm tests: left out, this machine lacks {', '.join(missing)}" if missing else "Slurm tests: on real private clusters"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# What `make test-fast` leaves out: whole files that load one of these packages, and tests with one of these markers or fixtures.
+_LONG_IMPORTS = re.compile(r"^(?:from|import) (?:torch|train|training)\b", re.M)
+_LONG_MARKERS = ("slurm", "gpu", "slow", "trains")
+_LONG_FIXTURES = {"cluster", "farm"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only tests that start no Slurm and no training, and load no torch")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Not even read: importing torch takes as long as a hundred tests of the others."""
+    return True if config.getoption("--fast") and collection_path.suffix == ".py" and _LONG_IMPORTS.search(collection_path.read_text()) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The file that takes longest goes first, so that no process works alone at the end."""
     items.sort(key=lambda item: item.path.name != "test_slurm_runs.py")
+    if config.getoption("--fast"):
+        long = [item for item in items if any(map(item.get_closest_marker, _LONG_MARKERS)) or _LONG_FIXTURES & set(getattr(item, "fixturenames", ()))]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
 
 def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:

@@ -166,6 +166,7 @@ def test_an_sbatch_whose_answer_was_lost_has_submitted_all_the_same(cluster: Clu
     cluster.slurm("scancel", answer["job_id"])
 
 
+@pytest.mark.trains
 def test_run_trains_in_the_foreground_and_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     words = [*pairs({**ONE, "MAX_STEPS": "400", "EVAL_EVERY": "0"}), f"RUNS_DIR={runs}"]
@@ -190,6 +191,7 @@ def test_run_trains_in_the_foreground_and_ctrl_c_saves_and_resume_goes_on(tmp_pa
     assert losses(run) == losses(reference)
 
 
+@pytest.mark.trains
 def test_the_local_executor_survives_a_killed_rank(tmp_path: Path) -> None:
     settings = {**SMALL, "NODES": "1", "GPUS_PER_NODE": "2", "DEVICE": "cpu", "MAX_STEPS": "300", "EVAL_EVERY": "0", "CHECKPOINT_EVERY": "20"}
     done = holdfast("submit", "--local", "--json", *pairs(settings), f"RUNS_DIR={tmp_path}/runs")
@@ -217,6 +219,7 @@ def test_status_of_a_hundred_runs_is_one_table_and_json(tmp_path: Path) -> None:
     assert len(json.loads(done.stdout)) == 100
 
 
+@pytest.mark.trains
 def test_a_code_error_ends_the_run_and_shows_its_traceback(tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text("raise RuntimeError('the planted fault')\n")

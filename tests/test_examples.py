@@ -82,6 +82,7 @@ def test_under_accelerate_launch_it_loses_nothing_either(cluster: Cluster) -> No
     assert attempts[1].start_step == attempts[0].step
 
 
+@pytest.mark.trains
 @pytest.mark.timeout(900)
 def test_the_language_model_learns_and_leaves_its_checkpoints(tmp_path: Path) -> None:
     pytest.importorskip("transformers")

@@ -123,6 +123,7 @@ def test_a_killed_run_goes_on_and_the_ledger_counts_what_was_lost(tmp_path: Path
     assert saves == [10, 20, 30, 40]
 
 
+@pytest.mark.trains
 def test_a_stop_file_stops_it_for_good_and_resume_goes_on(tmp_path: Path) -> None:
     run = own_run(tmp_path / "runs", "2000", "1500", "0.03", KEEP_LAST="1")
     process = subprocess.Popen([sys.executable, "-m", "launcher.local", str(run.path)], cwd=REPOSITORY, env=ENVIRON)

@@ -181,6 +181,7 @@ def spoken(attempt: int, ranks: str) -> set[str]:
     return {f"{rank}: rank {rank} attempt {attempt} line {number}" for rank in ranks for number in range(5)}
 
 
+@pytest.mark.trains
 def test_a_local_run_is_followed_over_its_attempts(tmp_path: Path) -> None:
     (tmp_path / "speaks.py").write_text(_SPEAKS)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HOLDFAST_"))}

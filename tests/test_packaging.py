@@ -1,14 +1,18 @@
 """What is installed, and from what: pinned versions, the environment file, and what the wheel carries."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import yaml
 from conftest import REPOSITORY
 from packaging.requirements import Requirement
 from pins import FILE, GROUPS, PYTHON, canonical, changes, chosen, read, written
+from repeat import failed_tests, summary
 
 PROJECT: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 PINS = read((REPOSITORY / FILE).read_text())
@@ -84,3 +88,27 @@ def test_a_report_of_pip_becomes_pins() -> None:
     pins = chosen(report, "own")
     assert pins == {"jinja2": "3.1.6", "torch": "2.13.0"} and read(written(pins)) == pins
     assert changes({"torch": "2.12.0", "six": "1.17.0"}, pins) == ["jinja2  new -> 3.1.6", "six  1.17.0 -> gone", "torch  2.12.0 -> 2.13.0"]
+
+
+# -- targets for people who change it --------------------------------------------------------------------------------------
+
+
+def test_the_repeated_suite_says_which_test_failed_how_often(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="tests.test_a" name="test_x"><failure message="assert 1 == 2&#10;more">...</failure></testcase>'
+        '<testcase classname="tests.test_a" name="test_y"><error message="no lab"/></testcase><testcase classname="tests.test_a" name="test_z"/></testsuite></testsuites>'
+    )
+    assert failed_tests(report) == {"tests.test_a::test_x": "assert 1 == 2", "tests.test_a::test_y": "no lab"}
+    lines = summary(10, {"a": ["once"], "b": ["often", "often", "else"]})
+    assert lines[1:] == ["  3 of 10  b  often", "  1 of 10  a  once"]
+    assert summary(10, {}) == ["10 rounds, no test failed"]
+
+
+def test_the_fast_tests_leave_out_what_is_long_and_keep_the_rest() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--fast", "--collect-only", "-q", "tests"], cwd=REPOSITORY, capture_output=True, text=True, timeout=200
+    )
+    counts = {name: int(count) for name, count in re.findall(r"^tests/(test_\w+)\.py: (\d+)$", done.stdout, re.M)}
+    assert counts["test_render"] > 20 and counts["test_commands"] > 20 and sum(counts.values()) > 1000, done.stdout + done.stderr
+    assert not {"test_resume", "test_slurm_runs", "test_models"} & counts.keys()

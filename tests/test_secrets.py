@@ -113,6 +113,7 @@ def _installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+@pytest.mark.trains
 def test_planted_secrets_appear_nowhere_in_a_local_run(local_run: tuple[RunDir, str]) -> None:
     run, said = local_run
     assert found_in(run.path, PLANTED | IN_FILES) == []
@@ -125,6 +126,7 @@ def test_planted_secrets_appear_nowhere_in_a_local_run(local_run: tuple[RunDir, 
     assert "not copied with the code" in said and ".env.local" in said and "CODE_INCLUDE=" in said
 
 
+@pytest.mark.trains
 def test_no_file_of_a_run_is_writable_by_others_whatever_the_umask(local_run: tuple[RunDir, str]) -> None:
     run, _ = local_run
     assert len(list(run.path.rglob("*"))) > 60
