@@ -31,7 +31,7 @@ $(READY): pyproject.toml constraints.txt launcher/setup.sh
 
 demo: $(READY)  ## train, be preempted and resume on a private real Slurm, in about two minutes
 	@launcher/setup.sh slurm || true
-	@.venv/bin/python -m launcher.demo
+	@$(HOLDFAST) demo $(ARGS)
 
 test: $(READY)  ## all tests; the ones on a real Slurm wherever it can be had
 	@launcher/setup.sh slurm || true

@@ -420,6 +420,14 @@ def drill(ctx: typer.Context) -> None:
     raise typer.Exit(run_drill(_words(ctx), os.environ, Path.cwd()))
 
 
+@app.command(context_settings=_SETTINGS, options_metavar="[KEY=value | --key value]...")
+def demo(ctx: typer.Context) -> None:
+    """Train on a private real Slurm, be preempted and resume, in about two minutes; without Slurm, on the local executor."""
+    from launcher.demo import demo as show_it
+
+    raise typer.Exit(show_it(_words(ctx)))
+
+
 @app.command()
 def completion(
     shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="Which shell.")] = "bash",

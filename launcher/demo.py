@@ -1,4 +1,4 @@
-"""`make demo`: the whole promise in about two minutes, on a private real Slurm.
+"""`holdfast demo`: the whole promise in about two minutes, on a private real Slurm.
 
 A small language model trains on 2 nodes x 2 ranks, a job of higher priority takes its nodes away, Slurm puts it back into
 the queue, and it goes on from its checkpoint. Without Slurm the same job runs through submitit's local executor, one of
@@ -6,6 +6,7 @@ its ranks is killed, and the text says what was therefore not shown.
 """
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -31,7 +32,6 @@ from launcher.attempt import LOCAL
 from launcher.local import pid_of_rank
 from launcher.prepare import prepare, resolve_here
 from launcher.show import RunStatus
-from launcher.submit import to_local, to_slurm
 from slurm import lab
 from slurm.client import Slurm
 
@@ -70,11 +70,12 @@ class Story:
             self.tell(f"step {row.step:,}/{row.max_steps:,}{loss}")
 
 
-def main() -> int:
+def demo(words: list[str]) -> int:
+    """Shows it with the settings of `words`, and those of make; returns the exit code of the command."""
     console = Console(highlight=False)
     missing = lab.missing_programs()
-    # A person may hand settings to make demo; bf16 is what it shows otherwise.
-    words = [] if any(word.startswith("PRECISION=") for word in words_from_make(os.environ)) else ["PRECISION=bf16"]
+    # bf16 is what it shows where a person says nothing else.
+    words = words if any(re.match("(--)?precision\\b", word, re.I) for word in [*words_from_make(os.environ), *words]) else ["PRECISION=bf16", *words]
     story = Story(console)
     try:
         return _without_slurm(story, words, missing) if missing else _on_lab(story, words)
@@ -87,6 +88,8 @@ def main() -> int:
 
 
 def _on_lab(story: Story, words: list[str]) -> int:
+    from launcher.submit import to_slurm
+
     room = Path(tempfile.mkdtemp(prefix="holdfast-demo-"))
     room.chmod(0o755)
     here: lab.Lab | None = None
@@ -124,7 +127,10 @@ def _on_lab(story: Story, words: list[str]) -> int:
 
 
 def _without_slurm(story: Story, words: list[str], missing: list[str]) -> int:
+    from launcher.submit import to_local
+
     story.tell(f"no Slurm here (missing: {', '.join(missing)}), so this machine runs the job by submitit's local executor")
+    story.tell(f"to see it on a real Slurm: {lab.how_to_install()}; then again")
     resolved = resolve_here([*words, "DEVICE=cpu"], os.environ, Path.cwd())
     run, _ = prepare(resolved, Path.cwd(), sys.executable)
     started = to_local(run, resolved.job)
@@ -223,7 +229,3 @@ def _summary(story: Story, run: RunDir, not_shown: tuple[str, ...]) -> int:
     if not finished:
         story.console.print(f"the run did not finish; holdfast logs {run.id} says why")
     return Exit.DONE if finished else Exit.FAILED
-
-
-if __name__ == "__main__":
-    sys.exit(main())

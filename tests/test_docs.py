@@ -135,6 +135,8 @@ COMMANDS = known_commands()
 MAKE_TARGETS = set(re.findall(r"^([a-z-]+)(?= *[a-z-]*:)", (REPOSITORY / "Makefile").read_text(), re.M)) | set(
     re.search(r"JOB_TARGETS := (.*)", (REPOSITORY / "Makefile").read_text())[1].split()
 )  # type: ignore[index]
+# Words that the Makefile itself takes: make test TESTS=..., make test-repeat N=10.
+MAKE_VARIABLES = set(re.findall(r"\$\(([A-Z]+)\)", (REPOSITORY / "Makefile").read_text()))
 
 
 def wrong_words(command: str) -> list[str]:
@@ -150,7 +152,9 @@ def wrong_words(command: str) -> list[str]:
     program, rest = words[0], words[1:]
     if program == "make":
         named = [word for word in rest if "=" not in word and not word.startswith("-") and not word.isupper()]
-        return [f"make {word}" for word in named if word not in MAKE_TARGETS] + _settings_of(rest)
+        return [f"make {word}" for word in named if word not in MAKE_TARGETS] + _settings_of(
+            [word for word in rest if word.partition("=")[0] not in MAKE_VARIABLES]
+        )
     if program.removeprefix(".venv/bin/") != "holdfast" or not rest or not re.fullmatch(r"[a-z]+", rest[0]):
         return []
     name = f"{rest[0]} {rest[1]}" if len(rest) > 1 and f"{rest[0]} {rest[1]}" in COMMANDS else rest[0]
