@@ -79,7 +79,8 @@ bench-launch: $(READY)  ## time of render, submit and start, on the lab
 	@.venv/bin/python -m benchmarks.launch
 
 te: $(READY)  ## Transformer Engine for fp8: built against the installed torch, so never by an environment file
-	@.venv/bin/pip install --no-build-isolation -e '.[te]'
+	@.venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["te"])' \
+		| xargs .venv/bin/pip install --no-build-isolation
 
 $(JOB_TARGETS): $(READY)
 	@$(HOLDFAST) $@ $(ARGS)
