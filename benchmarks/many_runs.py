@@ -15,7 +15,7 @@ from pathlib import Path
 from jobs import rundir
 from jobs.contract import Cause, Event
 from jobs.rundir import RunDir
-from jobs.sources import dump_yaml
+from jobs.yaml_text import dump_yaml
 from launcher.prepare import resolve_here
 
 # What the last attempt of a run came to, in turn; None still runs, "waiting" has never begun.

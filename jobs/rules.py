@@ -6,7 +6,8 @@ from typing import Any
 from jobs.errors import SettingError
 from jobs.precision import FP8_RECIPES, MODES, MXFP8_ARCH, Precision, arch_number, nearest_that_runs, runs_on
 from jobs.schedule import Schedule, warmup_steps_from_pct
-from jobs.settings import Job, step_range
+from jobs.setting_types import step_range
+from jobs.settings import Job
 
 
 def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:

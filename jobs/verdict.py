@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.contract import Cause, Event
+from jobs.settings import Job
 
 # Causes that say nothing against the run: it goes on as long as it gets forward.
 UNLIMITED = frozenset({Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.REQUEUED})
@@ -40,6 +41,19 @@ class Budgets:
 
     def of(self, cause: Cause) -> int:
         return int(getattr(self, cause.value))
+
+
+def budgets_of(job: Job) -> Budgets:
+    return Budgets(
+        node_failure=job.max_node_failure,
+        killed=job.max_killed,
+        out_of_memory=job.max_out_of_memory,
+        code_error=job.max_code_error,
+        hang=job.max_hang,
+        storage=job.max_storage,
+        unknown=job.max_unknown,
+        no_progress=job.max_no_progress,
+    )
 
 
 def judge(events: Iterable[Mapping[str, Any]], budgets: Budgets) -> Verdict:

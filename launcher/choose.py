@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jobs import rundir
 from jobs.rundir import RunDir
-from jobs.sources import words_from_make
+from jobs.words import words_from_make
 from launcher.prepare import which_run
 
 

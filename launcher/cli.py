@@ -44,7 +44,7 @@ def _words(ctx: typer.Context) -> list[str]:
 @app.command(context_settings=_SETTINGS, options_metavar=_HINT)
 def render(ctx: typer.Context) -> None:
     """Print the script that submit would submit, byte for byte."""
-    from jobs.sources import variables
+    from jobs.setting_names import variables
     from launcher import entry
     from launcher.prepare import resolve_here
     from slurm.render import own_files, run_dir_of, script_for

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs import access, ledger, rundir
-from jobs.contract import Cause, Event, Exit
+from jobs.contract import LOCAL, Cause, Event, Exit
 from jobs.errors import SettingError, SubmitError
 from jobs.rundir import RunDir
+from jobs.setting_names import setting_name
 from jobs.settings import Job, group_of, names
-from jobs.sources import Resolved, load, setting_name
+from jobs.sources import Resolved, load
 from launcher import show
-from launcher.attempt import LOCAL
 from launcher.doctor import said_at_submit
 from launcher.local import gpus_here, run_attempts
 from launcher.prepare import prepare, resolve_here, resolve_members

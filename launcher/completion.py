@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs import rundir
+from jobs.job_files import shipped_jobs
 from jobs.rundir import RunDir
 from jobs.settings import JOB_WORD, Job, help_of, names
-from jobs.sources import shipped_jobs
 from slurm import sitefile
 
 # A word and what it means; bash shows the word only.

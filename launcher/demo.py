@@ -22,12 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs import ledger, metrics
-from jobs.contract import Event, Exit
+from jobs.contract import LOCAL, Event, Exit
 from jobs.errors import HoldfastError
 from jobs.rundir import RunDir
-from jobs.sources import words_from_make
+from jobs.words import words_from_make
 from launcher import curve, show
-from launcher.attempt import LOCAL
 from launcher.local import pid_of_rank
 from launcher.prepare import prepare, resolve_here
 from launcher.show import RunStatus

@@ -15,7 +15,8 @@ from typing import Any
 from jobs import ledger, rundir
 from jobs.contract import Event, Exit
 from jobs.errors import HoldfastError, SubmitError
-from jobs.settings import Job, format_minutes, parse_minutes
+from jobs.setting_types import format_minutes, parse_minutes
+from jobs.settings import Job
 from launcher import machine
 from slurm.client import Slurm
 

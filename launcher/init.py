@@ -13,7 +13,10 @@ from pathlib import Path
 from jobs.contract import Exit
 from jobs.errors import HoldfastError, SettingError, SubmitError
 from jobs.names import unknown
-from jobs.sources import dump_yaml, resolve, setting_name, split_words, words_from_make
+from jobs.setting_names import setting_name
+from jobs.sources import resolve
+from jobs.words import split_words, words_from_make
+from jobs.yaml_text import dump_yaml
 from launcher import show
 from launcher.local import gpus_here
 from slurm import sitefile

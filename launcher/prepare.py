@@ -12,7 +12,9 @@ from jobs import rundir
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
 from jobs.settings import Job
-from jobs.sources import Resolved, dump_yaml, resolve, resolve_each, words_from_make
+from jobs.sources import Resolved, resolve, resolve_each
+from jobs.words import words_from_make
+from jobs.yaml_text import dump_yaml
 from launcher import snapshot
 from slurm import sitefile
 from slurm.render import script_for

@@ -15,7 +15,8 @@ from jobs.contract import Event
 from jobs.errors import SettingError
 from jobs.rundir import RunDir
 from jobs.settings import Job, group_of
-from jobs.sources import amend, dump_yaml, load, read_yaml
+from jobs.sources import amend, load
+from jobs.yaml_text import dump_yaml, read_yaml
 from slurm.render import script_for
 
 # What a run is. Under another name, model or code it would be another run.

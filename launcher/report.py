@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs import ledger, metrics, rundir, secret
-from jobs.contract import Event
+from jobs.contract import LOCAL, Event
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
 from jobs.settings import Job, group_of, help_of, names, unit_of
 from jobs.sources import load
 from launcher import show
-from launcher.attempt import LOCAL
 from launcher.report_time import time_of
 
 MAX_RUNS = 50

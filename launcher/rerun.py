@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs import ledger, rundir
-from jobs.contract import Event, Exit
+from jobs.contract import LOCAL, Event, Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
 from jobs.sources import Resolved, amend, load
 from launcher import compare, show, snapshot
-from launcher.attempt import LOCAL
 from launcher.local import run_attempts
 from launcher.prepare import _anchor_paths, _unused_id, _write_run
 from slurm.render import script_for

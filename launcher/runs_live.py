@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jobs import rundir
+from jobs.contract import LOCAL
 from jobs.rundir import RunDir
 from launcher import show
-from launcher.attempt import LOCAL
 from launcher.show import RunStatus
 
 FILES_EVERY_S = 1.0

@@ -15,16 +15,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs import goodput, ledger, memory, metrics, rundir, sources
-from jobs.contract import Cause, Event
+from jobs import goodput, ledger, memory, metrics, rundir
+from jobs.contract import LOCAL, Cause, Event
 from jobs.errors import HoldfastError, SubmitError
+from jobs.layers import HEADINGS
 from jobs.rundir import RunDir
 from jobs.secret import is_secret_name
 from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, unit_of
-from jobs.sources import Resolved
-from jobs.verdict import judge
+from jobs.sources import Resolved, load
+from jobs.verdict import budgets_of, judge
 from launcher import table
-from launcher.attempt import LOCAL, budgets_of, clock_record
+from launcher.left_behind import clock_record
 from slurm.client import Slurm
 from slurm.reasons import in_words
 from slurm.states import base
@@ -94,7 +95,7 @@ def schema() -> str:
         properties[word] = {**{key: value for key, value in properties[name].items() if key != "default"}, "description": f"the same as {name}"}
     properties["use_amp"] = {"type": "boolean", "description": "with amp_dtype: another way to say precision"}
     properties["amp_dtype"] = {"enum": ["bfloat16", "float16", "bf16", "fp16"], "description": "with use_amp: another way to say precision"}
-    for heading in sorted(sources.HEADINGS - set(names())):
+    for heading in sorted(HEADINGS - set(names())):
         properties[heading] = {"$ref": "#", "description": "a heading: what stands under it is read as if it stood at the top"}
     return json.dumps(made, indent=1)
 
@@ -199,7 +200,7 @@ def ask_queue() -> tuple[dict[str, tuple[str, str, str]] | None, str]:
 
 def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> RunStatus:
     try:
-        job = sources.load(run.job_yaml)
+        job = load(run.job_yaml)
     except HoldfastError as err:
         return RunStatus(run.id, str(run.path), "damaged", "", 0, 0, 0, None, None, 0, [], None, None, str(err).splitlines()[0])
     events = ledger.read(run.ledger)

@@ -20,9 +20,12 @@ from typing import Any
 from jobs import ledger, rundir, space, space_words
 from jobs.contract import Event, Exit
 from jobs.errors import HoldfastError, ImpossibleJobError, NotFoundError, SettingError, SubmitError
+from jobs.job_files import DEFAULT_JOB, find_job_file
 from jobs.names import nearest
 from jobs.rundir import RunDir
-from jobs.sources import DEFAULT_JOB, Resolved, find_job_file, setting_name, split_words, words_from_make
+from jobs.setting_names import setting_name
+from jobs.sources import Resolved
+from jobs.words import split_words, words_from_make
 from launcher import show, sweep_show
 from launcher.commands import start_estimate
 from launcher.doctor import said_at_submit

@@ -23,8 +23,10 @@ from jobs import ckpt_format, ledger, metrics, rundir, samples
 from jobs.contract import Cause, Event, Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
+from jobs.setting_names import setting_name
 from jobs.settings import Job
-from jobs.sources import load, setting_name, split_words
+from jobs.sources import load
+from jobs.words import split_words
 from launcher import show
 from launcher.local import gpus_here, pids_of_ranks
 from launcher.prepare import prepare, resolve_here

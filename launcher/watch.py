@@ -13,9 +13,9 @@ from rich.console import Console, Group
 from rich.live import Live as Screen
 
 from jobs import metrics, rundir
+from jobs.contract import LOCAL
 from jobs.rundir import RunDir
 from launcher import board, show
-from launcher.attempt import LOCAL
 from launcher.keys import Keys
 from launcher.logs import follow_logs
 from launcher.runs_live import Known, Live

@@ -17,7 +17,8 @@ import jinja2
 from jobs.contract import LEAD_SIGNAL, PEER_EXIT_WAIT_S, STOP_SIGNALS, RankEnv
 from jobs.errors import RenderError
 from jobs.rundir import RunDir
-from jobs.settings import Job, format_minutes
+from jobs.setting_types import format_minutes
+from jobs.settings import Job
 
 
 class Quoted(str):

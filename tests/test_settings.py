@@ -16,8 +16,11 @@ from jobs import rules
 from jobs import settings as declared
 from jobs.errors import ImpossibleJobError
 from jobs.precision import MODES, Precision, nearest_that_runs, runs_on
-from jobs.settings import NAME_ALIASES, Job, format_minutes, group_of, help_of, names, parse_minutes, setting, unit_of
-from jobs.sources import read_yaml, resolve, setting_name
+from jobs.setting_names import setting_name
+from jobs.setting_types import format_minutes, parse_minutes
+from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, setting, unit_of
+from jobs.sources import resolve
+from jobs.yaml_text import read_yaml
 from launcher import docs
 from slurm import sitefile
 

@@ -14,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
+from jobs.job_files import find_job_file
 from jobs.settings import Job
-from jobs.sources import Resolved, amend, dump_yaml, find_job_file, load, read_yaml, resolve, split_words, words_from_make
+from jobs.sources import Resolved, amend, load, resolve
+from jobs.words import split_words, words_from_make
+from jobs.yaml_text import dump_yaml, read_yaml
 from slurm import sitefile
 
 REPO = Path(__file__).resolve().parents[1]
@@ -507,7 +510,7 @@ TYPED = (
 @pytest.mark.parametrize("target", ["show", "nested"])
 def test_words_of_a_real_make_are_read_as_they_were_typed(tmp_path: Path, target: str, options: list[str]) -> None:
     (tmp_path / "show.py").write_text(
-        "import json, os\nfrom jobs.sources import words_from_make\nopen('out.json', 'a').write(json.dumps(words_from_make(os.environ)) + '\\n')\n"
+        "import json, os\nfrom jobs.words import words_from_make\nopen('out.json', 'a').write(json.dumps(words_from_make(os.environ)) + '\\n')\n"
     )
     (tmp_path / "Makefile").write_text(f"show:\n\t@{sys.executable} -S show.py\nnested:\n\t@$(MAKE) show\n")
     environ = {**{k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}, "PYTHONPATH": os.pathsep.join([str(REPO), *sys.path])}

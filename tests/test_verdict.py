@@ -23,8 +23,8 @@ from jobs import lease, ledger
 from jobs.contract import Cause, Event
 from jobs.errors import HoldfastError, RunOwnedError, SubmitError
 from jobs.rundir import RunDir
-from jobs.sources import dump_yaml
-from jobs.verdict import FINAL, UNLIMITED, Budgets, judge
+from jobs.verdict import FINAL, UNLIMITED, Budgets, budgets_of, judge
+from jobs.yaml_text import dump_yaml
 from launcher import attempt, show
 from launcher.prepare import resolve_here
 from slurm.client import Slurm
@@ -232,7 +232,7 @@ def made_run(folder: Path) -> tuple[RunDir, Budgets]:
     )
     run.job_yaml.write_text(dump_yaml(resolved.job.model_dump(mode="json")))
     run.script.write_text("#!/bin/bash\n")
-    return run, attempt.budgets_of(resolved.job)
+    return run, budgets_of(resolved.job)
 
 
 class Histories(RuleBasedStateMachine):
@@ -252,7 +252,7 @@ class Histories(RuleBasedStateMachine):
             mock.patch("builtins.print"),
             mock.patch("launcher.attempt.checked", lambda *_, **__: {}),
         ]
-        self.patches.append(mock.patch("launcher.attempt.signal.signal"))
+        self.patches.append(mock.patch("launcher.requeue.signal.signal"))
         for patch in self.patches:
             patch.start()
 
