@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.contract import Cause, Event
-from jobs.settings import Job
+
+if TYPE_CHECKING:  # what watches over training loads no pydantic
+    from jobs.settings import Job
 
 # Causes that say nothing against the run: it goes on as long as it gets forward.
 UNLIMITED = frozenset({Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.REQUEUED})
@@ -43,7 +45,7 @@ class Budgets:
         return int(getattr(self, cause.value))
 
 
-def budgets_of(job: Job) -> Budgets:
+def budgets_of(job: "Job") -> Budgets:
     return Budgets(
         node_failure=job.max_node_failure,
         killed=job.max_killed,

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jobs import lease, ledger
-from jobs.contract import Cause, Event
+from jobs.contract import LOCAL, Cause, Event
 from jobs.errors import HoldfastError, RunOwnedError, SubmitError
 from jobs.rundir import RunDir
 from jobs.verdict import FINAL, UNLIMITED, Budgets, budgets_of, judge
@@ -557,7 +557,7 @@ def test_two_jobs_that_begin_at_once_get_one_attempt_between_them(tmp_path: Path
 def test_a_run_without_slurm_is_left_alone_while_its_process_lives_and_taken_over_when_it_is_gone(tmp_path: Path) -> None:
     run, _ = made_run(tmp_path)
     with subprocess.Popen(["sleep", "60"]) as other:
-        job_id = f"{attempt.LOCAL}{other.pid}"
+        job_id = f"{LOCAL}{other.pid}"
         owner = {"job_id": job_id, "host": socket.gethostname(), "pid": other.pid, "stamp": lease.process_stamp(other.pid)}
         assert lease.claim(run, 1, owner)
         with pytest.raises(RunOwnedError, match=f"job {job_id} is training"):  # claimed, and its start not written yet
