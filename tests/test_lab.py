@@ -312,7 +312,7 @@ def test_lost_node_loses_its_tasks_and_comes_back_usable(room: Path) -> None:
     assert [d.name for d in cluster.status().daemons if not d.alive] == ["node2"]
     client(cluster, "scancel", number)
     cluster.restart_node("node2")
-    until(lambda: cluster._node_states()["node2"] == "idle")
+    until(lambda: cluster.node_states()["node2"] == "idle")
     assert client(cluster, "srun", "--nodelist=node2", "printenv", "SLURMD_NODENAME") == "node2\n"
     with pytest.raises(LabError, match="it has node1, node2"):
         cluster.kill_node("node9")
