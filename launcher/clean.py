@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jobs import ckpt_format, lease, ledger, rundir
+from jobs import ckpt_format, lease, ledger, run_folders
 from jobs.contract import Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
@@ -82,7 +82,7 @@ def parse_age(text: str) -> float:
 
 def _tops(folder: Path) -> list[RunDir]:
     """Every run and array directly under the runs directory, oldest first."""
-    seen = {run.path.parent.parent if run.is_member else run.path for run in rundir.all_runs(folder)}
+    seen = {run.path.parent.parent if run.is_member else run.path for run in run_folders.all_runs(folder)}
     return [RunDir(path) for path in sorted(seen, key=lambda path: (path / "job.yaml").stat().st_mtime if (path / "job.yaml").exists() else 0.0)]
 
 
@@ -165,7 +165,7 @@ def _why_left(one: Candidate, age_s: float | None, failed: bool, chosen: bool, n
 def _needed(folder: Path) -> dict[str, str]:
     """Path -> run, of everything that a run which is there takes its weights from."""
     found = {}
-    for run in rundir.all_runs(folder):
+    for run in run_folders.all_runs(folder):
         try:
             job = load(run.job_yaml)
         except HoldfastError:

@@ -134,12 +134,12 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one page with curves, attempts, useful time, settings and code of a run, or of several to compare."""
-    from jobs import rundir
+    from jobs import run_folders
     from launcher.choose import runs_named
     from launcher.report_page import write_report
 
     folder, runs = runs_named(list(ctx.args), os.environ, Path.cwd())
-    raise typer.Exit(write_report(runs or [rundir.find(None, folder)], out, as_json))
+    raise typer.Exit(write_report(runs or [run_folders.find(None, folder)], out, as_json))
 
 
 @ckpt_app.command("ls", context_settings=SETTINGS, options_metavar=RUN_HINT)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs import access, ledger, rundir
+from jobs import access, ledger, run_folders
 from jobs.contract import LOCAL, Cause, Event, Exit
 from jobs.errors import SettingError, SubmitError
 from jobs.rundir import RunDir
@@ -61,7 +61,7 @@ def submit_job(words: Sequence[str], cwd: Path, *, local: bool, test_only: bool,
 
             job_id = to_slurm(run, job, os.environ, members=len(members))
     except (SubmitError, SettingError):
-        rundir.discard(run)
+        run_folders.discard(run)
         raise
     if as_json:
         print(json.dumps({"run": run.id, "path": str(run.path), "job_id": job_id, "members": len(members)}))
@@ -148,7 +148,7 @@ def cancel_run(run: RunDir) -> None:
 
 
 def _cancel_array(array: RunDir) -> None:
-    members = rundir.runs_in(array)
+    members = run_folders.runs_in(array)
     live = [(member, state) for member, state in zip(members, show.collect(members, show.ask_queue()[0]), strict=True) if state.state in ("running", "waiting")]
     if not live:
         print(f"array {array.id}: no run of it waits or runs; there is nothing to cancel")

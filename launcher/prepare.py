@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs import rundir
+from jobs import run_folders
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
 from jobs.settings import Job
@@ -91,7 +91,7 @@ def split_run_words(words: Sequence[str], environ: Mapping[str, str]) -> tuple[l
 def find_run(words: Sequence[str], environ: Mapping[str, str], cwd: Path) -> RunDir:
     """The run that a person means; the newest when none is named. Raises NotFoundError."""
     folder, named = which_run(words, environ, cwd)
-    return rundir.find(named, folder)
+    return run_folders.find(named, folder)
 
 
 def prepare(
@@ -104,7 +104,7 @@ def prepare(
     Nothing is left behind when anything fails."""
     job = resolved.job
     runs_dir = cwd / job.runs_dir
-    final = rundir.place(runs_dir, job.job_name, job.run_id or _unused_id(runs_dir, job.job_name))
+    final = run_folders.place(runs_dir, job.job_name, job.run_id or _unused_id(runs_dir, job.job_name))
     if final.path.exists():
         if not final.job_yaml.exists():
             raise SettingError(f"RUN_ID: {final.path} exists and is no run directory.")
@@ -112,7 +112,7 @@ def prepare(
     # Rendered before anything is made: most refusals come from here.
     text = script_for(job, final, executable, array_size=len(members) or tasks or None)
     was_there = final.path.parent.exists()
-    staging = rundir.stage(final)
+    staging = run_folders.stage(final)
     try:
         _write_run(staging, resolved)
         kept_back = snapshot.freeze(staging, cwd, job.code_include, leave_out=Path(os.path.abspath(runs_dir)), environ=os.environ, entry=job.entry)
@@ -125,12 +125,12 @@ def prepare(
         if complete is not None:
             complete(staging)
     except HoldfastError:
-        rundir.discard(staging, with_parent=not was_there)
+        run_folders.discard(staging, with_parent=not was_there)
         raise
     except OSError as err:
-        rundir.discard(staging, with_parent=not was_there)
+        run_folders.discard(staging, with_parent=not was_there)
         raise SettingError(f"run directory {final.path} cannot be made: {err.strerror or err}") from err
-    rundir.publish(staging, final)
+    run_folders.publish(staging, final)
     if kept_back:
         names = ", ".join(map(str, kept_back[:8])) + (f" and {len(kept_back) - 8} more" if len(kept_back) > 8 else "")
         print(f"not copied with the code, since secrets may stand there: {names}. CODE_INCLUDE={kept_back[0]} copies it all the same.", file=sys.stderr)
@@ -146,8 +146,8 @@ def _write_run(run: RunDir, resolved: Resolved) -> None:
 
 def _unused_id(runs_dir: Path, name: str) -> str:
     while True:
-        run_id = rundir.new_id()
-        if not rundir.place(runs_dir, name, run_id).path.exists():
+        run_id = run_folders.new_id()
+        if not run_folders.place(runs_dir, name, run_id).path.exists():
             return run_id
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import ledger, metrics, rundir, secret
+from jobs import ledger, metrics, run_folders, secret
 from jobs.contract import LOCAL, Event
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
@@ -316,5 +316,5 @@ def members_of(runs: Sequence[RunDir]) -> list[RunDir]:
     """The same runs, each once, an array standing for its members."""
     found: dict[Path, RunDir] = {}
     for run in runs:
-        found |= {one.path: one for one in rundir.runs_in(run)}
+        found |= {one.path: one for one in run_folders.runs_in(run)}
     return list(found.values())

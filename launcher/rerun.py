@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs import ledger, rundir
+from jobs import ledger, run_folders
 from jobs.contract import LOCAL, Event, Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
@@ -39,7 +39,7 @@ def rerun(source: RunDir, words: Sequence[str], cwd: Path, *, current_code: bool
 
             job_id = to_slurm(run, resolved.job, os.environ)
     except HoldfastError:
-        rundir.discard(run)
+        run_folders.discard(run)
         raise
     if as_json:
         found = compare.compare(source, run)
@@ -90,11 +90,11 @@ def make(source: RunDir, resolved: Resolved, cwd: Path, *, current_code: bool) -
     """The run directory, beside that of `source`. Nothing is left behind when anything fails."""
     job = resolved.job
     folder = source.path.parent.parent.parent if source.is_member else source.path.parent
-    final = rundir.place(folder, job.job_name, job.run_id or _unused_id(folder, job.job_name))
+    final = run_folders.place(folder, job.job_name, job.run_id or _unused_id(folder, job.job_name))
     if final.path.exists():
         raise SettingError(f"RUN_ID: {final.path} exists already.")
     text = script_for(job, final, _python_of(source))
-    staging = rundir.stage(final)
+    staging = run_folders.stage(final)
     try:
         _write_run(staging, resolved)
         if current_code:
@@ -104,9 +104,9 @@ def make(source: RunDir, resolved: Resolved, cwd: Path, *, current_code: bool) -
         staging.script.write_text(text)
         staging.script.chmod(0o755)
     except (HoldfastError, OSError):
-        rundir.discard(staging)
+        run_folders.discard(staging)
         raise
-    rundir.publish(staging, final)
+    run_folders.publish(staging, final)
     return final
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs import goodput, ledger, memory, metrics, rundir
+from jobs import goodput, ledger, memory, metrics, run_folders
 from jobs.contract import LOCAL, Cause, Event
 from jobs.errors import HoldfastError, SubmitError
 from jobs.layers import HEADINGS
@@ -147,7 +147,7 @@ def collect(runs: Iterable[RunDir], queue: dict[str, tuple[str, str, str]] | Non
 
 
 def status(runs_dir: Path, word: str | None, as_json: bool, every: bool) -> None:
-    runs = rundir.runs_in(rundir.find(word, runs_dir)) if word else rundir.all_runs(runs_dir)
+    runs = run_folders.runs_in(run_folders.find(word, runs_dir)) if word else run_folders.all_runs(runs_dir)
     if not runs and not as_json:
         print(f"no runs in {runs_dir}/ yet; holdfast submit makes one")
         return

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs import ledger, rundir, space, space_words
+from jobs import ledger, run_folders, space, space_words
 from jobs.contract import Event, Exit
 from jobs.errors import HoldfastError, ImpossibleJobError, NotFoundError, SettingError, SubmitError
 from jobs.job_files import DEFAULT_JOB, find_job_file
@@ -132,7 +132,7 @@ def start(
 
         job_id = to_slurm(run, job, os.environ)
     except (SubmitError, SettingError):
-        rundir.discard(run)
+        run_folders.discard(run)
         raise
     _say(base, sweep, estimate, local, as_json)
     if as_json:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs import ckpt_format, ledger, metrics, rundir, samples
+from jobs import ckpt_format, ledger, metrics, run_folders, samples
 from jobs.contract import Cause, Event, Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
@@ -74,7 +74,7 @@ def verify_resume(words: Sequence[str], cwd: Path, *, kills: int, changes: Seque
 def run_cases(words: Sequence[str], cwd: Path, cases: Sequence[Case], seed: int, quiet: bool = False) -> tuple[Path, Job, list[Case]]:
     """The folder of the runs, the job as it was tried, and the cases with what came of them."""
     runs = cwd / _given(words, "runs_dir", "runs")
-    folder = Path(os.path.abspath(runs)) / f"verify-{rundir.new_id()}"
+    folder = Path(os.path.abspath(runs)) / f"verify-{run_folders.new_id()}"
     folder.mkdir(parents=True)
     straight = _prepare(words, cwd, folder, "straight")
     job = load(straight.job_yaml)

@@ -237,7 +237,7 @@ def script_for(job: Job, run: RunDir, executable: str, array_size: int | None = 
 
 def run_dir_of(job: Job, cwd: Path) -> RunDir:
     """Where the run of a job lives; a job without an id gets a placeholder, so that a script can be shown before it exists."""
-    from jobs.rundir import place
+    from jobs.run_folders import place
 
     return place(cwd / job.runs_dir, job.job_name, job.run_id or "0000")
 

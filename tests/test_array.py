@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Cluster
 
-from jobs import ledger, rundir
+from jobs import ledger, run_folders
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
 from jobs.sources import load
@@ -86,7 +86,7 @@ def test_a_thousand_runs_are_one_submission_and_cost_little(cluster: Cluster) ->
     try:
         # Of a processor, and without the kernel's share: how long files take is the disk's affair. It is about 0.8 s.
         assert spent < 3.0, f"{spent:.2f} s"
-        runs = rundir.all_runs(cluster.runs)
+        runs = run_folders.all_runs(cluster.runs)
         members = {int(run.path.name): run for run in runs if run.is_member and str(run.path).startswith(said["path"])}
         assert sorted(members) == list(range(1000)) and said["members"] == 1000
         assert [load(members[index].job_yaml).seed for index in (0, 499, 999)] == [1, 500, 1000]

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import many_runs
-from jobs import ledger, metrics, plain_yaml, rundir, yaml_text
+from jobs import ledger, metrics, plain_yaml, run_folders, yaml_text
 from jobs.contract import Event
 from jobs.rundir import RunDir
 from jobs.settings import Job
@@ -53,7 +53,7 @@ def test_status_of_a_thousand_runs_takes_little_of_a_processor(thousand: Path) -
 
 
 def test_status_says_of_each_run_what_its_files_say(thousand: Path) -> None:
-    rows = {row.run: row for row in show.collect(rundir.all_runs(thousand), {"102": ("RUNNING", "None", "node1"), "104": ("PENDING", "Priority", "")})}
+    rows = {row.run: row for row in show.collect(run_folders.all_runs(thousand), {"102": ("RUNNING", "None", "node1"), "104": ("PENDING", "Priority", "")})}
     assert [rows[f"quickstart-000{index}"].state for index in range(8)] == [
         "finished",
         "finished",
