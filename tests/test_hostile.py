@@ -142,6 +142,7 @@ STUBS = {
     "python": """case "$*" in
 "-m launcher.attempt begin") echo "$RECORD/env.sh" ;;
 "-m launcher.attempt end "*) printf "%s\\0" "$@" > "$RECORD/end" ;;
+"-m launcher.watchdog "*) ;;  # beside the ranks: it may come after them
 *) printf "%s\\0" "$0" "$@" > "$RECORD/python" ;;
 esac""",
 }
