@@ -11,7 +11,7 @@ from jobs import advice
 from jobs.layers import Given
 from jobs.precision import Precision
 from jobs.setting_names import AMP_WORDS
-from jobs.settings import Job, bare_type, is_optional
+from jobs.settings import Job, bare_type, is_mapping_of_numbers, is_optional
 from jobs.yaml_text import parse
 
 
@@ -90,7 +90,7 @@ def plain(given: Given) -> Any:
             return {} if typing.get_origin(bare_type(given.name)) is dict else ()
     if isinstance(value, bool) and bare_type(given.name) in (int, float):
         return str(value).lower()  # `nodes: true` is a slip, and Python would count it as 1
-    if isinstance(value, str) and given.name in ("model_options", "data_options", "lr_scheduler_params"):
+    if isinstance(value, str) and is_mapping_of_numbers(given.name):
         return _mapping_from_word(value)
     return value
 

@@ -6,6 +6,7 @@ the flag is the name behind two dashes. The types are at home in `jobs.setting_t
 
 import types
 import typing
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -275,17 +276,21 @@ def _extra(name: str) -> dict[str, Any]:
     return extra
 
 
-MAPPINGS = frozenset({"node_env", "sbatch_options", "model_options", "data_options", "lr_scheduler_params"})
-
-
 def number_type(name: str) -> type | None:
     """int or float for a setting that is a plain number, else None."""
     kind = bare_type(name)
     return kind if kind in (int, float) else None
 
 
+@cache
 def is_mapping(name: str) -> bool:
-    return name in MAPPINGS
+    return name in Job.model_fields and typing.get_origin(bare_type(name)) is dict
+
+
+@cache
+def is_mapping_of_numbers(name: str) -> bool:
+    """Whether a setting is a mapping that may hold more than text, so that numbers in its one-word form are numbers."""
+    return is_mapping(name) and typing.get_args(bare_type(name))[1] is not Line
 
 
 def is_optional(name: str) -> bool:

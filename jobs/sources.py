@@ -21,7 +21,7 @@ from jobs.merge import merge_amp_words, merge_warmup, plain, take_advice
 from jobs.precision import AUTO
 from jobs.setting_faults import faults_of
 from jobs.setting_names import alias_notes, setting_name, shorten
-from jobs.settings import MAPPINGS, Job
+from jobs.settings import Job, is_mapping
 from jobs.words import split_words
 from jobs.yaml_text import read_yaml
 
@@ -122,7 +122,7 @@ def _combine(layers: list[Layer], default_name: str, notes: tuple[str, ...], cwd
         for given in layer.given:
             values[given.name], origins[given.name], rank[given.name] = plain(given), given.origin, index
     merge_amp_words(values, origins, rank, faults)
-    for name in sorted(MAPPINGS & set(values)):
+    for name in sorted(filter(is_mapping, values)):
         faults += misplaced.inside(name, values[name], origins[name])
     merge_warmup(values, origins, rank, faults)
     # Two words for one thing: the higher layer's wins, and only within one layer is it a contradiction.

@@ -20,7 +20,7 @@ from jobs.contract import Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
 from jobs.sources import load
-from launcher import show
+from launcher import show, table
 
 _TRASH, _STAGING = ".trash-", ".staging-"
 # What lies aside for so long was left by a command that was killed.
@@ -268,19 +268,19 @@ def _print(
     if not candidates:
         print(f"no runs in {show.near(folder)}/")
         return
-    table = show._table("run", "state", "last touched", "size", "")
+    rows = table.columns("run", "state", "last touched", "size", "")
     for one in candidates:
         verdict = (
             ("removed" if one.removed else "could not be removed") if yes and not one.why_left else "would go" if not one.why_left else f"left: {one.why_left}"
         )
-        table.add_row(
+        rows.add_row(
             one.run,
             one.state or "-",
             show.ago(one.touched) if one.touched else "-",
             gigabytes(one.bytes) if one.bytes else "-",
             verdict if chosen or one.why_left != "not chosen" else "",
         )
-    show._print(table)
+    table.show(rows)
     for problem in problems:
         print(f"could not be removed: {problem}")
     total = gigabytes(sum(one.bytes for one in going))

@@ -36,11 +36,11 @@ def explain(
     curve: Annotated[bool, typer.Option("--curve", help="Draw the learning rate over the run instead; with FILE.png behind it, into that file.")] = False,
 ) -> None:
     """Show every setting, its value, where it comes from, and what it means."""
-    from launcher import show
+    from launcher import show_settings
     from launcher.prepare import resolve_here
 
     if schema:
-        print(show.schema())
+        print(show_settings.schema())
         return
     words = list(ctx.args)
     if curve:
@@ -51,7 +51,7 @@ def explain(
         lr_curve.show(resolved.job, Path(pictures[0]) if pictures else None, as_json)
         return
     resolved = resolve_here(words, os.environ, Path.cwd())
-    show.explain(resolved, as_json)
+    show_settings.explain(resolved, as_json)
 
 
 @app.command(context_settings=SETTINGS, options_metavar=HINT)

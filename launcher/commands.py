@@ -16,7 +16,7 @@ from jobs.rundir import RunDir
 from jobs.setting_names import setting_name
 from jobs.settings import Job, group_of, names
 from jobs.sources import Resolved, load
-from launcher import show
+from launcher import show, show_settings
 from launcher.doctor import said_at_submit
 from launcher.local import gpus_here, run_attempts
 from launcher.prepare import prepare, resolve_here, resolve_members
@@ -86,7 +86,7 @@ def run_here(words: Sequence[str], cwd: Path) -> int:
         here["gpus_per_node"] = max(gpus, 1)
     resolved = resolve_here(words, os.environ, cwd, allocation=here, allocation_origin="this machine")
     run, made = prepare(resolved, cwd, sys.executable)
-    print(f"{show.headline(resolved.job)}\nrun {run.id}  ->  {show.near(run.path)}/", flush=True)
+    print(f"{show_settings.headline(resolved.job)}\nrun {run.id}  ->  {show.near(run.path)}/", flush=True)
     if not made:
         print("this run exists already; it goes on from its last checkpoint", flush=True)
     code = run_attempts(run, os.environ, foreground=True)
@@ -227,8 +227,8 @@ def _say_job(resolved: Resolved, estimate: str, members: Sequence[Resolved], as_
     if as_json:
         return
     job = resolved.job
-    print(show.headline(job) + (f" · {len(members)} runs" if members else ""))
-    print(f"  not default   {show.not_default(resolved)}")
+    print(show_settings.headline(job) + (f" · {len(members)} runs" if members else ""))
+    print(f"  not default   {show_settings.not_default(resolved)}")
     for note in resolved.notes:
         print(f"  read as       {note}")
     if estimate:

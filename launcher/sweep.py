@@ -26,7 +26,7 @@ from jobs.rundir import RunDir
 from jobs.setting_names import setting_name
 from jobs.sources import Resolved
 from jobs.words import split_words, words_from_make
-from launcher import show, sweep_show
+from launcher import show, show_settings, sweep_show
 from launcher.commands import start_estimate
 from launcher.doctor import said_at_submit
 from launcher.local import run_attempts
@@ -341,12 +341,12 @@ def _say(base: Resolved, sweep: space.Sweep, estimate: str, local: bool, as_json
     how = {"grid": "a grid", "random": "drawn at random", "tpe": "chosen by tpe"}[sweep.sampler]
     # Of its parts those that no trial changes.
     print(
-        f"{' · '.join(show.headline(base.job).split(' · ')[:2])} · {sweep.trials} trials, {how}, {'one' if local else min(sweep.parallel, sweep.trials)} at a time"
+        f"{' · '.join(show_settings.headline(base.job).split(' · ')[:2])} · {sweep.trials} trials, {how}, {'one' if local else min(sweep.parallel, sweep.trials)} at a time"
     )
     print("  over          " + "  ".join(dimension.text() for dimension in sweep.over))
     varying = {dimension.name for dimension in sweep.over if not dimension.key} | {"array_parallel"}
     print(
-        f"  not default   {show.not_default(replace(base, origins={name: 'default' if name in varying else origin for name, origin in base.origins.items()}))}"
+        f"  not default   {show_settings.not_default(replace(base, origins={name: 'default' if name in varying else origin for name, origin in base.origins.items()}))}"
     )
     print(
         f"  best is       the {'lowest' if sweep.direction == 'minimize' else 'highest'} {sweep.metric}"

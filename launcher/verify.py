@@ -27,7 +27,7 @@ from jobs.setting_names import setting_name
 from jobs.settings import Job
 from jobs.sources import load
 from jobs.words import split_words
-from launcher import show
+from launcher import show, show_settings
 from launcher.local import gpus_here, pids_of_ranks
 from launcher.prepare import prepare, resolve_here
 from launcher.refreeze import change
@@ -78,7 +78,7 @@ def run_cases(words: Sequence[str], cwd: Path, cases: Sequence[Case], seed: int,
     folder.mkdir(parents=True)
     straight = _prepare(words, cwd, folder, "straight")
     job = load(straight.job_yaml)
-    _say(quiet, f"{show.headline(job)}\n{job.max_steps} steps straight, then {', '.join(f'{case.kills} kills: {case.name}' for case in cases)}")
+    _say(quiet, f"{show_settings.headline(job)}\n{job.max_steps} steps straight, then {', '.join(f'{case.kills} kills: {case.name}' for case in cases)}")
     code = _start(straight).wait()
     if code:
         raise HoldfastError(f"the run that nobody killed ended with {code}; its logs are in {show.near(straight.logs)}/")
