@@ -18,7 +18,7 @@ def status(
 ) -> None:
     """Show what the runs are doing."""
     from launcher import show
-    from launcher.prepare import which_run
+    from launcher.choose import which_run
 
     show.status(*which_run(list(ctx.args), os.environ, Path.cwd()), as_json, every)
 
@@ -30,7 +30,7 @@ def watch(
     every: Annotated[bool, typer.Option("--all", help="Also runs that ended more than a day ago.")] = False,
 ) -> None:
     """Watch the runs live; keys read logs, cancel and resume."""
-    from launcher.prepare import which_run
+    from launcher.choose import which_run
     from launcher.watch import watch as watch_runs
 
     watch_runs(*which_run(list(ctx.args), os.environ, Path.cwd()), once, every)
@@ -48,8 +48,8 @@ def logs(
     ] = None,
 ) -> None:
     """Print what a run's newest attempt wrote; with -f, go on over requeues until the run is over."""
+    from launcher.choose import find_run
     from launcher.logs import print_logs
-    from launcher.prepare import find_run
 
     print_logs(find_run(list(ctx.args), os.environ, Path.cwd()), rank, attempt, follow)
 
@@ -57,8 +57,8 @@ def logs(
 @app.command(context_settings=SETTINGS, options_metavar=RUN_HINT)
 def cancel(ctx: typer.Context) -> None:
     """Stop a run for good; it saves a checkpoint first, and `resume` can start it again."""
+    from launcher.choose import find_run
     from launcher.commands import cancel_run
-    from launcher.prepare import find_run
 
     cancel_run(find_run(list(ctx.args), os.environ, Path.cwd()))
 
@@ -72,13 +72,11 @@ def resume(
     ] = False,
 ) -> None:
     """Start a run again that was stopped, cancelled or given up; also at another size or precision (NODES=1 PRECISION=fp32)."""
+    from launcher.choose import run_and_settings
     from launcher.commands import resume_run
-    from launcher.prepare import find_run, split_run_words
 
-    naming, settings = split_run_words(list(ctx.args), os.environ)
-    raise typer.Exit(
-        resume_run(find_run(naming, {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}, Path.cwd()), local, settings, allow_change)
-    )
+    run, settings = run_and_settings(list(ctx.args), os.environ, Path.cwd())
+    raise typer.Exit(resume_run(run, local, settings, allow_change))
 
 
 @app.command(context_settings=SETTINGS, options_metavar="[RUN] [RUNS_DIR=folder] [KEY=value]...")
@@ -89,11 +87,10 @@ def rerun(
     as_json: Json = False,
 ) -> None:
     """Start a run again from its first step as a new run: same code, settings and seed; says what differs."""
-    from launcher.prepare import find_run, split_run_words
+    from launcher.choose import run_and_settings
     from launcher.rerun import rerun as rerun_run
 
-    naming, settings = split_run_words(list(ctx.args), os.environ)
-    source = find_run(naming, {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}, Path.cwd())
+    source, settings = run_and_settings(list(ctx.args), os.environ, Path.cwd())
     raise typer.Exit(rerun_run(source, settings, Path.cwd(), current_code=current_code, local=local, as_json=as_json))
 
 
@@ -145,8 +142,8 @@ def report(
 @ckpt_app.command("ls", context_settings=SETTINGS, options_metavar=RUN_HINT)
 def ckpt_ls(ctx: typer.Context, as_json: Json = False) -> None:
     """Show the checkpoints of a run by their names and manifests."""
+    from launcher.choose import find_run
     from launcher.ckpt import list_checkpoints
-    from launcher.prepare import find_run
 
     raise typer.Exit(list_checkpoints(find_run(list(ctx.args), os.environ, Path.cwd()), as_json))
 
@@ -154,8 +151,8 @@ def ckpt_ls(ctx: typer.Context, as_json: Json = False) -> None:
 @ckpt_app.command("verify", context_settings=SETTINGS, options_metavar=RUN_HINT)
 def ckpt_verify(ctx: typer.Context, as_json: Json = False) -> None:
     """Read every byte of every checkpoint; 0 when all are whole, 1 when one is damaged. Changes nothing."""
+    from launcher.choose import find_run
     from launcher.ckpt import verify_checkpoints
-    from launcher.prepare import find_run
 
     raise typer.Exit(verify_checkpoints(find_run(list(ctx.args), os.environ, Path.cwd()), as_json))
 
@@ -168,7 +165,7 @@ def ckpt_export(
     form: Annotated[str, typer.Option("--form", help="hf: what transformers loads. plain: weights by our names.")] = "hf",
 ) -> None:
     """Write a checkpoint as safetensors for other tools."""
+    from launcher.choose import find_run
     from launcher.ckpt import export
-    from launcher.prepare import find_run
 
     raise typer.Exit(export(find_run(list(ctx.args), os.environ, Path.cwd()), step, out, form))

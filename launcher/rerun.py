@@ -12,9 +12,8 @@ from jobs.contract import LOCAL, Event, Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
 from jobs.sources import Resolved, amend, load
-from launcher import compare, show, snapshot
+from launcher import compare, prepare, show, snapshot
 from launcher.local import run_attempts
-from launcher.prepare import _anchor_paths, _unused_id, _write_run
 from slurm.render import script_for
 
 # What follows from the size of the job unless a person gave it.
@@ -81,7 +80,7 @@ def resolved_again(source: RunDir, words: Sequence[str], cwd: Path) -> Resolved:
     wanted = [name for name, origin in resolved.origins.items() if origin == "command line"]
     if "site" in wanted:
         raise SettingError("SITE: a rerun keeps the settings of its site; give those that should be others (PARTITION=...), or submit the job anew.")
-    anchored = _anchor_paths(resolved.job, cwd)
+    anchored = prepare.anchor_paths(resolved.job, cwd)
     job = resolved.job.model_copy(update={name: getattr(anchored, name) for name in wanted})
     return Resolved(job, resolved.origins, resolved.notes)
 
@@ -89,24 +88,17 @@ def resolved_again(source: RunDir, words: Sequence[str], cwd: Path) -> Resolved:
 def make(source: RunDir, resolved: Resolved, cwd: Path, *, current_code: bool) -> RunDir:
     """The run directory, beside that of `source`. Nothing is left behind when anything fails."""
     job = resolved.job
-    folder = source.path.parent.parent.parent if source.is_member else source.path.parent
-    final = run_folders.place(folder, job.job_name, job.run_id or _unused_id(folder, job.job_name))
+    final = prepare.free_place(source.path.parent.parent.parent if source.is_member else source.path.parent, job)
     if final.path.exists():
         raise SettingError(f"RUN_ID: {final.path} exists already.")
-    text = script_for(job, final, _python_of(source))
-    staging = run_folders.stage(final)
-    try:
-        _write_run(staging, resolved)
+
+    def fill(staging: RunDir) -> None:
         if current_code:
-            snapshot.freeze(staging, cwd, job.code_include, leave_out=folder, environ=os.environ, entry=job.entry)
+            prepare.freeze_tree(staging, job, cwd)
         else:
             snapshot.freeze_again(staging, source)
-        staging.script.write_text(text)
-        staging.script.chmod(0o755)
-    except (HoldfastError, OSError):
-        run_folders.discard(staging)
-        raise
-    run_folders.publish(staging, final)
+
+    prepare.make(final, resolved, script_for(job, final, _python_of(source)), fill)
     return final
 
 

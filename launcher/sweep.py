@@ -27,10 +27,11 @@ from jobs.setting_names import setting_name
 from jobs.sources import Resolved
 from jobs.words import split_words, words_from_make
 from launcher import show, show_settings, sweep_show
+from launcher.choose import which_run
 from launcher.commands import start_estimate
 from launcher.doctor import said_at_submit
 from launcher.local import run_attempts
-from launcher.prepare import prepare, resolve_here, which_run
+from launcher.prepare import prepare, resolve_here
 from launcher.refreeze import replace_file
 from launcher.sweep_show import Trial
 from launcher.trial import take_up

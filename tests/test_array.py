@@ -63,14 +63,14 @@ def test_job_file_and_site_are_one_for_all(point: list[str], name: str, tmp_path
 
 
 def test_nothing_is_left_of_an_array_when_one_of_its_runs_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = prepare._write_run
+    write = prepare.write_settings
 
     def fails(run: RunDir, *more: object) -> None:
         if run.path.name == "5":
             raise OSError(28, "No space left on device", str(run.path))
         write(run, *more)
 
-    monkeypatch.setattr(prepare, "_write_run", fails)
+    monkeypatch.setattr(prepare, "write_settings", fails)
     words = [f"RUNS_DIR={tmp_path}/runs"]
     members = resolve_members(words, [[f"SEED={seed}"] for seed in range(20)], {}, tmp_path)
     with pytest.raises(SettingError, match="No space left on device"):
