@@ -88,7 +88,7 @@ def _tops(folder: Path) -> list[RunDir]:
 
 def _look(run: RunDir, queue: dict[str, tuple[str, str, str]] | None, silent: bool) -> Candidate:
     """What a run is doing. `silent`: there is a Slurm, and it did not answer."""
-    why = _not_ours(run)
+    why = not_ours(run)
     if why:
         return Candidate(run.id, str(run.path), "", 0.0, 0, why)
     members = [run.member(int(path.name)) for path in run.members.iterdir() if path.name.isdigit()] if run.has_members else [run]
@@ -127,7 +127,7 @@ def _is_queued(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> bo
     return any(job_id.partition("_")[0] in known for job_id in queue or {})
 
 
-def _not_ours(run: RunDir) -> str:
+def not_ours(run: RunDir) -> str:
     """Why a path must not be touched whatever its state; empty where it is a run directory of this user."""
     try:
         found = os.lstat(run.path)

@@ -85,7 +85,7 @@ def run_cases(words: Sequence[str], cwd: Path, cases: Sequence[Case], seed: int,
     for index, case in enumerate(cases):
         run = _prepare(words, cwd, folder, f"killed-{index + 1}")
         _torture(run, case, random.Random(seed + index))
-        _judge(case, job, straight, run)
+        judge_case(case, job, straight, run)
         _say(quiet, f"  {case.name}: {'as it must be' if case.passed else 'DIFFERENT'}")
     return folder, job, list(cases)
 
@@ -145,7 +145,7 @@ def _torture(run: RunDir, case: Case, rng: random.Random) -> None:
         _start(run).wait()
 
 
-def _judge(case: Case, job: Job, straight: RunDir, run: RunDir) -> None:
+def judge_case(case: Case, job: Job, straight: RunDir, run: RunDir) -> None:
     attempts = ledger.attempts(ledger.read(run.ledger))
     case.run, case.attempts = str(run.path), len(attempts)
     case.causes = [str(attempt.cause) for attempt in attempts]

@@ -66,8 +66,8 @@ def _line(value: Any) -> str:
 
 
 @lru_cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(str(resources.files("slurm") / "templates")),
         undefined=jinja2.StrictUndefined,
         finalize=shell,
@@ -76,10 +76,10 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,  # shell text; `finalize` quotes
     )
-    environment.filters["sbatch"] = sbatch
-    environment.filters["word"] = _word
-    environment.filters["words"] = lambda value: Quoted(" ".join(_word(part) for part in value.split()))
-    return environment
+    made.filters["sbatch"] = sbatch
+    made.filters["word"] = _word
+    made.filters["words"] = lambda value: Quoted(" ".join(_word(part) for part in value.split()))
+    return made
 
 
 def _word(value: Any) -> str:
@@ -112,7 +112,7 @@ def render_by_hand(job: Job) -> str:
 
 def _render(template: str, **values: Any) -> str:
     return (
-        _environment()
+        environment()
         .get_template(template)
         .render(
             contract={

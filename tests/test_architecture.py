@@ -136,6 +136,51 @@ def test_every_module_that_is_imported_from_us_exists() -> None:
     assert not wrong, faults(wrong)
 
 
+def private_uses(path: Path) -> Iterator[str]:
+    """Where a file takes a name of another of our modules that begins with an underscore: `from m import _x`, or `m._x`."""
+    tree = ast.parse(path.read_text(), path.name)
+    ours: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in (*PACKAGES, HELPER):
+            yield from (f"{path.name}:{node.lineno} imports {alias.name} of {node.module}" for alias in node.names if alias.name.startswith("_"))
+            ours |= {alias.asname or alias.name for alias in node.names if Path(REPO / str(node.module).replace(".", "/") / f"{alias.name}.py").exists()}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and isinstance(node.value, ast.Name) and node.value.id in ours:
+            yield f"{path.name}:{node.lineno} uses {node.value.id}.{node.attr}"
+
+
+def test_no_module_takes_a_private_name_of_another() -> None:
+    wrong = [found for path in MODULES for found in private_uses(path)]
+    wrong += [found for path in sorted((REPO / "tests").glob("*.py")) for found in private_uses(path) if " imports " in found]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_search_for_private_names_finds_them(tmp_path: Path) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text("def f():\n    from launcher import show\n    from jobs.names import _near\n    return show._pace, show.ago, _near\n")
+    assert list(private_uses(file)) == ["bad.py:3 imports _near of jobs.names", "bad.py:4 uses show._pace"]
+
+
+# Past this, ask what second concept has moved in. These have one and are long all the same.
+MOST_LINES = 330
+LONGER = {
+    "holdfast.py": 380,  # one file, since a person's script imports it alone
+    "launcher/doctor.py": 380,
+    "launcher/precision.py": 380,
+    "launcher/watchdog.py": 370,
+    "launcher/sweep.py": 370,
+    "launcher/sweep_show.py": 340,
+    "slurm/client.py": 340,
+    "train/loop.py": 360,  # a loop is easier to read whole
+}
+
+
+def test_a_module_is_short_enough_to_read() -> None:
+    lines = {path.relative_to(REPO).as_posix(): path.read_text().count("\n") for path in MODULES}
+    assert not {name: count for name, count in lines.items() if count > LONGER.get(name, MOST_LINES)}
+    assert not {name for name in LONGER if lines.get(name, 0) <= MOST_LINES}, "no longer long: take it out"
+
+
 def test_no_module_is_called_like_one_of_the_standard_library() -> None:
     """Running a file by its path puts its folder first on sys.path, and `signal.py` would then be everybody's signal."""
     wrong = [path.relative_to(REPO).as_posix() for path in MODULES if path.stem in sys.stdlib_module_names and path.stem not in ("__init__", "__main__")]

@@ -126,11 +126,11 @@ def test_no_value_stands_between_quotes_of_the_template(template: Path) -> None:
 
 def test_a_value_that_the_template_does_not_know_is_an_error() -> None:
     with pytest.raises(Exception, match="undefined"):
-        render._environment().from_string("{{ nothing }}").render()
+        render.environment().from_string("{{ nothing }}").render()
 
 
 def test_a_plain_value_in_a_template_is_quoted_without_asking_for_it() -> None:
-    shown = render._environment().from_string("echo {{ value }}").render(value="a b; $(touch x)")
+    shown = render.environment().from_string("echo {{ value }}").render(value="a b; $(touch x)")
     assert shown == "echo 'a b; $(touch x)'"
 
 
