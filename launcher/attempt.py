@@ -27,23 +27,16 @@ from jobs.setting_types import parse_minutes
 from jobs.settings import Job
 from jobs.sources import load
 from jobs.verdict import Verdict, budgets_of, judge
-from launcher.cause import Evidence, classify
+from launcher.cause import classify
 from launcher.closing import blame, is_ghost, write_end
 from launcher.left_behind import (
     LOG_OFFSET,
-    cancel_wished,
     elapsed,
-    hang_of,
+    evidence_of,
     log_sizes,
-    lost_of,
-    markers_of,
-    nodes_of,
-    rank_logs,
     seconds_to_limit,
     show_error,
     started_at,
-    stop_words,
-    tail,
 )
 from launcher.nodes import checked
 from launcher.ownership import own
@@ -71,7 +64,7 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> dict[
         take_up(run, job_id_of(environ))
     job = load(run.job_yaml)
     job_id, restarts = job_id_of(environ), restarts_of(environ)
-    number, events = own(run, job, job_id, restarts, slurm)
+    number = own(run, job, job_id, restarts, slurm)
     nodes = expand_nodelist(environ.get("SLURM_JOB_NODELIST", "")) or [socket.gethostname()]
     address = address_of(nodes[0], slurm, others=len(nodes) > 1) if slurm else "127.0.0.1"
     attempt = run.attempt(number)
@@ -130,31 +123,20 @@ def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int,
     info = _ask(slurm, job_id, _ASK_PATIENCE_S)
     if info is not None and info.preempted_at and local_time(info.preempted_at) < started_at(run, number) - 1:
         info = replace(info, preempted_at=None)  # of an earlier attempt
-    log = run.log(job_id, "batch")
-    markers = markers_of(run, number, job.world_size)
-    missing = sorted(set(range(job.world_size)) - set(markers))
-    nodes = nodes_of(run, number)
-    seen = Evidence(
+    seen = replace(
+        evidence_of(run, job, number, job_id, slurm),
         code=code,
         signals=signals,
-        markers=markers,
-        world=job.world_size,
-        log=tail(log, int(environ.get(LOG_OFFSET, "0"))),
-        rank_logs=rank_logs(run, job, job_id, number, missing),
         job=info,
         seconds_to_limit=seconds_to_limit(run, number, job, info, environ) if slurm else None,
         lead_s=job.stop_lead_s,
-        cancel_wished=cancel_wished(run),
-        hang=hang_of(run, number),
-        lost_nodes=lost_of(slurm, nodes, job, missing),
-        stop_file=stop_words(run),
         own_script=job.entry is not None,
     )
     cause, evidence = classify(seen)
     if is_ghost(run, number):
         return Verdict(True, "a later attempt has taken over"), cause
     write_end(run, number, job_id, cause, evidence, code, elapsed(run, number, environ))
-    blame(run, number, job_id, cause, evidence, seen, nodes)
+    blame(run, number, job_id, cause, evidence, seen)
     events = ledger.read(run.ledger)
     verdict = judge(events, budgets_of(job))
     print(f"holdfast: attempt {number} ended: {cause.value} ({evidence}). {'Again: ' if verdict.again else 'Over: '}{verdict.reason}.", flush=True)

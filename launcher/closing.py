@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from jobs import goodput, lease, ledger
 from jobs.contract import LOCAL, Cause, Event, Exit
@@ -10,7 +11,7 @@ from jobs.rundir import RunDir
 from jobs.settings import Job
 from jobs.sources import load
 from launcher.cause import Evidence, classify
-from launcher.left_behind import cancel_wished, clock_record, hang_of, lost_of, markers_of, offset_of, rank_logs, stop_words, tail
+from launcher.left_behind import clock_record, evidence_of, nodes_of
 from slurm.allocation import local_time
 from slurm.client import AccountingRow, Slurm
 
@@ -52,11 +53,11 @@ def write_end(run: RunDir, number: int, job_id: str, cause: Cause, evidence: str
     )
 
 
-def blame(run: RunDir, number: int, job_id: str, cause: Cause, evidence: str, seen: Evidence, nodes: list[str]) -> None:
+def blame(run: RunDir, number: int, job_id: str, cause: Cause, evidence: str, seen: Evidence) -> None:
     """Writes down which node failed, so that the next attempt stays away from it. A hang may be the code's own fault: its
     node counts from the second time on (`launcher.nodes.avoided`)."""
     if cause is Cause.NODE_FAILURE:
-        named = [node for node in nodes if node in seen.lost_nodes or f"Node failure on {node}" in seen.log]
+        named = [node for node in nodes_of(run, number) if node in seen.lost_nodes or f"Node failure on {node}" in seen.log]
     elif cause is Cause.HANG and seen.hang:
         named = [str(node) for node in seen.hang.get("nodes", [])]
     else:
@@ -69,30 +70,22 @@ def blame(run: RunDir, number: int, job_id: str, cause: Cause, evidence: str, se
 def close(run: RunDir, job: Job, open_attempt: ledger.Attempt, job_id: str, slurm: Slurm | None) -> None:
     """Writes the end of an attempt whose batch script was killed before it could."""
     number, other = open_attempt.number, open_attempt.job_id
-    markers = markers_of(run, number, job.world_size)
-    finished = len(markers) == job.world_size and all(marker.get("reason") == "finished" for marker in markers.values())
-    missing = sorted(set(range(job.world_size)) - set(markers))
+    seen = evidence_of(run, job, number, other, slurm)
+    finished = len(seen.markers) == job.world_size and all(marker.get("reason") == "finished" for marker in seen.markers.values())
     rows = rows_of(slurm.accounting(other) if slurm else [], open_attempt)
-    seen = Evidence(
-        code=0 if finished else Exit.REQUEUE if markers else 1,
-        markers=markers,
-        world=job.world_size,
-        log=tail(run.log(other, "batch"), offset_of(run, number)),
-        rank_logs=rank_logs(run, job, other, number, missing),
+    seen = replace(
+        seen,
+        code=0 if finished else Exit.REQUEUE if seen.markers else 1,
         accounting=[row.state for row in rows],
-        cancel_wished=cancel_wished(run),
-        hang=hang_of(run, number),
-        lost_nodes=lost_of(slurm, list(open_attempt.nodes), job, missing),
         brought_back=slurm is not None and other == job_id,
         gone=slurm is not None and other != job_id and not other.startswith(LOCAL),
-        stop_file=stop_words(run),
     )
     cause, evidence = classify(seen)
     # A local run has nobody above it: when its process is gone with the ranks, it was killed.
     if cause is Cause.UNKNOWN and other.startswith(LOCAL):
         cause, evidence = Cause.KILLED, "the process that watched over the ranks is gone"
     write_end(run, number, other, cause, f"{evidence}; the batch script could not say", None, _lived(run, open_attempt, rows))
-    blame(run, number, other, cause, evidence, seen, list(open_attempt.nodes))
+    blame(run, number, other, cause, evidence, seen)
 
 
 def rows_of(rows: Sequence[AccountingRow], attempt: ledger.Attempt) -> list[AccountingRow]:

@@ -13,10 +13,30 @@ from jobs.errors import SubmitError
 from jobs.rundir import RunDir
 from jobs.setting_types import parse_minutes
 from jobs.settings import Job
+from launcher.cause import Evidence
 from slurm.client import JobInfo, Slurm
 
 # Where an attempt keeps the size that the batch log had when it began.
 LOG_OFFSET = "HOLDFAST_LOG_OFFSET"
+# What a person may want to read of a traceback without opening a file.
+_SHOWN_LINES = 40
+
+
+def evidence_of(run: RunDir, job: Job, number: int, job_id: str, slurm: Slurm | None) -> Evidence:
+    """What is to be found of an attempt, whoever looks; how its step ended is not among it, and stands as 1."""
+    markers = _markers(run, number, job.world_size)
+    missing = sorted(set(range(job.world_size)) - set(markers))
+    return Evidence(
+        code=1,
+        markers=markers,
+        world=job.world_size,
+        log=_tail(run.log(job_id, "batch"), _log_offset(run, number)),
+        rank_logs=_rank_logs(run, job, job_id, number, missing),
+        cancel_wished=_cancel_wished(run),
+        hang=_hang(run, number),
+        lost_nodes=_lost(slurm, nodes_of(run, number), job, missing),
+        stop_file=_stop_words(run),
+    )
 
 
 def clock_record(run: RunDir, number: int) -> dict[str, Any] | None:
@@ -30,7 +50,7 @@ def clock_record(run: RunDir, number: int) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else {}
 
 
-def markers_of(run: RunDir, number: int, world: int) -> dict[int, dict[str, object]]:
+def _markers(run: RunDir, number: int, world: int) -> dict[int, dict[str, object]]:
     found = {}
     for rank in range(world):
         try:
@@ -42,7 +62,7 @@ def markers_of(run: RunDir, number: int, world: int) -> dict[int, dict[str, obje
     return found
 
 
-def hang_of(run: RunDir, number: int) -> dict[str, Any] | None:
+def _hang(run: RunDir, number: int) -> dict[str, Any] | None:
     try:
         said = json.loads(run.attempt(number).hang.read_text())
     except (OSError, ValueError):
@@ -50,14 +70,14 @@ def hang_of(run: RunDir, number: int) -> dict[str, Any] | None:
     return said if isinstance(said, dict) else None
 
 
-def stop_words(run: RunDir) -> str:
+def _stop_words(run: RunDir) -> str:
     try:
         return " ".join(run.stop_file.read_text(errors="replace").split())[:200]
     except OSError:
         return ""
 
 
-def tail(log: Path, offset: int, most: int = 65_536) -> str:
+def _tail(log: Path, offset: int, most: int = 65_536) -> str:
     """What was written to a log since `offset`; at most its last `most` bytes."""
     try:
         with open(log, "rb") as file:
@@ -78,7 +98,7 @@ def log_sizes(run: RunDir, job_id: str) -> dict[str, int]:
     }
 
 
-def rank_logs(run: RunDir, job: Job, job_id: str, number: int, missing: Sequence[int]) -> str:
+def _rank_logs(run: RunDir, job: Job, job_id: str, number: int, missing: Sequence[int]) -> str:
     """The last words of ranks that left no marker: slurmstepd writes there why it killed them."""
     begun = started_at(run, number)
     texts = []
@@ -88,27 +108,22 @@ def rank_logs(run: RunDir, job: Job, job_id: str, number: int, missing: Sequence
         log = run.log(job_id, writer)
         try:
             if log.stat().st_mtime >= begun - 1:
-                texts.append(tail(log, 0, most=2048))
+                texts.append(_tail(log, 0, most=2048))
         except OSError:
             continue
     return "\n".join(texts)
 
 
-def offset_of(run: RunDir, number: int) -> int:
-    return int(float(_exported(run, number).get(LOG_OFFSET, "0")))
-
-
-def _exported(run: RunDir, number: int) -> dict[str, str]:
-    """The variables of an attempt, as its file says them; numbers only."""
-    found = {}
+def _log_offset(run: RunDir, number: int) -> int:
+    """The size that the batch log had when the attempt began, as the variables of the attempt say it."""
     try:
         for line in run.attempt(number).env.read_text().splitlines():
             name, _, value = line.removeprefix("export ").partition("=")
-            if name in (LOG_OFFSET, RankEnv.STARTED) and value.replace(".", "", 1).isdigit():
-                found[name] = value
+            if name == LOG_OFFSET and value.isdigit():
+                return int(value)
     except OSError:
         pass
-    return found
+    return 0
 
 
 def started_at(run: RunDir, number: int) -> float:
@@ -144,7 +159,7 @@ def nodes_of(run: RunDir, number: int) -> list[str]:
     return [str(node) for node in starts[-1].get("nodes", [])] if starts else []
 
 
-def lost_of(slurm: Slurm | None, nodes: list[str], job: Job, missing: Sequence[int]) -> list[str]:
+def _lost(slurm: Slurm | None, nodes: list[str], job: Job, missing: Sequence[int]) -> list[str]:
     """Nodes of ranks without a marker that slurmctld no longer reaches."""
     wanted = sorted({nodes[rank // job.gpus_per_node] for rank in missing if rank // job.gpus_per_node < len(nodes)})
     if slurm is None or not wanted:
@@ -156,7 +171,7 @@ def lost_of(slurm: Slurm | None, nodes: list[str], job: Job, missing: Sequence[i
     return [node for node in wanted if any(word in states.get(node, "") for word in ("DOWN", "NOT_RESPONDING", "FAIL", "*"))]
 
 
-def cancel_wished(run: RunDir) -> bool:
+def _cancel_wished(run: RunDir) -> bool:
     """Whether `holdfast cancel` was called after the run was last submitted."""
     wished = False
     for event in ledger.read(run.ledger):
@@ -169,14 +184,10 @@ def cancel_wished(run: RunDir) -> bool:
 
 def show_error(run: RunDir, number: int, world: int) -> None:
     """The traceback of the first rank that failed by itself, on standard output."""
-    markers = [marker for marker in markers_of(run, number, world).values() if marker.get("reason") == "error"]
+    markers = [marker for marker in _markers(run, number, world).values() if marker.get("reason") == "error"]
     for marker in sorted(markers, key=lambda marker: str(marker.get("time")))[:1]:
         try:
             lines = run.attempt(number).error(int(str(marker["rank"]))).read_text().splitlines()
         except (OSError, ValueError, KeyError):
             continue
         print(f"holdfast: rank {marker['rank']} said:\n" + "\n".join(f"  {line}" for line in lines[-_SHOWN_LINES:]), flush=True)
-
-
-# What a person may want to read of a traceback without opening a file.
-_SHOWN_LINES = 40

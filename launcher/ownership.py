@@ -21,8 +21,8 @@ _OWNER_PATIENCE_S = 60.0
 _CLAIMS = 20
 
 
-def own(run: RunDir, job: Job, job_id: str, restarts: int, slurm: Slurm | None) -> tuple[int, list[dict[str, Any]]]:
-    """The number of an attempt that is now ours, and the ledger without an open attempt in it.
+def own(run: RunDir, job: Job, job_id: str, restarts: int, slurm: Slurm | None) -> int:
+    """The number of an attempt that is now ours; the ledger has no open attempt in it any more.
 
     Raises RunOwnedError when another job holds the run, HoldfastError when the run is over."""
     owner = {"job_id": job_id, "restarts": restarts, "host": socket.gethostname(), "pid": os.getpid() if slurm is None else 0}
@@ -49,7 +49,7 @@ def own(run: RunDir, job: Job, job_id: str, restarts: int, slurm: Slurm | None) 
             # Somebody has the number and has not written the start yet, or died before.
             _give_way(run, claimed, str(lease.owner_of(run, claimed).get("job_id", "")), job_id, events, slurm)
         if lease.claim(run, number, owner):
-            return number, ledger.read(run.ledger)
+            return number
         time.sleep(0.05)
     raise RunOwnedError(f"other jobs keep beginning attempts of run {run.id}; this job leaves it alone.")
 
