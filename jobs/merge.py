@@ -40,6 +40,18 @@ def take_advice(values: dict[str, Any], origins: dict[str, str], faults: list[st
 
 
 def merge_warmup(values: dict[str, Any], origins: dict[str, str], rank: dict[str, int], faults: list[str]) -> None:
+    """Leaves one of the words for the warm-up: warmup_steps, warmup_pct, and the steps under lr_scheduler_params."""
+    _take_steps_from_params(values, origins, rank, faults)
+    if values.get("warmup_steps") is not None and values.get("warmup_pct") is not None:
+        if rank["warmup_steps"] == rank["warmup_pct"]:
+            faults.append(f"WARMUP_STEPS ({origins['warmup_steps']}) and WARMUP_PCT ({origins['warmup_pct']}) say the same thing twice; give one.")
+        elif rank["warmup_steps"] < rank["warmup_pct"]:
+            values["warmup_steps"] = None
+    if values.get("warmup_steps") is not None:
+        values["warmup_pct"], origins["warmup_pct"] = None, "derived"
+
+
+def _take_steps_from_params(values: dict[str, Any], origins: dict[str, str], rank: dict[str, int], faults: list[str]) -> None:
     """Moves the warm-up out of lr_scheduler_params, where it may stand too, to the setting of that name; the higher layer's counts."""
     params = values.get("lr_scheduler_params")
     if not isinstance(params, dict) or params.get("warmup_steps") is None:

@@ -125,14 +125,6 @@ def _combine(layers: list[Layer], default_name: str, notes: tuple[str, ...], cwd
     for name in sorted(filter(is_mapping, values)):
         faults += misplaced.inside(name, values[name], origins[name])
     merge_warmup(values, origins, rank, faults)
-    # Two words for one thing: the higher layer's wins, and only within one layer is it a contradiction.
-    if values.get("warmup_steps") is not None and values.get("warmup_pct") is not None:
-        if rank["warmup_steps"] == rank["warmup_pct"]:
-            faults.append(f"WARMUP_STEPS ({origins['warmup_steps']}) and WARMUP_PCT ({origins['warmup_pct']}) say the same thing twice; give one.")
-        elif rank["warmup_steps"] < rank["warmup_pct"]:
-            values["warmup_steps"] = None
-    if values.get("warmup_steps") is not None:
-        values["warmup_pct"], origins["warmup_pct"] = None, "derived"
     values.setdefault("job_name", _slug_of(default_name))
     origins.setdefault("job_name", "derived")
     taken: tuple[str, ...] = ()
