@@ -29,10 +29,11 @@ class Given:
 
 @dataclass
 class Layer:
-    """The values of one source, and the faults found while reading it."""
+    """The values of one source, and the faults found while reading it. `by_hand`: somebody gave them for this very run."""
 
     given: list[Given] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    by_hand: bool = False
 
     def add(self, word: str, value: Any, origin: str) -> None:
         name = setting_name(word)
@@ -56,7 +57,7 @@ class Gathered:
 def gather(words: Iterable[str], environ: Mapping[str, str], cwd: Path, load_site: LoadSite, job_file: str | None) -> Gathered:
     pairs, named, faults = split_words(words)
     asked = named or job_file or environ.get("HOLDFAST_JOB") or environ.get("JOB")
-    command_line = Layer(faults=faults)
+    command_line = Layer(faults=faults, by_hand=True)
     for key, value in pairs:
         command_line.add(key, value, "command line")
     environment = _environment_layer(environ)
@@ -90,7 +91,7 @@ def gather(words: Iterable[str], environ: Mapping[str, str], cwd: Path, load_sit
 
 
 def _environment_layer(environ: Mapping[str, str]) -> Layer:
-    layer = Layer()
+    layer = Layer(by_hand=True)
     for prefix in ("", PREFIX):  # the prefixed ones last: they win, also over another word for the same thing
         for name in [*NAME_ALIASES, *AMP_WORDS, *names()]:
             variable = prefix + name.upper()

@@ -9,6 +9,9 @@ from jobs.schedule import Schedule, warmup_steps_from_pct
 from jobs.setting_types import step_range
 from jobs.settings import Job
 
+# What follows from the size of the batch unless a person gave it.
+BATCH_PARTS = ("micro_batch_size", "grad_accum_steps")
+
 
 def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:
     """All problems of the combination, one line each, and the values that were left out and follow."""

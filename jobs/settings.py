@@ -197,7 +197,12 @@ class Job(BaseModel):
         "skip", "when an fp16 gradient overflows: try the step again at a lower loss scale, give up, or go on in bf16", group="precision"
     )
     max_overflows: int = setting(16, "overflows in a row before on_overflow gives up (skip) or falls back", group="precision", ge=1)
-    debug: bool = setting(False, "find the operation that makes a NaN (anomaly detection), and log every step: slow", group="precision")
+    debug: bool = setting(
+        False,
+        "find the operation that makes a NaN (anomaly detection, slow), log every step, and make small what neither command line nor environment gave:"
+        " 20 steps, 2 samples per process and step, 32 validation samples, a validation each 10 steps",
+        group="precision",
+    )
 
     # --- the loop
     seed: int = setting(0, "seed of the weights, the data order and dropout", group="loop", ge=0, le=2**63 - 1)

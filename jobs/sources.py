@@ -1,6 +1,6 @@
 """Where settings come from, in which order, and how the answer remembers it.
 
-    default  <  site file  <  job file  <  environment  <  command line
+    default  <  site file  <  job file  <  DEBUG=true  <  environment  <  command line
 
 `resolve` gathers every layer, reports every fault of all of them at once, and returns a frozen `Job` together with
 the origin of each value. It reads no global state: environment and words are handed in.
@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from jobs import misplaced, rules, secret
+from jobs import debug, misplaced, rules, secret
 from jobs.errors import ImpossibleJobError, SettingError
 from jobs.layers import Given, Layer, LoadSite, gather
 from jobs.merge import merge_amp_words, merge_warmup, plain, take_advice
@@ -58,7 +58,7 @@ def resolve(
     gathered = gather(words, environ, cwd, load_site, job_file)
     layers = [*gathered.below, gathered.command_line]
     if allocation:
-        layers.append(Layer([Given(name, value, allocation_origin) for name, value in allocation.items()]))
+        layers.append(Layer([Given(name, value, allocation_origin) for name, value in allocation.items()], by_hand=True))
     resolved = _combine(layers, default_name=gathered.default_name, notes=gathered.notes, cwd=cwd)
     secret.check(resolved.job, resolved.origins, secret.secrets_of(environ))
     return replace(resolved, files=(*gathered.files, *resolved.files))
@@ -93,6 +93,14 @@ def load(path: Path) -> Job:
         return Job(**values)
     except ValidationError as err:
         raise SettingError("\n".join(faults_of(err, {name: str(path) for name in values}, values))) from err
+
+
+def given_values(job: Job, origins: Mapping[str, str]) -> dict[str, Any]:
+    """The values of a frozen job as `amend` takes them: without those that followed from others, so that they follow anew.
+
+    The name stays: it names the folder."""
+    follows = {name for name, origin in origins.items() if origin == "derived" or (origin == debug.ORIGIN and name in rules.BATCH_PARTS)}
+    return {name: value for name, value in job.model_dump(mode="json").items() if name not in follows or name == "job_name"}
 
 
 def amend(values: Mapping[str, Any], origins: Mapping[str, str], words: Iterable[str], origin: str = "command line") -> Resolved:
@@ -138,6 +146,10 @@ def _combine(layers: list[Layer], default_name: str, notes: tuple[str, ...], cwd
     if faults or job is None:
         raise SettingError("\n".join(faults))
 
+    if cwd is not None:  # a run that exists keeps its sizes
+        shrunk = debug.small(job, {given.name for layer in layers if layer.by_hand for given in layer.given})
+        origins |= {name: debug.ORIGIN for name in shrunk if shrunk[name] != getattr(job, name)}
+        job = job.model_copy(update=shrunk)
     problems, derived = rules.check(job, origins)
     if problems:
         raise ImpossibleJobError("This job cannot run as asked:\n" + "\n".join(f"  {problem}" for problem in problems))

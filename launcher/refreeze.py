@@ -15,7 +15,7 @@ from jobs.contract import Event
 from jobs.errors import SettingError
 from jobs.rundir import RunDir
 from jobs.settings import Job, group_of
-from jobs.sources import amend, load
+from jobs.sources import amend, given_values, load
 from jobs.yaml_text import dump_yaml, read_yaml
 from slurm.render import script_for
 
@@ -28,8 +28,6 @@ _FREE = frozenset({
     "checkpoint_every", "async_save", "keep_last", "keep_every", "keep_best", "log_samples", "parallel", "cpu_threads",
     "num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "cudnn_benchmark", "profile_steps",
 })  # fmt: skip
-# What follows from the size of the job unless a person gave it.
-_DERIVED = ("micro_batch_size", "grad_accum_steps")
 
 
 def change(run: RunDir, words: Sequence[str], *, allow: bool, executable: str) -> dict[str, tuple[Any, Any]]:
@@ -40,8 +38,7 @@ def change(run: RunDir, words: Sequence[str], *, allow: bool, executable: str) -
     before = load(run.job_yaml)
     origins = json.loads(run.origins.read_text())
     given_before = {name: "the run" if origin == "command line" else origin for name, origin in origins.items()}
-    values = {name: value for name, value in before.model_dump(mode="json").items() if not (name in _DERIVED and origins.get(name) == "derived")}
-    resolved = amend(values, given_before, words)
+    resolved = amend(given_values(before, origins), given_before, words)
     job = resolved.job
     wanted = [name for name, origin in resolved.origins.items() if origin == "command line"]
     faults = [f"{name.upper()}: a run keeps its {name} for good; submit a new one." for name in wanted if name in _FIXED]

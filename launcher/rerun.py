@@ -11,13 +11,10 @@ from jobs import ledger, run_folders
 from jobs.contract import LOCAL, Event, Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
-from jobs.sources import Resolved, amend, load
+from jobs.sources import Resolved, amend, given_values, load
 from launcher import compare, prepare, show, snapshot
 from launcher.local import run_attempts
 from slurm.render import script_for
-
-# What follows from the size of the job unless a person gave it.
-_FOLLOWS = frozenset({"micro_batch_size", "grad_accum_steps"})
 
 
 def rerun(source: RunDir, words: Sequence[str], cwd: Path, *, current_code: bool, local: bool, as_json: bool) -> int:
@@ -73,10 +70,8 @@ def resolved_again(source: RunDir, words: Sequence[str], cwd: Path) -> Resolved:
     origins = compare.origins_of(source)
     # What somebody chose for the first run is by now simply how that run was.
     given = {name: f"run {source.id}" if origin == "command line" else origin for name, origin in origins.items()}
-    values = {
-        name: value for name, value in before.model_dump(mode="json").items() if name != "run_id" and not (name in _FOLLOWS and origins.get(name) == "derived")
-    }
-    resolved = amend(values, given, words)
+    values = given_values(before, origins)
+    resolved = amend({name: value for name, value in values.items() if name != "run_id"}, given, words)
     wanted = [name for name, origin in resolved.origins.items() if origin == "command line"]
     if "site" in wanted:
         raise SettingError("SITE: a rerun keeps the settings of its site; give those that should be others (PARTITION=...), or submit the job anew.")
