@@ -5,13 +5,14 @@ Each is an annotated type that a field of `jobs.settings.Job` has; its message s
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from jobs.contract import RankEnv
 from jobs.names import nearest
-from jobs.precision import ALIASES, AUTO, Precision
+from jobs.precision import ALIASES, AUTO, FP8_RECIPES, Precision
+from jobs.schedule import KINDS
 
 
 def _printable(text: str) -> str:
@@ -206,3 +207,13 @@ Environment = Annotated[Pairs, AfterValidator(_environment)]
 LongOptions = Annotated[Pairs, AfterValidator(_options)]
 Options = Annotated[dict[str, Any], AfterValidator(_portable)]
 PrecisionWord = Annotated[Precision, BeforeValidator(_precision_word, Precision | Literal[*ALIASES, AUTO, False])]
+
+# Words of a table that is at home elsewhere: a row there is a word here.
+if TYPE_CHECKING:
+    ScheduleKind = str
+    Fp8Backend = str
+    Fp8Recipe = str
+else:
+    ScheduleKind = Literal[KINDS]
+    Fp8Backend = Literal[tuple(FP8_RECIPES)]
+    Fp8Recipe = Literal[tuple(dict.fromkeys(recipe for recipes in FP8_RECIPES.values() for recipe in recipes))]

@@ -12,18 +12,22 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.precision import Precision
+from jobs.presets import PRESETS
 from jobs.setting_types import (
     AUTO_TRACKER,
     Arguments,
     Command,
     Environment,
     FileName,
+    Fp8Backend,
+    Fp8Recipe,
     Interval,
     Line,
     LongOptions,
     Minutes,
     Options,
     PrecisionWord,
+    ScheduleKind,
     Slug,
     Steps,
     Text,
@@ -132,7 +136,7 @@ class Job(BaseModel):
     avoid_node_h: float = setting(24.0, "how long a node that failed is left out", group="retries", unit="h", ge=0)
 
     # --- what to train
-    model: Text = setting("nano", "model: a preset (nano, 124m, 350m, 1b, 3b, 8b), convnet, hf:PATH, or package.module:build", group="model")
+    model: Text = setting("nano", f"model: a preset ({', '.join(PRESETS)}), convnet, hf:PATH, or package.module:build", group="model")
     model_options: Options = setting({}, "options of the model that differ from its preset", group="model")
     grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third more work", group="model")
     compile: bool = setting(False, "torch.compile of each block", group="model")
@@ -163,9 +167,7 @@ class Job(BaseModel):
     # --- the optimizer
     max_steps: int = setting(1000, "optimizer steps of the whole run", group="optimizer", unit="steps", ge=1)
     lr: float = setting(1e-3, "peak learning rate", group="optimizer", gt=0)
-    lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "wsd"] = setting(
-        "cosine", "shape of the learning rate after warm-up", group="optimizer"
-    )
+    lr_scheduler: ScheduleKind = setting("cosine", "shape of the learning rate after warm-up", group="optimizer")
     lr_scheduler_params: dict[str, float] = setting(
         {}, "parameters of the schedule: total_iters, T_0, T_max, T_mult, eta_min, num_cycles, decay_steps", group="optimizer"
     )
@@ -181,10 +183,8 @@ class Job(BaseModel):
     precision: PrecisionWord = setting(
         Precision.BF16, "number format of the matrix products; auto takes what holdfast precision recommended", group="precision"
     )
-    fp8_backend: Literal["te", "torchao"] = setting("te", "fp8 by Transformer Engine or by torchao", group="precision")
-    fp8_recipe: Literal["current", "delayed", "block", "mxfp8", "tensorwise", "rowwise"] | None = setting(
-        None, "how fp8 scales are found; left out, current (te) or tensorwise (torchao)", group="precision"
-    )
+    fp8_backend: Fp8Backend = setting("te", "fp8 by Transformer Engine or by torchao", group="precision")
+    fp8_recipe: Fp8Recipe | None = setting(None, "how fp8 scales are found; left out, current (te) or tensorwise (torchao)", group="precision")
     amp_opt_level: Literal["O0", "O1", "O2"] | None = setting(
         None, "O0: no mixed precision; O1: autocast; O2: 16-bit parameters with fp32 master weights", group="precision"
     )
