@@ -50,8 +50,9 @@ lint: $(READY)  ## ruff, mypy, shellcheck
 	@.venv/bin/mypy
 	@shellcheck launcher/setup.sh .ci/run slurm/train.sbatch
 
-golden: $(READY)  ## write golden scripts, settings page and schema anew; review the diff
+golden: $(READY)  ## write golden scripts, generated pages, schema and pictures anew; review the diff
 	@.venv/bin/python -m launcher.docs
+	@.venv/bin/python docs/draw.py
 
 bench-launch: $(READY)  ## time of render, submit and start, on the lab
 	@launcher/setup.sh slurm || true

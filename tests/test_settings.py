@@ -44,6 +44,14 @@ def test_every_setting_has_help_and_a_known_group(name: str) -> None:
     assert isinstance(unit_of(name), str)
 
 
+def test_every_setting_is_read_by_something() -> None:
+    """As an attribute of a job, or by its name where Slurm's options are listed."""
+    homes = [path for package in ("jobs", "slurm", "launcher", "train") for path in (docs.ROOT / package).rglob("*") if path.suffix in (".py", ".j2")]
+    code = "\n".join(path.read_text() for path in homes if path.name not in ("settings.py", "setting_types.py", "refreeze.py"))
+    unread = [name for name in names() if not re.search(rf"\.{name}\b|[\"']{name}[\"']", code)]
+    assert not unread, f"nobody reads {', '.join(unread)}"
+
+
 def test_a_setting_without_help_cannot_be_declared() -> None:
     with pytest.raises(TypeError, match="help"):
         setting(1, group="run")  # type: ignore[call-arg]
