@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from training import Farm, curve, farm  # noqa: F401
 
+from jobs.contract import Exit
 from jobs.errors import ImpossibleJobError
 from jobs.job_files import shipped_jobs
 from jobs.sources import Resolved, amend, given_values, resolve
@@ -76,3 +78,21 @@ def test_a_run_that_exists_keeps_its_sizes_and_a_small_one_follows_its_batch(tmp
     again = amend(given_values(small.job, small.origins), small.origins, ["GPUS_PER_NODE=2"])
     assert (again.job.batch_size, again.job.micro_batch_size, again.origins["max_steps"]) == (8, 4, "debug")
     assert trial_of(small.job, small.origins, ["BATCH_SIZE=16"], "sweep").job.micro_batch_size == 4
+
+
+def test_every_step_is_logged_and_the_operation_that_makes_a_nan_is_named(farm: Farm) -> None:  # noqa: F811
+    own = {
+        "MODEL": "own_models:torn",
+        "MODEL_OPTIONS": "{}",
+        "DATA": "own_models:numbers",
+        "GPUS_PER_NODE": "1",
+        "MAX_STEPS": "4",
+        "LOG_EVERY": "4",
+        "PRECISION": "fp32",
+    }
+    healthy = farm.finished(DEBUG="true", **{**own, "MODEL": "own_models:regression"})
+    assert [step for step, *_ in curve(healthy)] == [1, 2, 3, 4]
+    torn = farm.prepare(DEBUG="true", **own)
+    assert farm.train(torn) == Exit.FAILED
+    assert "'MulBackward0' returned nan" in torn.attempt(1).error(0).read_text()
+    assert "own_models.py" in "".join(log.read_text() for log in torn.logs.iterdir()), "with the line of its forward"
