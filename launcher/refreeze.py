@@ -5,9 +5,7 @@ holdfast resume RUN MAX_STEPS=2000 --allow-change      another training from her
 """
 
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jobs import ledger
@@ -16,6 +14,7 @@ from jobs.errors import SettingError
 from jobs.rundir import RunDir
 from jobs.settings import Job, group_of
 from jobs.sources import amend, given_values, load
+from jobs.whole_file import replace_file
 from jobs.yaml_text import dump_yaml, read_yaml
 from slurm.render import script_for
 
@@ -70,14 +69,3 @@ def _freeze(run: RunDir, job: Job, origins: dict[str, str], changed: set[str], e
         replace_file(run.script, script_for(job, run, executable), mode=0o755)
     replace_file(run.origins, json.dumps(origins, indent=1) + "\n")
     replace_file(run.job_yaml, dump_yaml({name: value for name, value in job.model_dump(mode="json").items() if name in known}))
-
-
-def replace_file(path: Path, text: str, mode: int = 0o644) -> None:
-    """New content for a file, flushed and renamed into place."""
-    aside = path.with_name(f".{path.name}.tmp")
-    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(fd, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

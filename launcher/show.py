@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from jobs import goodput, ledger, metrics, run_folders
+from jobs import goodput, lease, ledger, metrics, run_folders
 from jobs.contract import LOCAL, Cause, Event
 from jobs.errors import HoldfastError, SubmitError
 from jobs.rundir import RunDir
@@ -227,7 +227,7 @@ def _state(
     )
     if last and last.cause is None:
         if last.job_id.startswith(LOCAL):
-            return ("running", history) if _alive(last.job_id) else ("stopped", f"its process is gone; holdfast resume {run.id}")
+            return ("running", history) if _works(last.job_id) else ("stopped", f"its process is gone; holdfast resume {run.id}")
         return ("running", history) if queue is None else gone
     if last is None:
         if queue is None and not job_id.startswith(LOCAL):
@@ -249,13 +249,10 @@ def _progress(run: RunDir, attempts: list[ledger.Attempt], logged: int) -> int:
         return attempts[-1].step or logged
 
 
-def _alive(job_id: str) -> bool:
-    """Whether the process behind a local run still works (a zombie does not)."""
-    try:
-        stat = Path(f"/proc/{int(job_id.removeprefix(LOCAL))}/stat").read_text()
-    except (OSError, ValueError):
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
+def _works(job_id: str) -> bool:
+    """Whether the process behind a local run still works."""
+    number = job_id.removeprefix(LOCAL)
+    return number.isdigit() and lease.alive(int(number))
 
 
 def is_recent(row: RunStatus) -> bool:

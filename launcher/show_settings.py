@@ -7,6 +7,7 @@ from rich.text import Text
 from jobs import memory
 from jobs.layers import HEADINGS
 from jobs.secret import is_secret_name
+from jobs.setting_names import shorten
 from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, unit_of
 from jobs.sources import Resolved
 from launcher.table import columns, show
@@ -51,7 +52,7 @@ def not_default(resolved: Resolved) -> str:
     """`PRECISION=bf16 (command line)  LR=3e-4 (environment LR)`: all that somebody chose outside of the job file."""
     by_origin: dict[str, list[str]] = {}
     for name, origin in resolved.not_default().items():
-        by_origin.setdefault(origin, []).append(f"{name.upper()}={_shown(masked(name, resolved.job))}")
+        by_origin.setdefault(origin, []).append(f"{name.upper()}={shorten(masked(name, resolved.job))}")
     return "   ".join(f"{'  '.join(words)} ({origin})" for origin, words in by_origin.items())
 
 
@@ -71,7 +72,3 @@ def masked(name: str, job: Job) -> str:
     if name == "node_env":
         return ",".join(f"{key}={'***' if is_secret_name(key) else value}" for key, value in job.node_env.items())
     return job.text(name)
-
-
-def _shown(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."

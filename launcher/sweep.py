@@ -25,6 +25,7 @@ from jobs.names import nearest
 from jobs.rundir import RunDir
 from jobs.setting_names import setting_name
 from jobs.sources import Resolved
+from jobs.whole_file import replace_file
 from jobs.words import split_words, words_from_make
 from launcher import show, show_settings, sweep_show
 from launcher.choose import which_run
@@ -32,7 +33,6 @@ from launcher.commands import start_estimate
 from launcher.doctor import said_at_submit
 from launcher.local import run_attempts
 from launcher.prepare import prepare, resolve_here
-from launcher.refreeze import replace_file
 from launcher.sweep_show import Trial
 from launcher.trial import take_up
 from slurm.client import Slurm

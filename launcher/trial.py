@@ -18,8 +18,8 @@ from jobs.contract import Event
 from jobs.errors import HoldfastError, ImpossibleJobError, NotFoundError
 from jobs.rundir import RunDir
 from jobs.sources import load
+from jobs.whole_file import replace_file
 from jobs.yaml_text import dump_yaml
-from launcher.refreeze import replace_file
 
 # Seconds to wait for the others that ask. A lock service that does not answer must not stop a sweep: then it goes without,
 # and the study's own lock still keeps its record whole.

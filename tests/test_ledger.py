@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from jobs import ledger
 from jobs.contract import Cause, Event
+from jobs.whole_file import replace_file
 
 
 def write(path: Path, count: int, event: Event = Event.CHECKPOINT) -> None:
@@ -140,3 +141,16 @@ def test_a_cause_of_a_newer_version_is_unknown_and_not_a_crash() -> None:
 def test_lines_are_json_that_other_programs_read(tmp_path: Path) -> None:
     write(tmp_path / "ledger.jsonl", 1, Event.START)
     assert {"event", "attempt", "job_id", "time"} <= set(json.loads((tmp_path / "ledger.jsonl").read_text()))
+
+
+def test_a_small_file_is_replaced_whole_or_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "job.yaml"
+    replace_file(path, "one\n")
+    replace_file(path, "two\n", flush=False)
+    assert path.read_text() == "two\n" and path.stat().st_mode & 0o022 == 0
+    with pytest.raises(UnicodeEncodeError):
+        replace_file(path, "\ud800")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        replace_file(path, "three\n")
+    assert path.read_text() == "two\n" and [found.name for found in tmp_path.iterdir()] == ["job.yaml"]
