@@ -16,11 +16,14 @@ PACKAGES = ("jobs", "slurm", "launcher", "train")
 
 @dataclass(frozen=True)
 class Step:
-    """One station: the lane it lies in, `path.py:function` (or a path alone), and what happens there."""
+    """One station: the lane it lies in, `path.py:function` (or a path alone), and what happens there.
+
+    `always`: in every run; tests/walked.py makes one and must come by."""
 
     lane: int
     place: str
     what: str
+    always: bool = True
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ PRECISION = Walk(
         Step(0, "Makefile", "make submit PRECISION=bf16 starts holdfast submit; the word stays in MAKEFLAGS, unexpanded"),
         Step(0, "launcher/commands.py:submit_job", "a submit from first to last; one that is refused leaves nothing"),
         Step(1, "jobs/words.py:words_from_make", "PRECISION=bf16 as it was typed"),
+        Step(1, "jobs/sources.py:resolve", "gathers the layers; the highest wins, and leaves its origin: command line"),
         Step(1, "jobs/layers.py:gather", "one layer each: site, job file, environment, command line; the word is precision"),
-        Step(1, "jobs/sources.py:resolve", "the highest layer wins; origin: command line"),
         Step(1, "jobs/settings.py:Job", "the text becomes Precision.BF16; the job is frozen"),
         Step(1, "jobs/rules.py:check", "the row of jobs/precision.py against the site's GPU; refused here, before any queue"),
         Step(2, "slurm/render.py:render_script", "the script holds the run directory, and no setting of training"),
@@ -66,10 +69,10 @@ STEP = Walk(
         Step(0, "jobs/schedule.py:lr_at", "the learning rate of step N"),
         Step(1, "train/seeds.py:seed_everything", "dropout of step N: again from seed, step and rank"),
         Step(2, "train/step.py:Stepper.run", "the micro-batches of the step, one after the other"),
-        Step(2, "train/models/contract.py:read_loss", "forward under autocast: a sum of losses and how many targets it has"),
         Step(2, "train/parallel.py:accumulating", "gradients pile up; ranks add theirs at the last micro-batch only"),
+        Step(2, "train/models/contract.py:read_loss", "forward under autocast: a sum of losses and how many targets it has"),
         Step(2, "train/optim.py:gradients_of", "one division by the targets of the whole batch, one clip, one update"),
-        Step(1, "train/numerics.py:OverflowGuard.overflow", "fp16 only: not finite? a smaller scale, and the same step again"),
+        Step(1, "train/numerics.py:OverflowGuard.overflow", "fp16 only: not finite? a smaller scale, and the same step again", always=False),
         Step(1, "jobs/progress.py:Progress.set", "the step counts from here, also for whoever looks from outside"),
         Step(1, "train/metrics.py:MetricsLog.write", "each log_every steps; the first moment that waits for the GPU"),
         Step(1, "train/saver.py:Saver.save", "each checkpoint_every steps, or when Young's interval is over"),
