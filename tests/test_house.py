@@ -98,7 +98,7 @@ def test_the_check_of_names_finds_what_does_not_exist() -> None:
 def test_every_module_says_what_it_is_in_one_line() -> None:
     said = draw.modules()
     assert set(said) >= {"jobs/settings.py", "train/data/order.py", "holdfast.py"}
-    assert not {name: line for name, line in said.items() if not line or len(line) > 260}
+    assert not {name: line for name, line in said.items() if not line or len(line) > 300}
 
 
 def test_a_typical_change_touches_three_files_at_most_and_is_proven_by_tests_that_exist() -> None:
