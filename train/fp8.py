@@ -73,10 +73,10 @@ def load_early() -> None:
     spec = importlib.util.find_spec("nvidia.cudnn") if importlib.util.find_spec("nvidia") else None
     for folder in spec.submodule_search_locations or () if spec else ():
         os.environ.setdefault("CUDNN_HOME", folder)
-        for part in ("", "_graph", "_ops", "_cnn", "_adv", "_heuristic"):
-            for library in glob.glob(f"{folder}/lib/libcudnn{part}.so.*"):
-                with suppress(OSError):
-                    ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+        # All of its parts, since Transformer Engine's library asks for each of them by name.
+        for library in sorted(glob.glob(f"{folder}/lib/libcudnn*.so.*")):
+            with suppress(OSError):
+                ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     with suppress(Exception):  # a library built against another torch raises whatever it likes, and will be told when it is needed
         import transformer_engine.pytorch  # noqa: F401
 
