@@ -1,11 +1,15 @@
 """The ledger: whole lines or none, from many writers at once, flushed before it is believed."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
+import stat
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -116,6 +120,62 @@ def test_a_lock_that_cannot_be_had_does_not_stop_a_run(tmp_path: Path, monkeypat
     write(tmp_path / "ledger.jsonl", 1)
     assert time.monotonic() - begun < 1
     assert len(ledger.read(tmp_path / "ledger.jsonl")) == 1
+
+
+def hold(path: Path, ready: Connection, stay: Connection) -> None:
+    with open(path, "ab") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        ready.send(True)
+        stay.recv()
+
+
+def test_a_writer_waits_for_the_lock_of_another_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ledger.jsonl"
+    context = multiprocessing.get_context("fork")
+    (here, ready), (stay, release) = context.Pipe(), context.Pipe()
+    holder = context.Process(target=hold, args=(path, ready, stay))
+    holder.start()
+    assert here.poll(30) and here.recv()
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        assert path.read_bytes() == b"", "written while another had the lock"
+        if len(slept) == 3:
+            release.send(True)
+            holder.join(30)
+
+    monkeypatch.setattr("jobs.ledger._LOCK_WAIT_S", 60.0)
+    monkeypatch.setattr("jobs.ledger.time", SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=sleep))
+    write(path, 1)
+    assert len(slept) == 3 and max(slept) < 0.1 and len(ledger.read(path)) == 1
+    holder = context.Process(target=hold, args=(path, ready, stay))
+    holder.start()
+    assert here.poll(30)
+    clock = iter([0.0, 59.0, 60.0, 60.1])
+    monkeypatch.setattr("jobs.ledger.time", SimpleNamespace(time=time.time, monotonic=lambda: next(clock), sleep=slept.append))
+    write(path, 1)
+    release.send(True)
+    holder.join(30)
+    assert len(slept) == 5 and len(ledger.read(path)) == 2
+
+
+def test_a_writer_leaves_no_file_open_and_a_ledger_that_others_may_read(tmp_path: Path) -> None:
+    path, before = tmp_path / "ledger.jsonl", os.listdir("/proc/self/fd")
+    mask = os.umask(0)
+    try:
+        write(path, 2)
+    finally:
+        os.umask(mask)
+    assert os.listdir("/proc/self/fd") == before
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_one_torn_byte_is_not_joined_with_the_next_line(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(b"{")
+    write(path, 1)
+    assert path.read_bytes().startswith(b"{\n{") and len(ledger.read(path)) == 1
 
 
 def event(kind: str, attempt: int, **fields: object) -> dict[str, object]:
