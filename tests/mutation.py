@@ -299,6 +299,8 @@ class Collected:
 
     def pytest_runtestloop(self, session: Any) -> bool:
         source = self.path.read_text()
+        for item in session.items:
+            _without_shrinking(item.obj)
         session.config._tmp_path_factory.getbasetemp()
         begun, clock = time.monotonic(), Path("durations.json").absolute()
         unharmed = _in_a_fork(lambda: self._tested(session, source, clock), 600)
@@ -309,7 +311,7 @@ class Collected:
         self.tell(-1, unharmed)
         for number, mutant in self.listed if unharmed == "passed" else ():
             write(self.path, mutant.text)
-            self.tell(number, _in_a_fork(lambda text=mutant.text: self._tested(session, text), 10 + 5 * baseline))  # type: ignore[misc]
+            self.tell(number, _in_a_fork(lambda text=mutant.text: self._tested(session, text), 5 + 3 * baseline))  # type: ignore[misc]
         write(self.path, source)
         return True
 
@@ -326,6 +328,15 @@ class Collected:
         if clock is not None:
             clock.write_text(json.dumps(took))
         return 0
+
+
+def _without_shrinking(test: Any) -> None:
+    """That an example fails is all that is asked; to find the smallest one takes seconds."""
+    from hypothesis import Phase, is_hypothesis_test, settings
+
+    if is_hypothesis_test(test):
+        given = getattr(test, "_hypothesis_internal_use_settings", None) or settings.default
+        test._hypothesis_internal_use_settings = settings(given, phases=[Phase.explicit, Phase.generate], database=None)
 
 
 def put_code(module: ModuleType, text: str) -> None:
@@ -383,7 +394,7 @@ def try_module(tree: Path, module: str, only: set[int], known: dict[str, str]) -
         baseline = time.monotonic() - before
         for number, mutant in slow:
             write(path, mutant.text)
-            tell(number, passes(tree, words, 20 + 4 * baseline, shown=bool(only)))
+            tell(number, passes(tree, words, 10 + 3 * baseline, shown=bool(only)))
     write(path, source)
     for number in sorted(number for number, end in ends.items() if end == "passed"):
         mutant = listed[number]

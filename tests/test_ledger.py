@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import json
 import multiprocessing
 import os
@@ -133,7 +134,7 @@ def test_a_writer_waits_for_the_lock_of_another_but_not_for_ever(tmp_path: Path,
     path = tmp_path / "ledger.jsonl"
     context = multiprocessing.get_context("fork")
     (here, ready), (stay, release) = context.Pipe(), context.Pipe()
-    holder = context.Process(target=hold, args=(path, ready, stay))
+    holder = context.Process(target=hold, args=(path, ready, stay), daemon=True)
     holder.start()
     assert here.poll(30) and here.recv()
     slept: list[float] = []
@@ -145,11 +146,12 @@ def test_a_writer_waits_for_the_lock_of_another_but_not_for_ever(tmp_path: Path,
             release.send(True)
             holder.join(30)
 
+    seconds = itertools.count()
     monkeypatch.setattr("jobs.ledger._LOCK_WAIT_S", 60.0)
-    monkeypatch.setattr("jobs.ledger.time", SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=sleep))
+    monkeypatch.setattr("jobs.ledger.time", SimpleNamespace(time=time.time, monotonic=lambda: float(next(seconds)), sleep=sleep))
     write(path, 1)
     assert len(slept) == 3 and max(slept) < 0.1 and len(ledger.read(path)) == 1
-    holder = context.Process(target=hold, args=(path, ready, stay))
+    holder = context.Process(target=hold, args=(path, ready, stay), daemon=True)
     holder.start()
     assert here.poll(30)
     clock = iter([0.0, 59.0, 60.0, 60.1])
