@@ -367,11 +367,11 @@ def write(path: Path, text: str) -> None:
         kept.unlink()
 
 
-def try_module(tree: Path, module: str, only: set[int], known: dict[str, str]) -> dict[str, Any]:
-    """What became of the mutants of one module. `only`: numbers of the list, empty for all."""
+def try_module(tree: Path, module: str, only: set[int], known: dict[str, str], every: int = 1) -> dict[str, Any]:
+    """What became of the mutants of one module. `only`: numbers of the list, empty for all; `every`: each so-and-so-manieth."""
     path, words, begun = tree / module, TARGETS[module], time.monotonic()
     source = path.read_text()
-    listed = dict(enumerate(mutants(source)))
+    listed = {number: mutant for number, mutant in enumerate(mutants(source)) if number % every == 0}
     ends: dict[int, str] = {number: "passed" for number, mutant in listed.items() if mutant.key(module) in known and not only}
     survivors: list[dict[str, Any]] = []
 
@@ -402,7 +402,7 @@ def try_module(tree: Path, module: str, only: set[int], known: dict[str, str]) -
     killed, same = sum(end != "passed" for end in ends.values()), sum(bool(one["same"]) for one in survivors)
     took = time.monotonic() - begun
     print(f"{module}: {len(ends)} mutants, {killed} killed, {same} make no difference, {len(survivors) - same} survived; {took:.0f} s", flush=True)
-    return {"mutants": len(ends), "killed": killed, "survivors": survivors, "date": str(date.today()), "seconds": round(took)}
+    return {"mutants": len(ends), "killed": killed, "survivors": survivors, "date": str(date.today()), "seconds": round(took), "every": every}
 
 
 def _try_collected(path: Path, module: str, words: list[str], listed: list[tuple[int, Mutant]], tell: Callable[[int, str], None]) -> None:
@@ -440,7 +440,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     lines = ["| module | mutants | killed | make no difference | survived |", "|---|---|---|---|---|"]
     for module, found in sorted(results.items()):
         same = sum(bool(one["same"]) for one in found["survivors"])
-        lines.append(f"| `{module}` | {found['mutants']} | {found['killed']} | {same} | {len(found['survivors']) - same} |")
+        tried = "" if found["every"] == 1 else f" (each {found['every']}th)"
+        lines.append(f"| `{module}` | {found['mutants']}{tried} | {found['killed']} | {same} | {len(found['survivors']) - same} |")
     totals = [sum(int(found[name]) for found in results.values()) for name in ("mutants", "killed")]
     alike = sum(bool(one["same"]) for found in results.values() for one in found["survivors"])
     lines.append(f"| all | {totals[0]} | {totals[1]} | {alike} | {totals[0] - totals[1] - alike} |")
@@ -456,6 +457,7 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", help=f"of {', '.join(TARGETS)}; all of them if none is named")
     parser.add_argument("--list", action="store_true", help="print the mistakes with their numbers and try none")
     parser.add_argument("--only", default="", help="numbers of the list, with commas between: try these, show what pytest says, write nothing")
+    parser.add_argument("--every", type=int, default=1, help="try each N-th mistake alone")
     asked = parser.parse_args()
     modules = asked.modules or list(TARGETS)
     if wrong := [name for name in modules if name not in TARGETS]:
@@ -475,7 +477,7 @@ def main() -> int:
             __import__(name)
         survived = 0
         for module in modules:
-            found = try_module(tree, module, {int(word) for word in asked.only.split(",") if word}, known)
+            found = try_module(tree, module, {int(word) for word in asked.only.split(",") if word}, known, asked.every)
             survived += sum(not one["same"] for one in found["survivors"])
             if not asked.only:
                 results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
