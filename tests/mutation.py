@@ -15,6 +15,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import hashlib
 import inspect
 import json
 import os
@@ -35,9 +36,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULT, SAME, PAGE = REPOSITORY / "docs/mutation.json", REPOSITORY / "tests/mutation_same.json", REPOSITORY / "docs/testing.md"
 BEGIN, END = "<!-- mutation: written by tests/mutation.py -->", "<!-- end of mutation -->"
 
-_RULES = ["tests/test_settings.py", "tests/test_sources.py"]
+_RULES = ["tests/test_rules.py", "tests/test_settings.py", "-k", "rules or batch or near or hardware or architecture or contradict"]
 _LAYERS = ["tests/test_sources.py", "-k", "not make"]
-_COMMIT = ["tests/test_checkpoint_commit.py", "-k", "not strace and not really and not without_any_one"]
+_COMMIT = ["tests/test_checkpoint_files.py", "tests/test_checkpoint_commit.py", "-k", "not strace and not really and not without_any_one"]
 # Module -> words for pytest: the tests that hold it, quickest first.
 TARGETS: dict[str, list[str]] = {
     "jobs/contract.py": ["tests/test_contract.py", "tests/test_verdict.py", "-k", "not Histories"],
@@ -367,11 +368,11 @@ def write(path: Path, text: str) -> None:
         kept.unlink()
 
 
-def try_module(tree: Path, module: str, only: set[int], known: dict[str, str], every: int = 1) -> dict[str, Any]:
-    """What became of the mutants of one module. `only`: numbers of the list, empty for all; `every`: each so-and-so-manieth."""
+def try_module(tree: Path, module: str, only: set[int], known: dict[str, str], every: int, left: set[int] | None) -> dict[str, Any]:
+    """What became of the mutants of one module. `only`: numbers to show, empty for all; `every`: each N-th; `left`: these of all."""
     path, words, begun = tree / module, TARGETS[module], time.monotonic()
     source = path.read_text()
-    listed = {number: mutant for number, mutant in enumerate(mutants(source)) if number % every == 0}
+    listed = {number: mutant for number, mutant in enumerate(mutants(source)) if (number % every == 0 if left is None else number in left)}
     ends: dict[int, str] = {number: "passed" for number, mutant in listed.items() if mutant.key(module) in known and not only}
     survivors: list[dict[str, Any]] = []
 
@@ -398,11 +399,29 @@ def try_module(tree: Path, module: str, only: set[int], known: dict[str, str], e
     write(path, source)
     for number in sorted(number for number, end in ends.items() if end == "passed"):
         mutant = listed[number]
-        survivors.append({"place": mutant.place, "before": mutant.before, "after": mutant.after, "same": known.get(mutant.key(module), "")})
+        survivors.append({"number": number, "place": mutant.place, "before": mutant.before, "after": mutant.after, "same": known.get(mutant.key(module), "")})
     killed, same = sum(end != "passed" for end in ends.values()), sum(bool(one["same"]) for one in survivors)
     took = time.monotonic() - begun
     print(f"{module}: {len(ends)} mutants, {killed} killed, {same} make no difference, {len(survivors) - same} survived; {took:.0f} s", flush=True)
-    return {"mutants": len(ends), "killed": killed, "survivors": survivors, "date": str(date.today()), "seconds": round(took), "every": every}
+    return {
+        "mutants": len(ends),
+        "killed": killed,
+        "survivors": survivors,
+        "date": str(date.today()),
+        "seconds": round(took),
+        "every": every,
+        "source": _sum(source),
+    }
+
+
+def _sum(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def again(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The result of all mistakes, when only the survivors of `before` were tried once more."""
+    gone = len(before["survivors"]) - len(after["survivors"])
+    return {**before, "killed": before["killed"] + gone, "survivors": after["survivors"], "date": after["date"]}
 
 
 def _try_collected(path: Path, module: str, words: list[str], listed: list[tuple[int, Mutant]], tell: Callable[[int, str], None]) -> None:
@@ -458,6 +477,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the mistakes with their numbers and try none")
     parser.add_argument("--only", default="", help="numbers of the list, with commas between: try these, show what pytest says, write nothing")
     parser.add_argument("--every", type=int, default=1, help="try each N-th mistake alone")
+    parser.add_argument("--again", action="store_true", help="where a module is as it was, try the survivors of last time alone")
     asked = parser.parse_args()
     modules = asked.modules or list(TARGETS)
     if wrong := [name for name in modules if name not in TARGETS]:
@@ -477,10 +497,15 @@ def main() -> int:
             __import__(name)
         survived = 0
         for module in modules:
-            found = try_module(tree, module, {int(word) for word in asked.only.split(",") if word}, known, asked.every)
+            results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+            before = results.get(module) if asked.again else None
+            if before and before["source"] != _sum((tree / module).read_text()):
+                before = None
+            numbers = {int(word) for word in asked.only.split(",") if word}
+            found = try_module(tree, module, numbers, known, asked.every, {one["number"] for one in before["survivors"]} if before else None)
+            found = again(before, found) if before else found
             survived += sum(not one["same"] for one in found["survivors"])
             if not asked.only:
-                results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
                 results[module] = found
                 RESULT.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
                 page = PAGE.read_text() if PAGE.exists() else f"{BEGIN}\n{END}\n"

@@ -125,7 +125,8 @@ def test_evaluation_counts_every_sample_once(num_samples: int, world: int) -> No
 def test_impossible_questions_are_refused() -> None:
     for wrong in (
         lambda: sample_ids(-1, 8, 10, 0), lambda: sample_ids(0, 8, 0, 0), lambda: rank_slice(8, 2, 2, 2),
-        lambda: shard(8, 2, -1),
+        lambda: shard(8, 2, -1), lambda: shard(8, 2, 2), lambda: shard(-1, 2, 0), lambda: rank_slice(8, 0, 2, 0), lambda: rank_slice(0, 1, 2, 0),
+        lambda: sample_ids(0, 0, 10, 0),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"no (batch|slice|shard)"):
             wrong()
