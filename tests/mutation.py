@@ -38,7 +38,12 @@ BEGIN, END = "<!-- mutation: written by tests/mutation.py -->", "<!-- end of mut
 
 _RULES = ["tests/test_rules.py", "tests/test_settings.py", "-k", "rules or batch or near or hardware or architecture or contradict"]
 _LAYERS = ["tests/test_sources.py", "-k", "not make"]
-_COMMIT = ["tests/test_checkpoint_files.py", "tests/test_checkpoint_commit.py", "-k", "checkpoint_files or power_cut or zombie or pruning or verified or in_place"]
+_COMMIT = [
+    "tests/test_checkpoint_files.py",
+    "tests/test_checkpoint_commit.py",
+    "-k",
+    "checkpoint_files or power_cut or zombie or pruning or verified or in_place",
+]
 # Module -> words for pytest: the tests that hold it, quickest first.
 TARGETS: dict[str, list[str]] = {
     "jobs/contract.py": ["tests/test_contract.py", "tests/test_verdict.py", "-k", "not Histories"],

@@ -90,6 +90,7 @@ def test_what_is_left_out_of_a_batch_follows() -> None:
     assert derived(nodes=1, gpus_per_node=2, batch_size=24, grad_accum_steps=3) == {"micro_batch_size": 4, "grad_accum_steps": 3}
     assert derived(nodes=1, gpus_per_node=2, batch_size=24, micro_batch_size=3) == {"micro_batch_size": 3, "grad_accum_steps": 4}
     assert derived(nodes=1, gpus_per_node=2, batch_size=24, micro_batch_size=3, grad_accum_steps=4) == {"micro_batch_size": 3, "grad_accum_steps": 4}
+    assert set(rules.BATCH_PARTS) == set(derived(batch_size=8))
 
 
 def test_a_batch_that_does_not_come_out_says_what_was_multiplied() -> None:
@@ -120,6 +121,7 @@ def test_a_curve_that_is_none_is_a_problem_of_its_parameters() -> None:
 def test_the_warm_up_of_the_curve_is_the_one_that_was_given_last_in_rank() -> None:
     assert rules.schedule_of(Job(max_steps=200, warmup_pct=0.1)).warmup_steps == 20
     assert rules.schedule_of(Job(max_steps=200, warmup_steps=7)).warmup_steps == 7
+    assert rules.schedule_of(Job(max_steps=200, warmup_pct=None)).warmup_steps == 0
     assert rules.schedule_of(Job(max_steps=200, warmup_steps=0, warmup_pct=0.5)).warmup_steps == 0
     assert rules.schedule_of(Job(max_steps=200, warmup_steps=7, lr_scheduler_params={"warmup_steps": 9})).warmup_steps == 9
     schedule = rules.schedule_of(Job(max_steps=200, lr=0.5, lr_scheduler="linear", lr_scheduler_params={"eta_min": 0.1}))
