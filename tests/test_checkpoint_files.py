@@ -1,5 +1,6 @@
 """Checkpoints as files: their names, what a manifest must say to be believed, and what is set aside, cleared and kept."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -233,6 +234,26 @@ def test_a_list_of_names_is_cut_after_four() -> None:
 # -- the commit --------------------------------------------------------------------------------------------------------
 
 
+def test_the_calls_of_disk_are_those_of_the_operating_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, flushed, real = Disk(), [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(fd), real(fd))[1])
+    file, folder = disk.create(tmp_path / "a"), disk.open_folder(tmp_path)
+    for fd, access in ((file, os.O_WRONLY), (folder, os.O_RDONLY)):
+        assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == access
+        disk.fsync(fd)
+        disk.close(fd)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+    assert flushed == [file, folder]
+    with pytest.raises(NotADirectoryError):
+        disk.open_folder(tmp_path / "a")
+    disk.mkdir(tmp_path / "b")
+    disk.rename(tmp_path / "a", tmp_path / "b" / "c")
+    disk.unlink(tmp_path / "b" / "c")
+    disk.rmdir(tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
 class Recorded(Disk):
     """Refuses one call by its name, and remembers all."""
 
@@ -329,3 +350,11 @@ def test_a_prune_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None
     assert commit.prune([one], Recorded("rename")) == ["step-00000010 could not be taken away: Read-only file system"]
     assert commit.prune([tmp_path / "step-00000005", two]) == ["step-00000005 could not be taken away: No such file or directory"]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+
+
+def test_nothing_is_deleted_before_the_disk_knows_of_its_new_name(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (said,) = commit.prune([path], Recorded("fsync"))
+    assert said == "step-00000010 could not be taken away: Input/output error"
+    (trash,) = tmp_path.iterdir()
+    assert trash.name.startswith(".trash-step-00000010-") and {file.name for file in trash.iterdir()} == {*NAMES, "manifest.json"}
