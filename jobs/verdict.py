@@ -101,7 +101,7 @@ def judge(events: Iterable[Mapping[str, Any]], budgets: Budgets) -> Verdict:
 def cause_of(end: Mapping[str, Any]) -> Cause:
     """The cause in an `end` event; `unknown` for a word that this version does not know."""
     try:
-        return Cause(end.get("cause"))
+        return Cause(str(end.get("cause")))
     except ValueError:
         return Cause.UNKNOWN
 

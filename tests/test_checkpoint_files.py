@@ -235,6 +235,7 @@ def test_what_is_kept_by_age_number_and_validation(tmp_path: Path) -> None:
 def test_a_list_of_names_is_cut_after_four() -> None:
     assert ckpt_format.few([]) == "none"
     assert ckpt_format.few("abcd") == "a, b, c, d"
+    assert ckpt_format.few("abcde") == "a, b, c, d and 1 more"
     assert ckpt_format.few("abcdef") == "a, b, c, d and 2 more"
 
 
