@@ -212,6 +212,16 @@ def test_a_staging_folder_that_cannot_be_renamed_is_left_whole_and_the_others_go
     assert [path.name for path in tmp_path.iterdir()] == [".step-00000020.tmp-1"] and (tmp_path / ".step-00000020.tmp-1" / "file").exists()
 
 
+def test_a_leftover_that_cannot_be_deleted_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    (tmp_path / ".trash-a").mkdir()
+    monkeypatch.setattr(os, "rmdir", refuse)
+    ckpt_format.clear_leftovers(tmp_path)
+    assert (tmp_path / ".trash-a").exists()
+
+
 # -- which are kept ----------------------------------------------------------------------------------------------------
 
 
