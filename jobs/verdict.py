@@ -81,7 +81,7 @@ def judge(events: Iterable[Mapping[str, Any]], budgets: Budgets) -> Verdict:
     last = list(ends.values())
     cause = cause_of(last[-1])
     if cause in FINAL:
-        return Verdict(False, cause.value.replace("_", " "))
+        return Verdict(False, cause.value)
     if cancelled:
         return Verdict(False, "cancelled")
     stuck, early = _without_progress(last)
