@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import SubmitError
-from slurm import client
+from slurm import allocation, client
 from slurm.client import Slurm, clean_environment, expand_nodelist, job_info, parse_config, parse_sacct, parse_scontrol, parse_squeue
 
 GONE = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
@@ -185,3 +185,11 @@ def test_nodes_and_their_partition_are_asked_for_once_and_none_needs_no_question
     assert slurm.partition_nodes("7") == 12
     slurm.exclude("7", ["node1", "node2"])
     assert (tmp_path / "scontrol.asked").read_text() == "update JobId=7 ExcNodeList=node1,node2\n"
+
+
+def test_what_slurm_tells_a_job_is_read_leniently() -> None:
+    assert allocation.job_id_of({"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "3"}) == "10_3"
+    assert allocation.job_id_of({"SLURM_JOB_ID": "12"}) == "12" and allocation.job_id_of({}) == f"local-{os.getpid()}"
+    assert [allocation.restarts_of({"SLURM_RESTART_COUNT": text}) for text in ("2", "", "many")] == [2, 0, 0] and allocation.restarts_of({}) == 0
+    assert allocation.local_time("Unknown") == float("inf")
+    assert allocation.local_time("2026-11-21T23:42:34") - allocation.local_time("2026-11-21T23:42:33") == 1

@@ -191,6 +191,25 @@ def test_attempts_are_told_by_their_lines_in_any_order() -> None:
     assert (second.cause, second.start_step, second.ended) == (None, 40, None)
 
 
+def test_an_attempt_has_every_field_of_its_lines_and_plain_ones_where_a_line_is_bare() -> None:
+    full = [
+        {"event": "start", "attempt": 2, "job_id": "7_1", "time": 100, "step": 20, "nodes": ["a", "b"]},
+        {"event": "checkpoint", "attempt": 2, "job_id": "7_1", "time": 105.0, "step": 99},
+        {"event": "end", "attempt": 2, "job_id": "8", "time": 110.5, "cause": "killed", "step": 50, "lost_steps": 10, "evidence": "signal 9"},
+        {"event": "start", "attempt": 1, "job_id": "6", "time": 1.0},
+        {"event": "end", "attempt": 1, "job_id": "6", "time": 2.0},
+        {"event": "start", "attempt": 1, "job_id": "9", "time": 3.0},
+        {"event": "end", "attempt": 3, "job_id": "6", "time": 2.0},
+        {"event": "resumed", "attempt": 4, "job_id": "9", "time": 3.0},
+        {"event": "start", "attempt": 4, "job_id": "9", "time": 3.0, "step": 7},
+    ]
+    first, second, fourth = ledger.attempts(full)
+    assert second == ledger.Attempt(2, "7_1", 100.0, 20, 110.5, Cause.KILLED, 50, 10, "signal 9", ("a", "b"))
+    assert first == ledger.Attempt(1, "6", 1.0, 0, 2.0, Cause.UNKNOWN, 0, 0, "", ())
+    assert fourth == ledger.Attempt(4, "9", 3.0, 0, None, None, None, 0, "", ())
+    assert ledger.attempts([{"event": "start", "job_id": "9", "time": 3.0}])[0].number == 0
+
+
 def test_of_two_ends_of_one_attempt_the_first_counts() -> None:
     lines = [event("start", 1), event("end", 1, cause="preempted", step=40, lost_steps=0), event("end", 1, cause="killed", step=40, lost_steps=9)]
     assert ledger.attempts(lines)[0].cause is Cause.PREEMPTED
