@@ -5,6 +5,8 @@
 Every row is a process of its own, on the same shape, the same kind of random tokens and the same optimizer. Figures are
 tokens per second: the median over windows of five steps that end with a synchronisation, after a warm-up that is not counted. For
 `holdfast run` they are what its own metrics.jsonl says, with the loop, logging, data from token files and checkpoints on.
+Beside them: the most memory that torch had allocated, and for `holdfast run` what `holdfast explain` expected, and the seconds
+from the start of its process to the end of the first step.
 
 Peers: transformers.Trainer; a plain PyTorch loop over the same Llama of transformers, eager and compiled, also with torchao's float8;
 Accelerate's own fp8. What is not installed, or cannot run on this machine, is named and left out.
@@ -34,15 +36,18 @@ _WINDOW = 5
 class Shape:
     """A Llama-shaped model and its batch; `flops` are model FLOPs per token, 6 N + 6 L d T with N of blocks and head."""
 
-    def __init__(self, preset: str, d: int, layers: int, heads: int, ff: int, vocab: int, seq_len: int, batch: int):
-        self.preset, self.d, self.layers, self.heads, self.ff, self.vocab, self.seq_len, self.batch = preset, d, layers, heads, ff, vocab, seq_len, batch
-        self.flops = 6 * (layers * (4 * d * d + 3 * d * ff) + vocab * d) + 6 * layers * d * seq_len
+    def __init__(self, preset: str, d: int, layers: int, heads: int, kv_heads: int, ff: int, vocab: int, seq_len: int, batch: int):
+        self.preset, self.d, self.layers, self.heads, self.kv_heads = preset, d, layers, heads, kv_heads
+        self.ff, self.vocab, self.seq_len, self.batch = ff, vocab, seq_len, batch
+        attention = 2 * d * d + 2 * d * d * kv_heads // heads
+        self.flops = 6 * (layers * (attention + 3 * d * ff) + vocab * d) + 6 * layers * d * seq_len
 
 
 SHAPES = {
-    "1b": Shape("1b", 2048, 22, 16, 5632, 32000, 2048, 16),
+    "1b": Shape("1b", 2048, 22, 16, 16, 5632, 32000, 2048, 16),
+    "3b": Shape("3b", 3072, 28, 24, 8, 8192, 32000, 4096, 4),
     # What a CPU can do in seconds: to see that every row works, not to compare anything.
-    "tiny": Shape("nano", 64, 2, 2, 128, 256, 64, 4),
+    "tiny": Shape("nano", 64, 2, 2, 2, 128, 256, 64, 4),
 }
 
 
@@ -55,7 +60,7 @@ def llama(shape: Shape) -> Any:
 
     config = LlamaConfig(
         vocab_size=shape.vocab, hidden_size=shape.d, intermediate_size=shape.ff, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads, max_position_embeddings=shape.seq_len, tie_word_embeddings=False, use_cache=False, attn_implementation="sdpa",
+        num_key_value_heads=shape.kv_heads, max_position_embeddings=shape.seq_len, tie_word_embeddings=False, use_cache=False, attn_implementation="sdpa",
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device()):
@@ -94,7 +99,16 @@ class Windows:
         return statistics.median(self.rates[2:] or self.rates)
 
 
-def plain_loop(shape: Shape, steps: int, dtype: str, compiled: bool = False, float8: str = "") -> float:
+Figures = dict[str, float]
+
+
+def measured(rate: float) -> Figures:
+    import torch
+
+    return {"tokens_per_s": rate} | ({"memory_gb": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {})
+
+
+def plain_loop(shape: Shape, steps: int, dtype: str, compiled: bool = False, float8: str = "") -> Figures:
     """A loop as people write it: autocast, fused AdamW, clipping, loss of the model itself."""
     import torch
 
@@ -120,10 +134,10 @@ def plain_loop(shape: Shape, steps: int, dtype: str, compiled: bool = False, flo
         scaler.update()
         optimizer.zero_grad()
     windows.step()
-    return windows.median()
+    return measured(windows.median())
 
 
-def trainer(shape: Shape, steps: int) -> float:
+def trainer(shape: Shape, steps: int) -> Figures:
     """transformers.Trainer in bf16, compiled, sdpa, fused AdamW."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -149,10 +163,10 @@ def trainer(shape: Shape, steps: int) -> float:
             logging_steps=10, save_strategy="no", report_to="none", dataloader_num_workers=4 if gpu else 0, use_cpu=not gpu, disable_tqdm=True,
         )  # fmt: skip
         Trainer(llama(shape), arguments, train_dataset=Tokens(), callbacks=[Watch()]).train()
-    return windows.median()
+    return measured(windows.median())
 
 
-def accelerate_fp8(shape: Shape, steps: int) -> float:
+def accelerate_fp8(shape: Shape, steps: int) -> Figures:
     """Accelerate's mixed_precision="fp8" by Transformer Engine, eager as it comes."""
     import torch
     from accelerate import Accelerator
@@ -170,14 +184,14 @@ def accelerate_fp8(shape: Shape, steps: int) -> float:
         optimizer.step()
         optimizer.zero_grad()
     windows.step()
-    return windows.median()
+    return measured(windows.median())
 
 
 # -------------------------------------------------------------------------------------------------------------- holdfast
 
 
 def words_of(shape: Shape, precision: list[str], folder: str) -> list[str]:
-    options = [] if shape.preset == "1b" else [f"MODEL_OPTIONS=d_model={shape.d},n_layers={shape.layers},n_heads={shape.heads},d_ff={shape.ff}"]
+    options = [] if shape.preset != "nano" else [f"MODEL_OPTIONS=d_model={shape.d},n_layers={shape.layers},n_heads={shape.heads},d_ff={shape.ff}"]
     on = ["DEVICE=cuda", "COMPILE=true"] if device() == "cuda" else ["DEVICE=cpu"]
     return [
         f"MODEL={shape.preset}",
@@ -198,10 +212,12 @@ def token_file(shape: Shape, folder: Path, steps: int) -> None:
     write_tokens(folder / "tokens.bin", np.random.default_rng(0).integers(0, shape.vocab, int(count * 1.1)), shape.vocab)
 
 
-def ordinary_run(shape: Shape, steps: int, *precision: str) -> float:
+def ordinary_run(shape: Shape, steps: int, *precision: str) -> Figures:
     """`holdfast run`, with everything on: the median of the last half of its metrics."""
     from benchmarks.hardware import train
-    from jobs import metrics
+    from jobs import ledger, metrics
+    from jobs.memory import estimate
+    from jobs.sources import load
 
     with tempfile.TemporaryDirectory(prefix="hf-peers-") as folder:
         token_file(shape, Path(folder), steps)
@@ -210,10 +226,16 @@ def ordinary_run(shape: Shape, steps: int, *precision: str) -> float:
             Path(folder), "peer", [*words_of(shape, [*precision], folder), *shared, f"MAX_STEPS={steps}", f"CHECKPOINT_EVERY={max(steps // 2, 1)}"], timeout=900
         )
         lines = metrics.read(run.metrics)
-        return statistics.median(line["tokens_per_s"] for line in lines if line["step"] > steps // 2)
+        figures: Figures = {"tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines if line["step"] > steps // 2)}
+        figures["first_step_s"] = lines[0]["time"] - ledger.attempts(ledger.read(run.ledger))[0].started
+        expected = estimate(load(run.job_yaml))
+        if "gpu_memory_gib" in lines[-1]:
+            figures["memory_gb"] = lines[-1]["gpu_memory_gib"] * 2**30 / 1e9
+            figures |= {"expected_gb": expected.peak / 1e9} if expected else {}
+        return figures
 
 
-def bare_loop(shape: Shape, steps: int, *precision: str) -> float:
+def bare_loop(shape: Shape, steps: int, *precision: str) -> Figures:
     """The same step function without loop, logging and checkpoints: what the loop costs is the difference."""
     import os
 
@@ -226,24 +248,28 @@ def bare_loop(shape: Shape, steps: int, *precision: str) -> float:
             [*words_of(shape, [*precision], folder), "NODES=1", "GPUS_PER_NODE=1", "SITE=generic", f"MAX_STEPS={steps}"], os.environ, Path.cwd()
         ).job
         found, _ = measure(job, steps, steps // 2)
-    return shape.batch * shape.seq_len * 1000 / found.step_ms
+    return measured(shape.batch * shape.seq_len * 1000 / found.step_ms)
 
 
-BF16, FP16, TE, AO = ["PRECISION=bf16"], ["PRECISION=fp16"], ["PRECISION=fp8", "FP8_BACKEND=te"], ["PRECISION=fp8", "FP8_BACKEND=torchao"]
+# As jobs/gpt_1b_h100.yaml has it.
+O2 = "AMP_OPT_LEVEL=O2"
+BF16, FP16, TE, AO = ["PRECISION=bf16", O2], ["PRECISION=fp16", O2], ["PRECISION=fp8", "FP8_BACKEND=te", O2], ["PRECISION=fp8", "FP8_BACKEND=torchao", O2]
 # name: (measurement, modules it needs, whether it needs a GPU)
-ROWS: dict[str, tuple[Callable[[Shape, int], float], tuple[str, ...], bool]] = {
+# In the order in which they are measured: what matters most first, for a machine that is had for a short time.
+ROWS: dict[str, tuple[Callable[[Shape, int], Figures], tuple[str, ...], bool]] = {
     "transformers Trainer, bf16, compiled": (trainer, ("transformers",), False),
-    "plain loop, bf16, eager": (lambda s, n: plain_loop(s, n, "bfloat16"), ("transformers",), False),
+    "holdfast run, bf16": (lambda s, n: ordinary_run(s, n, *BF16), (), False),
+    "holdfast run, fp8 te current": (lambda s, n: ordinary_run(s, n, *TE), ("transformer_engine",), True),
+    "holdfast run, fp8 te current, fast input gradients": (lambda s, n: ordinary_run(s, n, *TE, "FP8_FAST_ACCUM=grad_input"), ("transformer_engine",), True),
+    "holdfast step alone, bf16": (lambda s, n: bare_loop(s, n, *BF16), (), False),
     "plain loop, bf16, compiled": (lambda s, n: plain_loop(s, n, "bfloat16", compiled=True), ("transformers",), True),
-    "plain loop, fp16, compiled": (lambda s, n: plain_loop(s, n, "float16", compiled=True), ("transformers",), True),
+    "Accelerate fp8 (Transformer Engine), eager": (accelerate_fp8, ("transformers", "transformer_engine"), True),
+    "holdfast run, fp16": (lambda s, n: ordinary_run(s, n, *FP16), (), True),
+    "holdfast run, fp8 torchao tensorwise": (lambda s, n: ordinary_run(s, n, *AO), ("torchao",), True),
     "plain loop, torchao tensorwise, compiled": (lambda s, n: plain_loop(s, n, "bfloat16", True, "tensorwise"), ("transformers", "torchao"), True),
     "plain loop, torchao rowwise, compiled": (lambda s, n: plain_loop(s, n, "bfloat16", True, "rowwise"), ("transformers", "torchao"), True),
-    "Accelerate fp8 (Transformer Engine), eager": (accelerate_fp8, ("transformers", "transformer_engine"), True),
-    "holdfast run, bf16": (lambda s, n: ordinary_run(s, n, *BF16), (), False),
-    "holdfast step alone, bf16": (lambda s, n: bare_loop(s, n, *BF16), (), False),
-    "holdfast run, fp16": (lambda s, n: ordinary_run(s, n, *FP16), (), True),
-    "holdfast run, fp8 te current": (lambda s, n: ordinary_run(s, n, *TE), ("transformer_engine",), True),
-    "holdfast run, fp8 torchao tensorwise": (lambda s, n: ordinary_run(s, n, *AO), ("torchao",), True),
+    "plain loop, fp16, compiled": (lambda s, n: plain_loop(s, n, "float16", compiled=True), ("transformers",), True),
+    "plain loop, bf16, eager": (lambda s, n: plain_loop(s, n, "bfloat16"), ("transformers",), False),
 }
 
 
@@ -255,12 +281,20 @@ def missing(needs: tuple[str, ...], gpu: bool) -> str:
     return "needs a GPU" if gpu and device() == "cpu" else ""
 
 
-def table(shape: Shape, figures: dict[str, float], left_out: dict[str, str], head: str, card: str) -> str:
+def table(shape: Shape, figures: dict[str, Figures], left_out: dict[str, str], head: str, card: str) -> str:
     # One peak for all rows, so that they can be compared: that of bf16.
     peak = peak_of(card, Precision.BF16)
-    share = (lambda rate: f"{100 * rate * shape.flops / (peak.tflops * 1e12):.1f}") if peak else (lambda rate: "-")
-    lines = [head, "", f"| what | tokens/s | % of {f'{peak.tflops:g} TFLOP/s' if peak else 'peak'} |", "|---|---|---|"]
-    lines += [f"| {name} | {rate:,.0f} | {share(rate)} |" for name, rate in figures.items()]
+    lines = [
+        head,
+        "",
+        f"| what | tokens/s | % of {f'{peak.tflops:g} TFLOP/s' if peak else 'peak'} | peak memory, GB | expected, GB | first step after, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in figures.items():
+        rate = found["tokens_per_s"]
+        share = f"{100 * rate * shape.flops / (peak.tflops * 1e12):.1f}" if peak else "-"
+        rest = [f"{found[key]:.1f}" if key in found else "-" for key in ("memory_gb", "expected_gb", "first_step_s")]
+        lines.append(f"| {name} | {rate:,.0f} | {share} | " + " | ".join(rest) + " |")
     return "\n".join([*lines, *(f"\nLeft out: {name}: {why}." for name, why in left_out.items()), ""])
 
 
@@ -268,46 +302,48 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--only", default="", help="rows whose name has one of these words, separated by commas")
+    parser.add_argument("--only", default="", help="rows whose name has one of these texts, separated by semicolons")
     parser.add_argument("--row", choices=ROWS, help="measure this row in this process and print the figure")
     parser.add_argument("--out", type=Path, help="file for the table, as Markdown")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     shape = SHAPES[args.shape]
     if args.row:
-        print(f"\n{ROWS[args.row][0](shape, args.steps)!r}")
+        print("\n" + json.dumps(ROWS[args.row][0](shape, args.steps)))
         return 0
-    figures, left_out = {}, {}
-    for name, (_, needs, gpu) in ROWS.items():
-        if args.only and not any(word in name for word in args.only.split(",")):
-            continue
-        why = missing(needs, gpu)
-        if not why:
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.peers", "--shape", args.shape, "--steps", str(args.steps), "--row", name],
-                capture_output=True,
-                text=True,
-                timeout=1200,
-            )
-            if done.returncode == 0:
-                figures[name] = float(done.stdout.split()[-1])
-                print(f"{name:45} {figures[name]:>12,.0f} tokens/s", flush=True)
-                continue
-            why = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1][:200]
-        left_out[name] = why
-        print(f"{name:45} left out: {why}", flush=True)
     import torch
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
-    command = f"python -m benchmarks.peers --shape {args.shape} --steps {args.steps}" + (f" --only {args.only}" if args.only else "")
+    command = f"python -m benchmarks.peers --shape {args.shape} --steps {args.steps}" + (f" --only '{args.only}'" if args.only else "")
     head = f"`{command}`, {time.strftime('%Y-%m-%d')}, {card}, torch {torch.__version__}, Python {platform.python_version()}; {shape.batch} x {shape.seq_len} random tokens per step."
-    text = table(shape, figures, left_out, head, card)
+    figures: dict[str, Figures] = {}
+    left_out: dict[str, str] = {}
+    for name, (_, needs, gpu) in ROWS.items():
+        if args.only and not any(word in name for word in args.only.split(";")):
+            continue
+        why = missing(needs, gpu) or _measure(name, args, figures)
+        if why:
+            left_out[name] = why
+            print(f"{name:55} left out: {why}", flush=True)
+        # After each row: what was measured is not lost with the machine.
+        text = table(shape, figures, left_out, head, card)
+        if args.out:
+            args.out.write_text(text)
+        if args.json:
+            args.json.write_text(json.dumps({"card": card, "torch": torch.__version__, "figures": figures, "left_out": left_out}, indent=1))
     print("\n" + text)
-    if args.out:
-        args.out.write_text(text)
-    if args.json:
-        args.json.write_text(json.dumps({"card": card, "torch": torch.__version__, "tokens_per_s": figures, "left_out": left_out}, indent=1))
     return 0
+
+
+def _measure(name: str, args: argparse.Namespace, figures: dict[str, Figures]) -> str:
+    """Puts the figures of a row, from a process of its own, beside the others. Returns why there are none, or an empty text."""
+    command = [sys.executable, "-m", "benchmarks.peers", "--shape", args.shape, "--steps", str(args.steps), "--row", name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    if done.returncode:
+        return ([line for line in done.stderr.splitlines() if line.strip()] or [f"ended with {done.returncode}"])[-1][:200]
+    figures[name] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name:55} " + " ".join(f"{key} {value:,.1f}" for key, value in figures[name].items()), flush=True)
+    return ""
 
 
 if __name__ == "__main__":

@@ -16,11 +16,14 @@ PACKAGES = ("jobs", "slurm", "launcher", "train")
 
 @dataclass(frozen=True)
 class Step:
-    """One station: the lane it lies in, `path.py:function` (or a path alone), and what happens there."""
+    """One station: the lane it lies in, `path.py:function` (or a path alone), and what happens there.
+
+    `always`: in every run; tests/walked.py makes one and must come by."""
 
     lane: int
     place: str
     what: str
+    always: bool = True
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ PRECISION = Walk(
         Step(0, "Makefile", "make submit PRECISION=bf16 starts holdfast submit; the word stays in MAKEFLAGS, unexpanded"),
         Step(0, "launcher/commands.py:submit_job", "a submit from first to last; one that is refused leaves nothing"),
         Step(1, "jobs/words.py:words_from_make", "PRECISION=bf16 as it was typed"),
+        Step(1, "jobs/sources.py:resolve", "gathers the layers; the highest wins, and leaves its origin: command line"),
         Step(1, "jobs/layers.py:gather", "one layer each: site, job file, environment, command line; the word is precision"),
-        Step(1, "jobs/sources.py:resolve", "the highest layer wins; origin: command line"),
         Step(1, "jobs/settings.py:Job", "the text becomes Precision.BF16; the job is frozen"),
         Step(1, "jobs/rules.py:check", "the row of jobs/precision.py against the site's GPU; refused here, before any queue"),
         Step(2, "slurm/render.py:render_script", "the script holds the run directory, and no setting of training"),
@@ -66,10 +69,10 @@ STEP = Walk(
         Step(0, "jobs/schedule.py:lr_at", "the learning rate of step N"),
         Step(1, "train/seeds.py:seed_everything", "dropout of step N: again from seed, step and rank"),
         Step(2, "train/step.py:Stepper.run", "the micro-batches of the step, one after the other"),
-        Step(2, "train/models/contract.py:read_loss", "forward under autocast: a sum of losses and how many targets it has"),
         Step(2, "train/parallel.py:accumulating", "gradients pile up; ranks add theirs at the last micro-batch only"),
+        Step(2, "train/models/contract.py:read_loss", "forward under autocast: a sum of losses and how many targets it has"),
         Step(2, "train/optim.py:gradients_of", "one division by the targets of the whole batch, one clip, one update"),
-        Step(1, "train/numerics.py:OverflowGuard.overflow", "fp16 only: not finite? a smaller scale, and the same step again"),
+        Step(1, "train/numerics.py:OverflowGuard.overflow", "fp16 only: not finite? a smaller scale, and the same step again", always=False),
         Step(1, "jobs/progress.py:Progress.set", "the step counts from here, also for whoever looks from outside"),
         Step(1, "train/metrics.py:MetricsLog.write", "each log_every steps; the first moment that waits for the GPU"),
         Step(1, "train/saver.py:Saver.save", "each checkpoint_every steps, or when Young's interval is over"),
@@ -134,13 +137,13 @@ def picture(walk: Walk) -> str:
     for index, (before, after) in enumerate(zip(walk.steps, walk.steps[1:], strict=False)):
         parts.append(_way(before.lane, after.lane, index))
     for index, step in enumerate(walk.steps):
-        x, y = _MARGIN + step.lane * _LANE + (_LANE - 8 - _BOX) / 2, _TOP + index * _ROW
-        parts.append(f'<rect class="box" x="{x:g}" y="{y}" width="{_BOX}" height="{_HIGH}" rx="5"/>')
-        parts.append(f'<text class="place" x="{x + 8:g}" y="{y + 17}">{escape(step.place)}</text>')
-        parts.append(f'<text class="number" x="{x + _BOX - 8:g}" y="{y + _HIGH - 7}" text-anchor="end">{index + 1}</text>')
+        left, y = _MARGIN + step.lane * _LANE + (_LANE - 8 - _BOX) / 2, _TOP + index * _ROW
+        parts.append(f'<rect class="box" x="{left:g}" y="{y}" width="{_BOX}" height="{_HIGH}" rx="5"/>')
+        parts.append(f'<text class="place" x="{left + 8:g}" y="{y + 17}">{escape(step.place)}</text>')
+        parts.append(f'<text class="number" x="{left + _BOX - 8:g}" y="{y + _HIGH - 7}" text-anchor="end">{index + 1}</text>')
         lines = textwrap.wrap(step.what, 39)
         assert len(lines) <= 3 and len(step.place) <= 40, step
-        parts += [f'<text x="{x + 8:g}" y="{y + 32 + 14 * n}">{escape(line)}</text>' for n, line in enumerate(lines)]
+        parts += [f'<text x="{left + 8:g}" y="{y + 32 + 14 * n}">{escape(line)}</text>' for n, line in enumerate(lines)]
     return "\n".join([*parts, "</svg>\n"])
 
 
@@ -164,10 +167,10 @@ def _way(start: int, goal: int, index: int) -> str:
 
 
 _ROOMS = {
-    "launcher": (0, "what a person does", "commands, submitting, both ends of an attempt,|watch, logs, report, sweep, doctor, drill", "typer rich submitit · optuna matplotlib when asked"),
-    "slurm": (1, "all that knows Slurm", "script and its quoting, clients, job states,|site files, the private lab", "jinja2 · sbatch squeue sacct scontrol"),
-    "jobs": (2, "what a job is", "settings and their layers, precision, run directory,|ledger, signals and exit codes, verdict", "pydantic yaml"),
-    "train": (3, "what a GPU does", "models, data, step, checkpoint, stop, metrics;|one process per GPU, knows nothing of Slurm", "torch accelerate numpy safetensors"),
+    "launcher": ("what a person does", "commands, submitting, both ends of an attempt,|watch, logs, report, sweep, doctor, drill", "typer rich submitit · optuna matplotlib when asked"),
+    "slurm": ("all that knows Slurm", "script and its quoting, clients, job states,|site files, the private lab", "jinja2 · sbatch squeue sacct scontrol"),
+    "jobs": ("what a job is", "settings and their layers, precision, run directory,|ledger, signals and exit codes, verdict", "pydantic yaml"),
+    "train": ("what a GPU does", "models, data, step, checkpoint, stop, metrics;|one process per GPU, knows nothing of Slurm", "torch accelerate numpy safetensors"),
 }  # fmt: skip
 
 
@@ -182,7 +185,7 @@ def house() -> str:
     parts.append(f'<path class="way" d="M{at["train"][0] + wide / 2} {at["train"][1]} V{40 + high + 2}" marker-end="url(#tip)"/>')
     parts.append(f'<path class="way" d="M{at["launcher"][0] + wide / 2} 40 V22 H{at["jobs"][0] + wide / 2} V38" marker-end="url(#tip)"/>')
     for name, (x, y) in at.items():
-        _, title, inside, outside = _ROOMS[name]
+        title, inside, outside = _ROOMS[name]
         parts.append(f'<rect class="box" x="{x}" y="{y}" width="{wide}" height="{high}" rx="6"/>')
         parts.append(f'<text x="{x + 12}" y="{y + 24}"><tspan class="place" style="font-size:14px">{name}/</tspan>  <tspan class="head">{title}</tspan></text>')
         parts += [f'<text x="{x + 12}" y="{y + 46 + 16 * n}">{escape(line)}</text>' for n, line in enumerate(inside.split("|"))]

@@ -31,8 +31,8 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
             problems.append(f"{said('amp_opt_level')} means no mixed precision, but {said('precision')}. Give one of them.")
         derived["precision"] = Precision.FP32
         job = job.model_copy(update=derived)
-    elif job.amp_opt_level == "O2" and job.precision not in (Precision.BF16, Precision.FP16):
-        problems.append(f"{said('amp_opt_level')} keeps 16-bit parameters with fp32 masters, which needs PRECISION=bf16 or fp16, not {said('precision')}.")
+    elif job.amp_opt_level == "O2" and MODES[job.precision].autocast is None:
+        problems.append(f"{said('amp_opt_level')} keeps 16-bit parameters with fp32 masters, which needs PRECISION=bf16, fp16 or fp8, not {said('precision')}.")
     elif job.amp_opt_level == "O1" and MODES[job.precision].autocast is None:
         problems.append(f"{said('amp_opt_level')} is autocast, but {said('precision')} computes in fp32. Nearest that works: PRECISION=bf16.")
     if job.amp_opt_level == "O2" and job.parallel == "fsdp":
@@ -43,6 +43,8 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
         problems += _hardware(job, said)
     if job.precision is Precision.FP8 and job.fp8_recipe is not None and job.fp8_recipe not in FP8_RECIPES[job.fp8_backend]:
         problems.append(f"{said('fp8_recipe')} is not one of {said('fp8_backend')}; choose one of {', '.join(FP8_RECIPES[job.fp8_backend])}.")
+    if job.precision is Precision.FP8 and job.fp8_fast_accum != "forward" and job.fp8_recipe in ("delayed", "block", "mxfp8"):
+        problems.append(f"{said('fp8_fast_accum')} is for the recipes current, tensorwise and rowwise, not {said('fp8_recipe')}.")
     if job.accelerate_config is not None and (job.launch != "accelerate" or job.entry is None):
         problems.append(
             f"{said('accelerate_config')} is read by accelerate launch for a script of your own: give LAUNCH=accelerate and ENTRY. The built-in training has settings of its own for all that it says."

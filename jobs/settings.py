@@ -140,6 +140,9 @@ class Job(BaseModel):
     model_options: Options = setting({}, "options of the model that differ from its preset", group="model")
     grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third more work", group="model")
     compile: bool = setting(False, "torch.compile of each block", group="model")
+    fused_kernels: bool = setting(
+        True, "norm, SwiGLU and rotary positions of the built-in model, and AdamW, by Triton kernels where the GPU has them", group="model"
+    )
     cudnn_benchmark: bool = setting(
         False,
         "let cuDNN time its convolutions and take the fastest, where all samples have one shape; a resumed run may differ in the last bits",
@@ -185,6 +188,9 @@ class Job(BaseModel):
     )
     fp8_backend: Fp8Backend = setting("te", "fp8 by Transformer Engine or by torchao", group="precision")
     fp8_recipe: Fp8Recipe | None = setting(None, "how fp8 scales are found; left out, current (te) or tensorwise (torchao)", group="precision")
+    fp8_fast_accum: Literal["forward", "grad_input", "all"] = setting(
+        "forward", "fp8 products that add up in the tensor cores alone, faster and with fewer bits: forward, with input gradients, or all", group="precision"
+    )
     amp_opt_level: Literal["O0", "O1", "O2"] | None = setting(
         None, "O0: no mixed precision; O1: autocast; O2: 16-bit parameters with fp32 master weights", group="precision"
     )

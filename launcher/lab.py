@@ -1,11 +1,13 @@
 """`holdfast lab`: the private cluster from the command line."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from jobs.contract import Exit
 from jobs.errors import LabError
 from slurm import lab
+from slurm.lab_host import nvidia_devices
 
 
 def start(directory: Path | None, *, nodes: int, grace: int, accounting: bool, preempt_mode: str, real_gpus: bool) -> None:
@@ -13,7 +15,13 @@ def start(directory: Path | None, *, nodes: int, grace: int, accounting: bool, p
     if missing:
         raise LabError(f"the lab needs {', '.join(missing)}, not on this machine. {lab.how_to_install()}")
     root = directory or lab.default_root()
-    here = lab.start(root, lab.LabConfig(nodes=nodes, grace_s=grace, accounting=accounting, preempt_mode=preempt_mode, real_gpus=real_gpus))
+    config = lab.LabConfig(nodes=nodes, grace_s=grace, accounting=accounting, preempt_mode=preempt_mode)
+    if real_gpus:
+        count = len(nvidia_devices())
+        if count < nodes:
+            raise LabError(f"--real-gpus deals this machine's {count} NVIDIA GPUs out to {nodes} nodes; ask for fewer with --nodes.")
+        config = replace(config, real_gpus=True, gpus=count // nodes)
+    here = lab.start(root, config)
     print(here.status().describe())
     print(f'use it in this shell:  eval "$(holdfast lab env{f" {shlex.quote(str(directory))}" if directory else ""})"')
 

@@ -209,7 +209,7 @@ def _measure(row: Row, job: Job, folder: Path, cwd: Path, steps: int, largest: b
     frozen, gradient = folder / "job.yaml", folder / "gradient.npy"
     mode = MODES[Precision(row.settings["precision"])]
     # O2 keeps 16-bit parameters, which the others have not.
-    level = job.amp_opt_level if mode.name in (Precision.BF16, Precision.FP16) and job.amp_opt_level == "O2" else None
+    level = job.amp_opt_level if mode.autocast is not None and job.amp_opt_level == "O2" else None
     frozen.write_text(dump_yaml({**job.model_dump(mode="json"), **row.settings, "amp_opt_level": level}))
     arguments = ["--job", str(frozen), "--steps", str(steps), "--warm-up", str(min(_WARM_UP, steps // 2)), *(["--largest"] if largest else [])]
     arguments += ["--keep-gradient" if mode.name is Precision.FP32 else "--compare-gradient", str(gradient)]

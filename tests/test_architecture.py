@@ -35,6 +35,8 @@ LAZILY = {
 }
 # The one module that imports submitit; the command line imports it inside functions only.
 SUBMITIT_HOME = "launcher/submit.py"
+# A kernel is a function in Triton's language, so these modules need it at once; all others import them inside functions only.
+KERNELS = "train/kernels/"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,11 @@ def imports_of(path: Path) -> Iterator[Import]:
 
 MODULES = sorted([REPO / f"{HELPER}.py", *(path for package in PACKAGES for path in (REPO / package).rglob("*.py"))])
 IMPORTS = [found for path in MODULES for found in imports_of(path)]
-FOREIGN = [found for found in IMPORTS if found.top not in sys.stdlib_module_names and found.top not in PACKAGES]
+FOREIGN = [
+    found
+    for found in IMPORTS
+    if found.top not in sys.stdlib_module_names and found.top not in PACKAGES and not (found.top == "triton" and found.file.startswith(KERNELS))
+]
 
 
 def faults(wrong: list[Import]) -> str:
@@ -122,6 +128,12 @@ def test_submitit_has_one_home_and_nobody_loads_it_without_need() -> None:
     # A program of its own may load it at once; nothing that others import may.
     imported = {found.name for found in IMPORTS}
     wrong = [found for found in IMPORTS if found.name == "launcher.submit" and not found.lazy and found.file.removesuffix(".py").replace("/", ".") in imported]
+    assert not wrong, faults(wrong)
+
+
+def test_triton_is_loaded_only_by_kernels_and_kernels_only_where_they_run() -> None:
+    assert {found.file.startswith(KERNELS) for found in IMPORTS if found.top == "triton"} == {True}
+    wrong = [found for found in IMPORTS if found.name.startswith("train.kernels.") and not found.lazy]
     assert not wrong, faults(wrong)
 
 

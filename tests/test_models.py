@@ -16,8 +16,9 @@ from torch import nn
 
 from jobs.errors import SettingError
 from train.models.contract import LossSum, count_targets, read_loss
-from train.models.gpt import GPT, GPTConfig, rope_tables, rotate
+from train.models.gpt import GPT, GPTConfig, rope_tables
 from train.models.loss import chunked_loss_sum
+from train.models.ops import rotate
 from train.models.registry import PRESETS, build_model, preset_config
 
 SMALL = GPTConfig(vocab_size=96, seq_len=32, d_model=32, n_layers=2, n_heads=4, d_ff=64)

@@ -53,6 +53,7 @@ def examine(
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         arch = major * 10 + minor
+        fp8.load_early()
     findings: list[Finding] = []
     reference: tuple[list[float], torch.Tensor] | None = None
     for mode in MODES.values():

@@ -7,6 +7,7 @@ weights and on the same samples, and writes down speed, memory, losses, and a sa
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -111,6 +112,7 @@ def measure(job: Job, steps: int, warm_up: int) -> tuple[Measurement, "np.ndarra
             clock.forget()
             continue
         if step == 0:
+            gc.freeze()  # as the loop does
             gradient = sample_gradient(model, 1.0 if scale is None else scale.scale)
             found.memory_gb |= {
                 "parameters": held_gb(weights_of(model)),

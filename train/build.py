@@ -14,6 +14,7 @@ from jobs.settings import Job
 from train import optim
 from train.data.sources import Dataset, open_data
 from train.fp8 import convert
+from train.kernels import usable
 from train.models.registry import PRESETS, build_model
 from train.numerics import forward_context
 from train.parallel import shard as shard_model
@@ -42,6 +43,13 @@ def build(job: Job, data: Dataset, rt: Runtime, say: Callable[[str], None]) -> t
             say("  " + line)
     if job.amp_opt_level == "O2":
         optim.use_16_bit_parameters(job, model)
+    if job.fused_kernels and hasattr(model, "use_kernels"):
+        reason = usable(rt.device)
+        if reason is None:
+            model.use_kernels()
+            say("  fused kernels: norm, SwiGLU, rotary positions, AdamW")
+        elif rt.device.type == "cuda":
+            say(f"  warning: FUSED_KERNELS has no effect: {reason}")
     if job.parallel == "fsdp" and rt.world > 1:
         shard_model(model, job, rt)
     if job.compile:

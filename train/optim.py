@@ -4,9 +4,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from jobs.precision import MODES
 from jobs.settings import Job
+from train.kernels import usable
 from train.parallel import local, whole
 
 # A 16-bit parameter carries its fp32 master under this name; the optimizer, and checkpoints, see the master.
@@ -31,8 +33,17 @@ def fp32_of(p: torch.Tensor) -> torch.Tensor:
     return master
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, with its state and its ways; `kernels`: updates are made by train/kernels/adamw.py, which takes 16-bit gradients and
+    writes 16-bit weights by itself."""
+
+    kernels = False
+
+
 @torch.no_grad()
-def gradients_to_masters(model: nn.Module) -> None:
+def gradients_to_masters(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    if by_kernels(optimizer):
+        return
     for p in model.parameters():
         if p.grad is not None and hasattr(p, _MASTER):
             fp32_of(p).grad = p.grad.float()
@@ -46,7 +57,11 @@ def masters_to_parameters(model: nn.Module) -> None:
             p.copy_(fp32_of(p))
 
 
-def build(job: Job, model: nn.Module) -> torch.optim.AdamW:
+def by_kernels(optimizer: torch.optim.Optimizer) -> bool:
+    return isinstance(optimizer, AdamW) and optimizer.kernels
+
+
+def build(job: Job, model: nn.Module) -> AdamW:
     """AdamW over the fp32 weights of the trainable parameters, in the order of `named_parameters`."""
     weights = [fp32_of(p) for _, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -54,7 +69,10 @@ def build(job: Job, model: nn.Module) -> torch.optim.AdamW:
         {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
     ]
     fused = all(p.device.type == "cuda" for p in weights)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=job.lr, betas=(job.beta1, job.beta2), eps=job.eps, fused=fused)
+    optimizer = AdamW([g for g in groups if g["params"]], lr=job.lr, betas=(job.beta1, job.beta2), eps=job.eps, fused=fused)
+    dense = all(p.is_contiguous() and p.dtype == torch.float32 and not isinstance(p, DTensor) for p in weights)
+    optimizer.kernels = job.fused_kernels and fused and dense and all(usable(device) is None for device in {p.device for p in weights})
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -95,25 +113,55 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state
 
 
 def gradients_of(model: nn.Module) -> list[torch.Tensor]:
-    """The gradients that the optimizer will use: of the masters where there are any."""
-    return [g for g in (fp32_of(p).grad for p in model.parameters()) if g is not None]
+    """The gradients that the optimizer will use: of the masters where these have any."""
+    return [g for g in (p.grad if fp32_of(p).grad is None else fp32_of(p).grad for p in model.parameters()) if g is not None]
 
 
 def global_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm of all gradients together, as a tensor on their device, the same on every rank."""
-    return whole(torch.nn.utils.get_total_norm(list(gradients)))
+    """The 2-norm of all gradients together, as an fp32 tensor on their device, the same on every rank."""
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    if set(by_dtype) <= {torch.float32}:
+        return whole(torch.nn.utils.get_total_norm(by_dtype.get(torch.float32, [])))
+    # torch's own total would round the norm of each 16-bit gradient to 16 bits.
+    norms = [norm for group in by_dtype.values() for norm in torch._foreach_norm(group, 2, torch.float32)]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def scale_and_step(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], factor: torch.Tensor, bad: torch.Tensor) -> None:
-    """One update with all gradients times `factor`; none at all where `bad` (a float scalar) is 1.
+@torch.no_grad()
+def scale_and_step(optimizer: torch.optim.Optimizer, model: nn.Module, factor: torch.Tensor, bad: torch.Tensor) -> None:
+    """One update of all weights with their gradients times `factor`; none at all where `bad` (a float scalar) is 1.
 
-    Both stay on the device: nothing here waits for the GPU. The fused kernel takes them as they are, and saves a pass
-    over the gradients."""
-    if optimizer.defaults.get("fused"):
+    Both stay on the device: nothing here waits for the GPU."""
+    if by_kernels(optimizer):
+        _step_by_kernels(optimizer, model, factor, bad)
+    elif optimizer.defaults.get("fused"):
+        # The fused kernel takes them as they are, and saves a pass over the gradients.
         optimizer.grad_scale, optimizer.found_inf = factor.reciprocal(), bad  # type: ignore[attr-defined]
         optimizer.step()
-        return
-    if bool(bad):
-        return
-    torch._foreach_mul_([local(g) for g in gradients], factor)
-    optimizer.step()
+        masters_to_parameters(model)
+    elif not bool(bad):
+        torch._foreach_mul_([local(g) for g in gradients_of(model)], factor)
+        optimizer.step()
+        masters_to_parameters(model)
+
+
+def _step_by_kernels(optimizer: torch.optim.Optimizer, model: nn.Module, factor: torch.Tensor, bad: torch.Tensor) -> None:
+    from train.kernels import adamw
+
+    gradients = {id(fp32_of(p)): (p.grad, None if fp32_of(p) is p else p) for p in model.parameters() if p.grad is not None}
+    todo = [(group, weight, *gradients[id(weight)]) for group in optimizer.param_groups for weight in group["params"] if id(weight) in gradients]
+    for _, weight, _, _ in todo:
+        state = optimizer.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+    if todo:
+        torch._foreach_add_([optimizer.state[weight]["step"] for _, weight, _, _ in todo], 1.0 - bad)
+    for group, weight, gradient, low in todo:
+        state = optimizer.state[weight]
+        adamw.update(
+            weight, gradient.contiguous(), state["exp_avg"], state["exp_avg_sq"], low, state["step"], factor, bad,
+            lr=group["lr"], weight_decay=group["weight_decay"], betas=group["betas"], eps=group["eps"],
+        )  # fmt: skip

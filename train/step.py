@@ -65,16 +65,14 @@ class Stepper:
             targets_total += targets
         # One division by the targets of the whole global batch: short windows and padding weigh what they weigh.
         everyone = rt.total(targets_total.clone())
-        optim.gradients_to_masters(self.inner)
-        gradients = optim.gradients_of(self.inner)
+        optim.gradients_to_masters(self.optimizer, self.inner)
         factor = (nominal / (everyone * scale)).float()
-        norm = optim.global_norm(gradients) * factor
+        norm = optim.global_norm(optim.gradients_of(self.inner)) * factor
         bad = (~torch.isfinite(norm)).float()
         overflow = self.scale is not None and bool(bad)
         if not overflow:
             clipped = factor * torch.clamp(job.grad_clip / (norm + 1e-6), max=1.0) if job.grad_clip > 0 else factor
-            optim.scale_and_step(self.optimizer, gradients, clipped, bad)
-            optim.masters_to_parameters(self.inner)
+            optim.scale_and_step(self.optimizer, self.inner, clipped, bad)
         return StepResult(loss_total, targets_total, norm, overflow)
 
     def settle(self, batch: Batch) -> None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from jobs.errors import SettingError
 from jobs.presets import LOSS_CHUNK_TOKENS
 from train.models.loss import Terms, chunk_terms, chunked_loss_sum
+from train.models.ops import PLAIN, Ops, fused
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,12 @@ class GPTConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * gain, computed in fp32 and returned in the dtype of x (Zhang and Sennrich 2019)."""
+    """The gain of a norm; train/models/ops.py has the norm itself, which is made together with what surrounds it."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * self.weight).to(x.dtype)
 
 
 def rope_tables(seq_len: int, channels: int, theta: float, device: Any = None) -> tuple[Tensor, Tensor]:
@@ -89,15 +85,6 @@ def rope_tables(seq_len: int, channels: int, theta: float, device: Any = None) -
     return angle.cos().float(), angle.sin().float()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + C/2) of x [B, T, heads, C] by their position's angle; cos, sin [T, C/2].
-
-    Halves, not neighbours, form pairs: the layout of Llama checkpoints in transformers, so weights can be exchanged."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -105,12 +92,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, (self.heads + 2 * self.kv_heads) * self.channels, bias=False)
         self.out = nn.Linear(self.heads * self.channels, config.d_model, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, ops: Ops) -> Tensor:
         B, T, _ = x_BTD.shape
         packed = self.qkv(x_BTD).view(B, T, self.heads + 2 * self.kv_heads, self.channels)
-        q, k, v = packed.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         # Views, not copies: attention reads [B, H, T, C] with any strides.
-        q, k, v = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+        q, k, v = (heads.transpose(1, 2) for heads in ops.rotary(packed, cos, sin, self.heads, self.kv_heads))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
         return self.out(y.transpose(1, 2).reshape(B, T, self.heads * self.channels))  # type: ignore[no-any-return]
 
@@ -123,9 +109,8 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+    def forward(self, x_BTD: Tensor, ops: Ops) -> Tensor:
+        return self.down(ops.swiglu(self.gate_up(x_BTD)))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -135,10 +120,16 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
+        self.ops = PLAIN
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))  # type: ignore[no-any-return]
+    def forward(self, x_BTD: Tensor, delta_BTD: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The residual stream and what is still to be added to it, in and out: adding is part of the norm that reads the sum.
+
+        dtype is that of the products."""
+        first, second = self.attention_norm, self.mlp_norm
+        x_BTD, normed = self.ops.add_norm(x_BTD, delta_BTD, first.weight, first.eps, dtype)
+        x_BTD, normed = self.ops.add_norm(x_BTD, self.attention(normed, cos, sin, self.ops), second.weight, second.eps, dtype)
+        return x_BTD, self.mlp(normed, self.ops)
 
 
 class GPT(nn.Module):
@@ -161,6 +152,7 @@ class GPT(nn.Module):
             for name in ("cos", "sin"):
                 self.register_buffer(name, torch.empty(config.seq_len, config.channels // 2), persistent=False)
         self._terms: Terms = chunk_terms
+        self._ops = PLAIN
         if device.type != "meta":
             self.to_empty(device=device)
             self.init_weights()
@@ -194,19 +186,21 @@ class GPT(nn.Module):
         T = tokens.shape[1]
         if self.config.seq_len < T:
             raise SettingError(f"model: {T} tokens in a sample, built for seq_len {self.config.seq_len}")
-        x = self.embedding(tokens)
+        x = self._ops.embed(tokens, self.embedding.weight)
         device = x.device.type
         # The residual stream follows bf16 autocast (half the traffic); fp16's range is too short for a sum over layers.
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
-            x = x.bfloat16()
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if dtype != x.dtype or dtype == torch.float16:
+            x = x.bfloat16() if dtype == torch.bfloat16 else x.float()
         cos, sin = self.cos[:T], self.sin[:T]
+        delta, nothing = torch.zeros_like(x), x.new_zeros(()).expand_as(x)
         for block in self.blocks:
             if self.config.checkpoint_blocks and torch.is_grad_enabled():
-                # No dropout anywhere: there is no random state to bring back.
-                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+                # One tensor is kept for a block, not two. No dropout anywhere: there is no random state to bring back.
+                x, delta = checkpoint(block, x + delta, nothing, cos, sin, dtype, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, cos, sin)
-        return self.norm(x)  # type: ignore[no-any-return]
+                x, delta = block(x, delta, cos, sin, dtype)
+        return self._ops.add_norm(x, delta, self.norm.weight, self.norm.eps, dtype)[1]
 
     def forward(self, tokens: Tensor, targets: Tensor, loss_mask: Tensor | None = None) -> Tensor:
         """Sum of cross entropies in nats, fp32 scalar. All arguments [B, T]; targets of -100 do not count."""
@@ -216,6 +210,12 @@ class GPT(nn.Module):
     def logits(self, tokens: Tensor) -> Tensor:
         """[B, T, V], held whole: for generation and tests, not for training."""
         return F.linear(self.hidden(tokens), self.head_weight)
+
+    def use_kernels(self) -> None:
+        """Norms, SwiGLU and rotary positions by Triton kernels from now on; weights and their names stay. Where train.kernels.usable."""
+        self._ops = fused(self.config.channels)
+        for block in self.blocks:
+            block.ops = self._ops
 
     def compile_regions(self, **options: Any) -> None:
         """torch.compile each block and the loss of a chunk, in place; weight names stay as they are.

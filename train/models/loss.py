@@ -55,7 +55,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:
         low = weight.to(dtype)
         # fp32 sum over chunks: in bf16 a token's share would be rounded away against what is already there.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight: Tensor | None = None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grads = []
         for h, t, s in zip(*(x.split(size) for x in (hidden, targets, scale)), strict=True):  # type: ignore[no-untyped-call]
@@ -63,8 +63,9 @@ class _ChunkedLoss(torch.autograd.Function):
             loss, grad_logits = terms(h, low, t, s)
             total = total + loss
             grads.append((grad_logits @ low).to(hidden.dtype))
-            if grad_weight is not None:
-                grad_weight += (grad_logits.t() @ h).float()
+            if ctx.needs_input_grad[1]:
+                share = grad_logits.t() @ h
+                grad_weight = share.float() if grad_weight is None else grad_weight.add_(share)
         ctx.save_for_backward(torch.cat(grads) if len(grads) > 1 else grads[0], grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
