@@ -37,7 +37,7 @@ RESULT, SAME, PAGE = REPOSITORY / "docs/mutation.json", REPOSITORY / "tests/muta
 BEGIN, END = "<!-- mutation: written by tests/mutation.py -->", "<!-- end of mutation -->"
 
 _RULES = ["tests/test_rules.py", "tests/test_settings.py", "-k", "rules or batch or near or hardware or architecture or contradict"]
-_LAYERS = ["tests/test_sources.py", "-k", "not make"]
+_LAYERS = ["tests/test_sources.py", "-k", "not real_make"]
 _COMMIT = [
     "tests/test_checkpoint_files.py",
     "tests/test_checkpoint_commit.py",
