@@ -57,7 +57,7 @@ TARGETS: dict[str, list[str]] = {
     "slurm/render.py": ["tests/test_render.py", "-m", "not slurm", "-k", "not shellcheck"],
     "jobs/layers.py": _LAYERS,
     "jobs/merge.py": _LAYERS,
-    "jobs/words.py": _LAYERS,
+    "jobs/words.py": ["tests/test_sources.py"],
     "jobs/sources.py": _LAYERS,
 }
 # Third-party packages that these tests import: loaded once, before the first fork.
