@@ -15,7 +15,7 @@ JOB_TARGETS := run render explain precision submit sweep status watch logs cance
 BY_FILE := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu chaos lint golden bench-launch clean $(JOB_TARGETS) lab lab-stop te
+.PHONY: help setup demo test test-slow test-gpu chaos mutation lint golden bench-launch clean $(JOB_TARGETS) lab lab-stop te
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+( [a-z-]+)*:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test-gpu: $(READY)  ## the tests that need a CUDA device
 chaos: $(READY)  ## every fault of docs/survival.md on the lab, and that page written anew; about half an hour
 	@launcher/setup.sh slurm
 	@.venv/bin/python -m tests.chaos
+
+mutation: $(READY)  ## small mistakes in what must not be wrong, one at a time: do the tests notice? half an hour; ARGS="jobs/rules.py" for one
+	@.venv/bin/python -m tests.mutation $(ARGS)
 
 lint: $(READY)  ## ruff, mypy, shellcheck
 	@.venv/bin/ruff check .

@@ -31,15 +31,15 @@ class Verdict:
 class Budgets:
     """How many attempts in all may end with a cause before the run is given up."""
 
-    node_failure: int = 8
-    killed: int = 3
-    out_of_memory: int = 0
-    code_error: int = 0
-    hang: int = 2
-    storage: int = 1
-    unknown: int = 3
+    node_failure: int
+    killed: int
+    out_of_memory: int
+    code_error: int
+    hang: int
+    storage: int
+    unknown: int
     # Attempts in a row that end at the step they started from, whatever ended them.
-    no_progress: int = 3
+    no_progress: int
 
     def of(self, cause: Cause) -> int:
         return int(getattr(self, cause.value))
@@ -81,7 +81,7 @@ def judge(events: Iterable[Mapping[str, Any]], budgets: Budgets) -> Verdict:
     last = list(ends.values())
     cause = cause_of(last[-1])
     if cause in FINAL:
-        return Verdict(False, cause.value.replace("_", " "))
+        return Verdict(False, cause.value)
     if cancelled:
         return Verdict(False, "cancelled")
     stuck, early = _without_progress(last)
@@ -101,7 +101,7 @@ def judge(events: Iterable[Mapping[str, Any]], budgets: Budgets) -> Verdict:
 def cause_of(end: Mapping[str, Any]) -> Cause:
     """The cause in an `end` event; `unknown` for a word that this version does not know."""
     try:
-        return Cause(end.get("cause", ""))
+        return Cause(str(end.get("cause")))
     except ValueError:
         return Cause.UNKNOWN
 
@@ -128,5 +128,5 @@ def _step(end: Mapping[str, Any], name: str) -> int:
 
 
 def _ordinal(n: int) -> str:
-    suffix = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    suffix = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
     return f"{n}{suffix}"

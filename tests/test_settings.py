@@ -204,6 +204,25 @@ def test_values_that_contradict_each_other_are_refused(values: dict[str, Any], s
     assert len(problems) == 1 and said in problems[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("profile_steps", "5-3", "is not a range of steps; write it like 10-14"),
+        ("profile_steps", "0-3", "is not a range of steps"),
+        ("profile_steps", "ten", "is not a range of steps"),
+        ("profile_steps", "1-100000", "no viewer opens such a trace"),
+        ("node_env", "A=1,B", "'B' has no value; write NAME=value"),
+        ("node_env", {"RANK": "1"}, "RANK is set by holdfast itself"),
+        ("trackers", "tensorbord", "Did you mean 'tensorboard'?"),
+        ("trackers", "auto,wandb", "has auto beside others"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused_and_the_right_way_is_shown(name: str, value: object, said: str) -> None:
+    with pytest.raises(ValidationError) as err:
+        Job(**{name: value})
+    assert said in str(err.value)
+
+
 # -- hardware ----------------------------------------------------------------------------------------------------------
 
 
