@@ -18,7 +18,7 @@ BY_FILE := -n 2 --dist loadfile
 FILES := git ls-files -z --cached --others --exclude-standard
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow test-gpu test-repeat coverage chaos lint pins golden bench-launch clean $(JOB_TARGETS) lab lab-stop te
+.PHONY: help setup demo test test-fast test-slow test-gpu test-repeat coverage chaos mutation lint pins golden bench-launch clean $(JOB_TARGETS) lab lab-stop te
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+( [a-z-]+)*:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ chaos: $(READY)  ## every fault of docs/survival.md on the lab, and that page wr
 	@launcher/setup.sh slurm
 	@.venv/bin/python -m tests.chaos
 
+mutation: $(READY)  ## small mistakes in what must not be wrong, one at a time: do the tests notice? half an hour; ARGS="jobs/rules.py" for one
+	@.venv/bin/python -m tests.mutation $(ARGS)
+
 lint: $(READY)  ## ruff, mypy, codespell, shellcheck
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check --quiet .
@@ -71,8 +74,9 @@ lint: $(READY)  ## ruff, mypy, codespell, shellcheck
 pins: $(READY)  ## write constraints.txt anew with the newest versions that fit; TORCH=2.14.0 for another torch
 	@env -u MAKEFLAGS .venv/bin/python -m tests.pins $(if $(TORCH),--torch $(TORCH))
 
-golden: $(READY)  ## write golden scripts, settings page and schema anew; review the diff
+golden: $(READY)  ## write golden scripts, generated pages, schema and pictures anew; review the diff
 	@.venv/bin/python -m launcher.docs
+	@.venv/bin/python docs/draw.py
 
 bench-launch: $(READY)  ## time of render, submit and start, on the lab
 	@launcher/setup.sh slurm || true

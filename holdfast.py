@@ -167,7 +167,7 @@ def setting(name: str, default: Any = None) -> Any:
     here = _here()
     if not here.inside:
         return default
-    # One line per setting in JSON, which is what jobs.sources.dump_yaml writes: a container needs no YAML package for it.
+    # One line per setting in JSON, which is what jobs.yaml_text.dump_yaml writes: a container needs no YAML package for it.
     for line in here.run.job_yaml.read_text("utf-8").splitlines():
         key, colon, value = line.partition(": ")
         if colon and key == name.lower():

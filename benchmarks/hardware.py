@@ -79,7 +79,7 @@ def lines_of(run: RunDir) -> dict[int, dict[str, Any]]:
 
 def change(run: RunDir, **settings: object) -> None:
     """Rewrites settings of a run between two attempts, as `holdfast resume RUN KEY=value` does."""
-    from jobs.sources import dump_yaml, read_yaml
+    from jobs.yaml_text import dump_yaml, read_yaml
 
     values = {**read_yaml(run.job_yaml, "job.yaml"), **settings}
     run.job_yaml.write_text(dump_yaml(values))

@@ -12,10 +12,10 @@ import random
 import time
 from pathlib import Path
 
-from jobs import rundir
+from jobs import run_folders
 from jobs.contract import Cause, Event
 from jobs.rundir import RunDir
-from jobs.sources import dump_yaml
+from jobs.yaml_text import dump_yaml
 from launcher.prepare import resolve_here
 
 # What the last attempt of a run came to, in turn; None still runs, "waiting" has never begun.
@@ -34,7 +34,7 @@ def make(folder: Path, runs: int, lines: int = 500, seed: int = 0, first_job: in
     ids = itertools.cycle(_ENDS)
     made = []
     for index in range(runs):
-        run = rundir.place(folder, "quickstart", f"{index:04d}")
+        run = run_folders.place(folder, "quickstart", f"{index:04d}")
         run.logs.mkdir(parents=True)
         run.job_yaml.write_text(settings)
         run.origins.write_text(json.dumps(resolved.origins, indent=1) + "\n")

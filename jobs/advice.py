@@ -8,13 +8,13 @@ rate asks for no new one.
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.precision import arch_number
 from jobs.settings import Job
+from jobs.whole_file import replace_file
 
 _FOLDER = ".precision"
 # What a measurement depends on.
@@ -42,9 +42,7 @@ def place(runs_dir: Path, job: Job, arch: int | None) -> Path:
 def keep(path: Path, content: dict[str, Any]) -> None:
     """Writes a measurement, aside first. `content` has at least settings, device, date and rule. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(aside, path)
+    replace_file(path, json.dumps(content, indent=1) + "\n")
 
 
 def look_up(runs_dir: Path, job: Job) -> Advice | None:

@@ -95,3 +95,7 @@ class RankEnv(StrEnum):
     LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
     MASTER_ADDR = "MASTER_ADDR"
     MASTER_PORT = "MASTER_PORT"
+
+
+# Job ids of runs without Slurm: this word and the number of the process that watches over the ranks.
+LOCAL = "local-"

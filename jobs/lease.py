@@ -62,6 +62,14 @@ def superseded(run: RunDir, number: int) -> bool:
     return number > 0 and os.path.exists(run.attempt(number + 1).path)
 
 
+def alive(pid: int) -> bool:
+    """Whether a process of this machine still works (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (OSError, IndexError):
+        return False
+
+
 def process_stamp(pid: int) -> str:
     """Tells this process from every other one with the same number: boot of the machine and start of the process."""
     try:

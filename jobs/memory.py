@@ -1,10 +1,9 @@
 """How much GPU memory a job of the built-in model will need, before it is queued: a count, without torch.
 
 What is held is exact: weights, moments, gradients, and what the forward pass keeps for the backward pass when nothing is
-compiled (a test compares all of it with what torch holds). What is estimated: what a compiler keeps and what it computes
-again, the copies that fp8 libraries make, and that nothing else is alive at the peak. It was not compared with a GPU yet;
-`python -m benchmarks.hardware memory` does that. The allocator's gaps (4 to 8 %) and what CUDA takes for itself (about
-1.5 GB, NCCL 1 GB more) come on top.
+compiled (a test compares all of it with what torch holds). What is estimated: what fp8 libraries copy, and that nothing else is
+alive at the peak. docs/hardware.md compares it with what a GPU held; `python -m benchmarks.hardware memory` does so for more
+shapes. The allocator's gaps (4 to 8 %) and what CUDA takes for itself (about 1.5 GB, NCCL 1 GB more) come on top.
 """
 
 from dataclasses import dataclass
@@ -104,10 +103,12 @@ def estimate(job: Job) -> Estimate | None:
     o2 = job.amp_opt_level == "O2"
     weights = 6 * s.matrices + 4 * s.vectors if o2 else 4 * count // shards
     moments = 8 * count // shards
-    # O2: a 16-bit gradient, and the fp32 one that the optimizer sees.
-    gradients = 6 * s.matrices + 4 * s.vectors if o2 else 4 * count // shards
+    # O2: a 16-bit gradient, and the fp32 one that torch's optimizer sees; our own takes the first.
+    of_matrices = (2 if job.fused_kernels else 6) if o2 else 4
+    gradients = (of_matrices * s.matrices + 4 * s.vectors) // shards
     copies = _copies(job, s, element, shards)
-    kept = activations(s, tokens, element, compiled=job.compile, residual=element if job.precision is not Precision.FP16 else 4)
+    stream = element if job.precision is not Precision.FP16 else 4
+    kept = activations(s, tokens, element, fused=job.compile or job.fused_kernels, residual=stream, fp8=job.precision is Precision.FP8)
     head = 4 * s.table
     chunk = min(s.chunk, tokens)
     # Eager: fp32 logits, their gradient and one more; a compiler keeps one fp32 pass.
@@ -127,17 +128,18 @@ def estimate(job: Job) -> Estimate | None:
     return Estimate(weights, moments, gradients, copies, kept, loss, peak, when)
 
 
-def activations(s: Shape, tokens: int, element: int, *, compiled: bool, residual: int) -> int:
-    """Bytes that the forward pass of the blocks and the last norm keep. `element`: bytes of a number in the products.
-
-    `residual`: bytes of a number between the blocks."""
+def activations(s: Shape, tokens: int, element: int, *, fused: bool, residual: int, fp8: bool = False) -> int:
+    """Bytes that the forward pass of the blocks and the last norm keep. `element`: bytes of a number in the products; `fused`: by our
+    kernels or a compiler, which keep the same; `residual`: bytes of a number between the blocks; `fp8`: inputs of products as such."""
     norm = 8 * s.d + element * s.d + 4  # its input and the normed one in fp32, its output, and 1 / rms
     attention = element * (3 * s.q + 3 * s.k) + 4 * s.heads  # packed q, k, v; q and k turned; output; log-sum-exp
     feed_forward = element * 4 * s.f  # gate and up, silu(gate), their product
-    eager = 2 * norm + attention + feed_forward
-    # A compiler keeps what it cannot compute again from its neighbours without a product.
-    lean = element * (2 * s.d + 2 * s.q + 2 * s.k + 2 * s.f) + 4 * s.heads
-    block = lean if compiled else eager
+    block = 2 * norm + attention + feed_forward
+    if fused:
+        stream = 2 * (residual * s.d + 4)  # the stream before each norm, and 1 / rms
+        # What only a product reads again is kept as fp8 keeps it: outputs of the norms, of attention, and of SwiGLU.
+        inputs = 2 * s.d + s.q + s.f if fp8 else element * (2 * s.d + s.f)
+        block = stream + attention + inputs + element * 2 * s.f
     blocks = s.layers * residual * s.d + block if s.checkpointed else s.layers * block
     return tokens * (blocks + norm)
 

@@ -1,9 +1,10 @@
 """Reading metrics.jsonl: the launcher shows what training wrote. And cutting it back, where steps are trained again."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from jobs.whole_file import replace_file
 
 # Longer than any line that training writes today; a longer one only costs another look.
 _BLOCK = 1024
@@ -72,13 +73,8 @@ def _values(line: bytes) -> dict[str, Any] | None:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Takes out the lines after a step, and a torn last line: those steps will be trained again. Written aside, then renamed."""
+    """Takes out the lines after a step, and a torn last line: those steps will be trained again."""
     if not path.exists():
         return
     kept = [line for line in read(path) if int(line["step"]) <= step]
-    aside = path.with_suffix(".tmp")
-    with open(aside, "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))

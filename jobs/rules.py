@@ -6,7 +6,11 @@ from typing import Any
 from jobs.errors import SettingError
 from jobs.precision import FP8_RECIPES, MODES, MXFP8_ARCH, Precision, arch_number, nearest_that_runs, runs_on
 from jobs.schedule import Schedule, warmup_steps_from_pct
-from jobs.settings import Job, step_range
+from jobs.setting_types import step_range
+from jobs.settings import Job
+
+# What follows from the size of the batch unless a person gave it.
+BATCH_PARTS = ("micro_batch_size", "grad_accum_steps")
 
 
 def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:

@@ -1,210 +1,45 @@
 """Every setting of a job: name, type, default, unit, bounds and help, declared once.
 
 The YAML key is the field's name, the environment variable and the `KEY=value` word are the name in capitals,
-the flag is the name behind two dashes. docs/settings.md, the JSON schema and `holdfast explain` are made from here.
+the flag is the name behind two dashes. The types are at home in `jobs.setting_types`; docs/settings.md, the JSON schema and `holdfast explain` are made from here.
 """
 
-import json
-import re
-from typing import Annotated, Any, Literal
+import types
+import typing
+from functools import cache
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from jobs.contract import RankEnv
-from jobs.names import nearest
-from jobs.precision import ALIASES, AUTO, Precision
+from jobs.precision import Precision
+from jobs.presets import PRESETS
+from jobs.setting_types import (
+    AUTO_TRACKER,
+    Arguments,
+    Command,
+    Environment,
+    FileName,
+    Fp8Backend,
+    Fp8Recipe,
+    Interval,
+    Line,
+    LongOptions,
+    Minutes,
+    Options,
+    PrecisionWord,
+    ScheduleKind,
+    Slug,
+    Steps,
+    Text,
+    Trackers,
+    Words,
+    format_minutes,
+)
 
 
 def setting(default: Any, help: str, *, group: str, unit: str | None = None, **bounds: Any) -> Any:
     """A field with its help text; a setting without help cannot be declared."""
     return Field(default, description=help, json_schema_extra={"group": group, "unit": unit or ""}, validate_default=False, **bounds)
-
-
-def _printable(text: str) -> str:
-    bad = sorted({f"U+{ord(c):04X}" for c in text if ord(c) < 32 or ord(c) == 127 or c in "\x85\u2028\u2029"})
-    if bad:
-        raise ValueError(f"has the control character {', '.join(bad)}; a batch script can carry one line of text only")
-    return text
-
-
-def _one_line(text: str) -> str:
-    _printable(text)
-    if len(text) > 1000:
-        raise ValueError(f"is {len(text)} characters long; Slurm options of up to 1000 are passed on")
-    return text
-
-
-def _storable(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("has a NUL character, which no environment or command line can carry")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as err:
-        raise ValueError("is not valid UTF-8") from err
-    return text
-
-
-def _slug(text: str) -> str:
-    if not text or len(text) > 64 or not all(c.isascii() and (c.isalnum() or c in "._-") for c in text) or text[0] in ".-":
-        raise ValueError("must be 1 to 64 of the characters A-Z a-z 0-9 . _ - and not begin with . or -, since it names a folder and a job")
-    return text
-
-
-def _environment(values: dict[str, str]) -> dict[str, str]:
-    for name in values:
-        if not (name.isascii() and name.isidentifier()):
-            raise ValueError(f"{name[:60]!r} cannot be the name of an environment variable")
-        if name in RankEnv.__members__.values():
-            raise ValueError(f"{name} is set by holdfast itself for every process")
-    return values
-
-
-def _no_address(text: str) -> str:
-    if "://" in text:
-        raise ValueError(
-            "is an address, which is a secret and would be written into the run directory; put it into a file that only you can read and name that, or export HOLDFAST_NOTIFY_WEBHOOK"
-        )
-    return text
-
-
-def _options(values: dict[str, str]) -> dict[str, str]:
-    for name in values:
-        if not re.fullmatch(r"-{0,2}[a-z][a-z0-9_-]+", name):
-            raise ValueError(f"{name[:60]!r} cannot be the long name of an sbatch option")
-    return values
-
-
-def _portable(values: dict[str, Any]) -> dict[str, Any]:
-    try:
-        json.dumps(values, ensure_ascii=False).encode("utf-8")
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError("holds something else than numbers, text, lists and mappings of these, so no job file can carry it") from None
-    return values
-
-
-def parse_minutes(value: Any) -> Any:
-    """Minutes from Slurm's own forms: 90, 90:00, 24:00:00, 2-12, 2-12:30, 2-12:30:00 (sbatch(1), --time).
-
-    Seconds are rounded up to a minute, as Slurm does. Raises ValueError for anything else."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    text = str(value).strip()
-    days, dash, clock = text.rpartition("-")
-    parts = clock.split(":")
-    try:
-        numbers = [int(part) for part in parts]
-        day_minutes = int(days) * 1440 if dash else 0
-    except ValueError:
-        raise ValueError("is not a time; write minutes (90), hours (24:00:00) or days (2-12:00:00)") from None
-    if len(numbers) > 3 or min(numbers) < 0 or day_minutes < 0:
-        raise ValueError("is not a time; write minutes (90), hours (24:00:00) or days (2-12:00:00)")
-    if dash:
-        hours, minutes, seconds = (numbers + [0, 0])[:3]
-    elif len(numbers) == 3:
-        hours, minutes, seconds = numbers
-    else:
-        hours, (minutes, seconds) = 0, (numbers + [0])[:2]
-    return day_minutes + hours * 60 + minutes + (1 if seconds else 0)
-
-
-def format_minutes(minutes: int) -> str:
-    """Slurm's d-hh:mm:00 or hh:mm:00 for a number of minutes."""
-    days, rest = divmod(minutes, 1440)
-    clock = f"{rest // 60:02d}:{rest % 60:02d}:00"
-    return f"{days}-{clock}" if days else clock
-
-
-def _precision_word(value: Any) -> Any:
-    return ALIASES.get(str(value).lower(), value)
-
-
-def _items(value: Any) -> Any:
-    """`a,b` for a list given as one word on a command line or in the environment."""
-    if isinstance(value, str):
-        return [item.strip() for item in value.split(",") if item.strip()]
-    return value
-
-
-def _pairs(value: Any) -> Any:
-    """`A=1,B=2` for a mapping given as one word; YAML scalars become text."""
-    if isinstance(value, str):
-        pairs = [item.partition("=") for item in value.split(",") if item.strip()]
-        for key, equals, _ in pairs:
-            if not equals:
-                raise ValueError(f"{key.strip()!r} has no value; write NAME=value, separated by commas")
-        return {key.strip(): text.strip() for key, _, text in pairs}
-    if isinstance(value, dict):
-        return {str(key): item if isinstance(item, (str, dict, list)) else _scalar_text(item) for key, item in value.items()}
-    return value
-
-
-def _interval(value: Any) -> Any:
-    """A number of steps, or the word auto."""
-    text = str(value).strip().lower()
-    if text == "auto":
-        return "auto"
-    try:
-        steps = int(text)
-    except ValueError:
-        steps = 0
-    if steps < 1 or isinstance(value, bool):
-        raise ValueError("is neither a number of steps of at least 1 nor auto")
-    return steps
-
-
-def step_range(text: str) -> tuple[int, int]:
-    """First and last step of `10-14`, or of `10` alone. Raises ValueError for anything else."""
-    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text.strip())
-    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if not 1 <= first <= last:
-        raise ValueError("is not a range of steps; write it like 10-14, counted from 1")
-    if last - first >= _MOST_PROFILED:
-        raise ValueError(f"is more than {_MOST_PROFILED} steps: no viewer opens such a trace")
-    return first, last
-
-
-def _step_range(value: Any) -> Any:
-    step_range(str(value))
-    return str(value).strip()
-
-
-def _scalar_text(value: Any) -> str:
-    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-_MOST_PROFILED = 50
-# Where metrics may go beside metrics.jsonl, by the names that Accelerate has for them; auto is TensorBoard where it is installed.
-AUTO_TRACKER = "auto"
-TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio")
-
-
-def _trackers(given: tuple[str, ...]) -> tuple[str, ...]:
-    known = (*TRACKERS, AUTO_TRACKER)
-    for name in given:
-        if name not in known:
-            close = nearest(name, known)
-            raise ValueError(
-                f"has {name[:60]!r}, which is no tracker; choose of {', '.join(TRACKERS)}, or auto or none." + (f" Did you mean {close!r}?" if close else "")
-            )
-    if AUTO_TRACKER in given and len(given) > 1:
-        raise ValueError("has auto beside others; name all that you want")
-    return tuple(dict.fromkeys(given))
-
-
-Text = Annotated[str, AfterValidator(_storable)]
-Line = Annotated[str, AfterValidator(_storable), AfterValidator(_one_line)]
-Slug = Annotated[str, AfterValidator(_slug)]
-# The types behind the second argument are what a job file may say; the JSON schema is made from them.
-_Scalar = str | int | float | bool | None
-Command = Annotated[str, AfterValidator(_storable), AfterValidator(_printable)]
-Words = Annotated[tuple[Line, ...], BeforeValidator(_items, list[str] | str | None)]
-Arguments = Annotated[tuple[Command, ...], BeforeValidator(_items, list[str] | str | None)]
-Pairs = Annotated[dict[str, Line], BeforeValidator(_pairs, dict[str, _Scalar] | str | None)]
-Minutes = Annotated[int, BeforeValidator(parse_minutes, int | str), Field(ge=1)]
-Interval = Annotated[int | Literal["auto"], BeforeValidator(_interval, Annotated[int, Field(ge=1)] | Literal["auto"])]
-
-
-Steps = Annotated[str, BeforeValidator(_step_range, int | str)]
 
 
 class Job(BaseModel):
@@ -222,10 +57,10 @@ class Job(BaseModel):
     code_include: Words = setting((), "further files or folders to freeze with the code, beside what git tracks", group="run")
     note: Text = setting("", "a remark that is kept with the run", group="run")
     notify_email: Line | None = setting(None, "who gets Slurm's mail when the run is over or an attempt fails", group="run")
-    notify_webhook_file: Annotated[Line, AfterValidator(_no_address)] | None = setting(
+    notify_webhook_file: FileName | None = setting(
         None, "file with the address to post to when the run is over; the environment variable HOLDFAST_NOTIFY_WEBHOOK does the same", group="run"
     )
-    trackers: Annotated[Words, AfterValidator(_trackers)] = setting(
+    trackers: Trackers = setting(
         (AUTO_TRACKER,), "where metrics also go: auto (TensorBoard where it is installed), none, or names such as tensorboard,wandb", group="run"
     )
 
@@ -256,9 +91,7 @@ class Job(BaseModel):
         None, "file of `accelerate config` for your own script, with launch=accelerate; left out, none is read", group="slurm"
     )
     array_parallel: int = setting(256, "array tasks that may run at the same time", group="slurm", ge=1)
-    sbatch_options: Annotated[Pairs, AfterValidator(_options)] = setting(
-        {}, "further sbatch options as name: value (without the dashes); an empty value is a bare option", group="slurm"
-    )
+    sbatch_options: LongOptions = setting({}, "further sbatch options as name: value (without the dashes); an empty value is a bare option", group="slurm")
 
     # --- the site
     gpu_request: Literal["gpus-per-node", "gres", "none"] = setting("gpus-per-node", "how this site wants GPUs asked for", group="site")
@@ -267,7 +100,7 @@ class Job(BaseModel):
     device: Literal["auto", "cuda", "cpu"] = setting("auto", "where to train; auto takes the GPU, and a CPU only where no GPU was asked of Slurm", group="site")
     modules: Words = setting((), "environment modules to load", group="site")
     setup_script: Line | None = setting(None, "shell file on the cluster that each attempt sources first", group="site")
-    node_env: Annotated[Pairs, AfterValidator(_environment)] = setting(
+    node_env: Environment = setting(
         {}, "environment variables for the nodes, such as the NCCL ones; no secrets: export those in the shell that submits, or in SETUP_SCRIPT", group="site"
     )
     node_mtbf_days: float = setting(
@@ -303,8 +136,8 @@ class Job(BaseModel):
     avoid_node_h: float = setting(24.0, "how long a node that failed is left out", group="retries", unit="h", ge=0)
 
     # --- what to train
-    model: Text = setting("nano", "model: a preset (nano, 124m, 350m, 1b, 3b, 8b), convnet, hf:PATH, or package.module:build", group="model")
-    model_options: Annotated[dict[str, Any], AfterValidator(_portable)] = setting({}, "options of the model that differ from its preset", group="model")
+    model: Text = setting("nano", f"model: a preset ({', '.join(PRESETS)}), convnet, hf:PATH, or package.module:build", group="model")
+    model_options: Options = setting({}, "options of the model that differ from its preset", group="model")
     grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third more work", group="model")
     compile: bool = setting(False, "torch.compile of each block", group="model")
     fused_kernels: bool = setting(
@@ -319,7 +152,7 @@ class Job(BaseModel):
     data: Text = setting("stdlib", "data: stdlib, synthetic, text:PATH, tokens:PATH, hfds:PATH, digits, or package.module:build", group="data")
     seq_len: int = setting(128, "tokens per sample", group="data", unit="tokens", ge=2, le=1_048_576)
 
-    data_options: Annotated[dict[str, Any], AfterValidator(_portable)] = setting(
+    data_options: Options = setting(
         {}, "options of the data: column, tokenizer, vocab_size of hfds; for package.module:build its keyword arguments", group="data"
     )
     num_workers: int = setting(
@@ -337,9 +170,7 @@ class Job(BaseModel):
     # --- the optimizer
     max_steps: int = setting(1000, "optimizer steps of the whole run", group="optimizer", unit="steps", ge=1)
     lr: float = setting(1e-3, "peak learning rate", group="optimizer", gt=0)
-    lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "wsd"] = setting(
-        "cosine", "shape of the learning rate after warm-up", group="optimizer"
-    )
+    lr_scheduler: ScheduleKind = setting("cosine", "shape of the learning rate after warm-up", group="optimizer")
     lr_scheduler_params: dict[str, float] = setting(
         {}, "parameters of the schedule: total_iters, T_0, T_max, T_mult, eta_min, num_cycles, decay_steps", group="optimizer"
     )
@@ -352,13 +183,11 @@ class Job(BaseModel):
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 turns clipping off", group="optimizer", ge=0)
 
     # --- precision
-    precision: Annotated[Precision, BeforeValidator(_precision_word, Precision | Literal[*ALIASES, AUTO, False])] = setting(
+    precision: PrecisionWord = setting(
         Precision.BF16, "number format of the matrix products; auto takes what holdfast precision recommended", group="precision"
     )
-    fp8_backend: Literal["te", "torchao"] = setting("te", "fp8 by Transformer Engine or by torchao", group="precision")
-    fp8_recipe: Literal["current", "delayed", "block", "mxfp8", "tensorwise", "rowwise"] | None = setting(
-        None, "how fp8 scales are found; left out, current (te) or tensorwise (torchao)", group="precision"
-    )
+    fp8_backend: Fp8Backend = setting("te", "fp8 by Transformer Engine or by torchao", group="precision")
+    fp8_recipe: Fp8Recipe | None = setting(None, "how fp8 scales are found; left out, current (te) or tensorwise (torchao)", group="precision")
     fp8_fast_accum: Literal["forward", "grad_input", "all"] = setting(
         "forward", "fp8 products that add up in the tensor cores alone, faster and with fewer bits: forward, with input gradients, or all", group="precision"
     )
@@ -374,7 +203,12 @@ class Job(BaseModel):
         "skip", "when an fp16 gradient overflows: try the step again at a lower loss scale, give up, or go on in bf16", group="precision"
     )
     max_overflows: int = setting(16, "overflows in a row before on_overflow gives up (skip) or falls back", group="precision", ge=1)
-    debug: bool = setting(False, "find the operation that makes a NaN (anomaly detection), and log every step: slow", group="precision")
+    debug: bool = setting(
+        False,
+        "find the operation that makes a NaN (anomaly detection, slow), log every step, and make small what neither command line nor environment gave:"
+        " 20 steps, 2 samples per process and step, 32 validation samples, a validation each 10 steps",
+        group="precision",
+    )
 
     # --- the loop
     seed: int = setting(0, "seed of the weights, the data order and dropout", group="loop", ge=0, le=2**63 - 1)
@@ -451,3 +285,33 @@ def _extra(name: str) -> dict[str, Any]:
     extra = Job.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return extra
+
+
+def number_type(name: str) -> type | None:
+    """int or float for a setting that is a plain number, else None."""
+    kind = bare_type(name)
+    return kind if kind in (int, float) else None
+
+
+@cache
+def is_mapping(name: str) -> bool:
+    return name in Job.model_fields and typing.get_origin(bare_type(name)) is dict
+
+
+@cache
+def is_mapping_of_numbers(name: str) -> bool:
+    """Whether a setting is a mapping that may hold more than text, so that numbers in its one-word form are numbers."""
+    return is_mapping(name) and typing.get_args(bare_type(name))[1] is not Line
+
+
+def is_optional(name: str) -> bool:
+    annotation = Job.model_fields[name].annotation
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType) and type(None) in typing.get_args(annotation)
+
+
+def bare_type(name: str) -> Any:
+    """The type of a setting without its None and its annotations: int, float, str, tuple[...], dict[...]."""
+    annotation = Job.model_fields[name].annotation
+    if is_optional(name):
+        annotation = next(kind for kind in typing.get_args(annotation) if kind is not type(None))
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobs.errors import ImpossibleJobError, SettingError
 from jobs.settings import Job
-from jobs.sources import Resolved, amend
+from jobs.sources import Resolved, amend, given_values
 
 # The most trials of a sweep, as of any array.
 MAX_TRIALS = 10_000
@@ -172,8 +172,7 @@ def _typed(value: Any) -> Any:
 
 def trial_of(base: Job, origins: Mapping[str, str], words: Sequence[str], origin: str) -> Resolved:
     """The job of one point: the sweep's job with the point's words over it; what followed from others follows anew."""
-    frozen = {name: value for name, value in base.model_dump(mode="json").items() if origins.get(name) != "derived" or name == "job_name"}
-    return amend(frozen, origins, words, origin)
+    return amend(given_values(base, origins), origins, words, origin)
 
 
 def points_to_try(sweep: Sweep) -> Iterator[dict[str, Value]]:

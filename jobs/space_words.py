@@ -18,9 +18,10 @@ from pydantic import ValidationError
 
 from jobs.errors import NotFoundError, SettingError
 from jobs.names import nearest
-from jobs.settings import Job, group_of
-from jobs.sources import is_mapping, number_type, read_yaml, setting_name, unknown_setting
+from jobs.setting_names import setting_name, unknown_setting
+from jobs.settings import Job, group_of, is_mapping, number_type
 from jobs.space import MAX_TRIALS, Dimension, Sweep, number
+from jobs.yaml_text import read_yaml
 
 # Of these groups the whole array shares the values: Slurm is asked once, by one script.
 _SHARED_GROUPS = frozenset({"run", "slurm", "site"})

@@ -11,6 +11,7 @@ from types import FrameType
 
 from jobs.contract import STOP_SIGNALS
 from jobs.rundir import AttemptDir
+from jobs.whole_file import replace_file
 
 # Seconds between two looks for the stop file: a look is one metadata call on a shared file system.
 _FILE_EVERY_S = 1.0
@@ -88,11 +89,8 @@ class StopFlag:
 
 
 def leave_marker(attempt: AttemptDir, rank: int, **fields: object) -> None:
-    """Says how this rank left, for the end of the attempt to read. Written aside and renamed: it is whole or absent."""
-    path = attempt.marker(rank)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps({"rank": rank, "time": round(time.time(), 3), **fields}))
-    os.replace(aside, path)
+    """Says how this rank left, for the end of the attempt to read."""
+    replace_file(attempt.marker(rank), json.dumps({"rank": rank, "time": round(time.time(), 3), **fields}), flush=False)
 
 
 def name_of(code: int) -> str:

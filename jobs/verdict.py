@@ -2,9 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.contract import Cause, Event
+
+if TYPE_CHECKING:  # what watches over training loads no pydantic
+    from jobs.settings import Job
 
 # Causes that say nothing against the run: it goes on as long as it gets forward.
 UNLIMITED = frozenset({Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.REQUEUED})
@@ -28,18 +31,31 @@ class Verdict:
 class Budgets:
     """How many attempts in all may end with a cause before the run is given up."""
 
-    node_failure: int = 8
-    killed: int = 3
-    out_of_memory: int = 0
-    code_error: int = 0
-    hang: int = 2
-    storage: int = 1
-    unknown: int = 3
+    node_failure: int
+    killed: int
+    out_of_memory: int
+    code_error: int
+    hang: int
+    storage: int
+    unknown: int
     # Attempts in a row that end at the step they started from, whatever ended them.
-    no_progress: int = 3
+    no_progress: int
 
     def of(self, cause: Cause) -> int:
         return int(getattr(self, cause.value))
+
+
+def budgets_of(job: "Job") -> Budgets:
+    return Budgets(
+        node_failure=job.max_node_failure,
+        killed=job.max_killed,
+        out_of_memory=job.max_out_of_memory,
+        code_error=job.max_code_error,
+        hang=job.max_hang,
+        storage=job.max_storage,
+        unknown=job.max_unknown,
+        no_progress=job.max_no_progress,
+    )
 
 
 def judge(events: Iterable[Mapping[str, Any]], budgets: Budgets) -> Verdict:
@@ -65,7 +81,7 @@ def judge(events: Iterable[Mapping[str, Any]], budgets: Budgets) -> Verdict:
     last = list(ends.values())
     cause = cause_of(last[-1])
     if cause in FINAL:
-        return Verdict(False, cause.value.replace("_", " "))
+        return Verdict(False, cause.value)
     if cancelled:
         return Verdict(False, "cancelled")
     stuck, early = _without_progress(last)
@@ -85,7 +101,7 @@ def judge(events: Iterable[Mapping[str, Any]], budgets: Budgets) -> Verdict:
 def cause_of(end: Mapping[str, Any]) -> Cause:
     """The cause in an `end` event; `unknown` for a word that this version does not know."""
     try:
-        return Cause(end.get("cause", ""))
+        return Cause(str(end.get("cause")))
     except ValueError:
         return Cause.UNKNOWN
 
@@ -112,5 +128,5 @@ def _step(end: Mapping[str, Any], name: str) -> int:
 
 
 def _ordinal(n: int) -> str:
-    suffix = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    suffix = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
     return f"{n}{suffix}"

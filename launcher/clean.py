@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jobs import ckpt_format, lease, ledger, rundir
+from jobs import ckpt_format, lease, ledger, run_folders
 from jobs.contract import Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
 from jobs.sources import load
-from launcher import show
+from launcher import show, table
 
 _TRASH, _STAGING = ".trash-", ".staging-"
 # What lies aside for so long was left by a command that was killed.
@@ -82,13 +82,13 @@ def parse_age(text: str) -> float:
 
 def _tops(folder: Path) -> list[RunDir]:
     """Every run and array directly under the runs directory, oldest first."""
-    seen = {run.path.parent.parent if run.is_member else run.path for run in rundir.all_runs(folder)}
+    seen = {run.path.parent.parent if run.is_member else run.path for run in run_folders.all_runs(folder)}
     return [RunDir(path) for path in sorted(seen, key=lambda path: (path / "job.yaml").stat().st_mtime if (path / "job.yaml").exists() else 0.0)]
 
 
 def _look(run: RunDir, queue: dict[str, tuple[str, str, str]] | None, silent: bool) -> Candidate:
     """What a run is doing. `silent`: there is a Slurm, and it did not answer."""
-    why = _not_ours(run)
+    why = not_ours(run)
     if why:
         return Candidate(run.id, str(run.path), "", 0.0, 0, why)
     members = [run.member(int(path.name)) for path in run.members.iterdir() if path.name.isdigit()] if run.has_members else [run]
@@ -127,7 +127,7 @@ def _is_queued(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> bo
     return any(job_id.partition("_")[0] in known for job_id in queue or {})
 
 
-def _not_ours(run: RunDir) -> str:
+def not_ours(run: RunDir) -> str:
     """Why a path must not be touched whatever its state; empty where it is a run directory of this user."""
     try:
         found = os.lstat(run.path)
@@ -165,7 +165,7 @@ def _why_left(one: Candidate, age_s: float | None, failed: bool, chosen: bool, n
 def _needed(folder: Path) -> dict[str, str]:
     """Path -> run, of everything that a run which is there takes its weights from."""
     found = {}
-    for run in rundir.all_runs(folder):
+    for run in run_folders.all_runs(folder):
         try:
             job = load(run.job_yaml)
         except HoldfastError:
@@ -268,19 +268,19 @@ def _print(
     if not candidates:
         print(f"no runs in {show.near(folder)}/")
         return
-    table = show._table("run", "state", "last touched", "size", "")
+    rows = table.columns("run", "state", "last touched", "size", "")
     for one in candidates:
         verdict = (
             ("removed" if one.removed else "could not be removed") if yes and not one.why_left else "would go" if not one.why_left else f"left: {one.why_left}"
         )
-        table.add_row(
+        rows.add_row(
             one.run,
             one.state or "-",
             show.ago(one.touched) if one.touched else "-",
             gigabytes(one.bytes) if one.bytes else "-",
             verdict if chosen or one.why_left != "not chosen" else "",
         )
-    show._print(table)
+    table.show(rows)
     for problem in problems:
         print(f"could not be removed: {problem}")
     total = gigabytes(sum(one.bytes for one in going))

@@ -10,7 +10,7 @@ from launcher.cli import app
 from launcher.show import FIELDS
 
 _INTRO = """\
-<!-- Generated from launcher/cli.py by `make golden`; changes made here are lost. -->
+<!-- Generated from the command line itself by `make golden`; changes made here are lost. -->
 # Commands
 
 `JOB` is a job file (`jobs/quickstart.yaml` when left out); `RUN` is a run directory, its id or its name (the newest run when left

@@ -9,14 +9,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs import access, ledger, rundir
-from jobs.contract import Cause, Event, Exit
+from jobs import access, ledger, run_folders
+from jobs.contract import LOCAL, Cause, Event, Exit
 from jobs.errors import SettingError, SubmitError
 from jobs.rundir import RunDir
+from jobs.setting_names import setting_name
 from jobs.settings import Job, group_of, names
-from jobs.sources import Resolved, load, setting_name
-from launcher import show
-from launcher.attempt import LOCAL
+from jobs.sources import Resolved, load
+from launcher import show, show_settings
 from launcher.doctor import said_at_submit
 from launcher.local import gpus_here, run_attempts
 from launcher.prepare import prepare, resolve_here, resolve_members
@@ -61,7 +61,7 @@ def submit_job(words: Sequence[str], cwd: Path, *, local: bool, test_only: bool,
 
             job_id = to_slurm(run, job, os.environ, members=len(members))
     except (SubmitError, SettingError):
-        rundir.discard(run)
+        run_folders.discard(run)
         raise
     if as_json:
         print(json.dumps({"run": run.id, "path": str(run.path), "job_id": job_id, "members": len(members)}))
@@ -86,7 +86,7 @@ def run_here(words: Sequence[str], cwd: Path) -> int:
         here["gpus_per_node"] = max(gpus, 1)
     resolved = resolve_here(words, os.environ, cwd, allocation=here, allocation_origin="this machine")
     run, made = prepare(resolved, cwd, sys.executable)
-    print(f"{show.headline(resolved.job)}\nrun {run.id}  ->  {show.near(run.path)}/", flush=True)
+    print(f"{show_settings.headline(resolved.job)}\nrun {run.id}  ->  {show.near(run.path)}/", flush=True)
     if not made:
         print("this run exists already; it goes on from its last checkpoint", flush=True)
     code = run_attempts(run, os.environ, foreground=True)
@@ -148,7 +148,7 @@ def cancel_run(run: RunDir) -> None:
 
 
 def _cancel_array(array: RunDir) -> None:
-    members = rundir.runs_in(array)
+    members = run_folders.runs_in(array)
     live = [(member, state) for member, state in zip(members, show.collect(members, show.ask_queue()[0]), strict=True) if state.state in ("running", "waiting")]
     if not live:
         print(f"array {array.id}: no run of it waits or runs; there is nothing to cancel")
@@ -227,8 +227,8 @@ def _say_job(resolved: Resolved, estimate: str, members: Sequence[Resolved], as_
     if as_json:
         return
     job = resolved.job
-    print(show.headline(job) + (f" · {len(members)} runs" if members else ""))
-    print(f"  not default   {show.not_default(resolved)}")
+    print(show_settings.headline(job) + (f" · {len(members)} runs" if members else ""))
+    print(f"  not default   {show_settings.not_default(resolved)}")
     for note in resolved.notes:
         print(f"  read as       {note}")
     if estimate:

@@ -14,7 +14,7 @@ from jobs.errors import CheckpointError, NotFoundError
 from jobs.rundir import RunDir
 from jobs.settings import Job, names
 from jobs.sources import load
-from launcher import show, snapshot
+from launcher import show_settings, snapshot, table
 
 # Which run it is, not what it does.
 _NAMES = frozenset({"run_id", "runs_dir"})
@@ -148,7 +148,7 @@ def _other_results(first: RunDir, second: RunDir) -> list[str]:
 
 
 def _said(job: Job, name: str, origins: Mapping[str, str]) -> tuple[str, str]:
-    return show._masked(name, job) or "-", origins.get(name, "default")
+    return show_settings.masked(name, job) or "-", origins.get(name, "default")
 
 
 def origins_of(run: RunDir) -> dict[str, str]:
@@ -207,7 +207,7 @@ def _print(first: RunDir, second: RunDir, found: Difference, results: tuple[Resu
         print(f"  and {count - 20} more")
     print("libraries   " + (", ".join(f"{name} {before} -> {after}" for name, (before, after) in found.versions.items()) or "the same"))
     print("result")
-    table = show._table("", first.id, second.id, "")
+    shown = table.columns("", first.id, second.id, "")
     rows: list[tuple[str, str, str, str]] = [("state", results[0].state, results[1].state, "")]
     rows.append(("attempts", *(f"{result.attempts}, {result.lost_steps} steps lost" for result in results), ""))  # type: ignore[arg-type]
     rows.append(("step", f"{results[0].step:,}", f"{results[1].step:,}", ""))
@@ -215,8 +215,8 @@ def _print(first: RunDir, second: RunDir, found: Difference, results: tuple[Resu
         values = [result.values.get(name) for result in results]
         rows.append((name, *(_number(value) for value in values), "" if None in values else "the same" if values[0] == values[1] else "different"))  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(*row)
-    show._print(table)
+        shown.add_row(*row)
+    table.show(shown)
     same = same_weights(first, second)
     print("weights     " + {True: "identical, bit for bit", False: "different", None: "not comparable: no checkpoint of the same step"}[same])
 

@@ -14,10 +14,10 @@ from enum import EnumType
 from pathlib import Path
 from typing import Any
 
-from jobs import rundir
+from jobs import run_folders
+from jobs.job_files import shipped_jobs
 from jobs.rundir import RunDir
 from jobs.settings import JOB_WORD, Job, help_of, names
-from jobs.sources import shipped_jobs
 from slurm import sitefile
 
 # A word and what it means; bash shows the word only.
@@ -201,7 +201,7 @@ def _runs(current: str, rest: list[str], environ: Mapping[str, str], cwd: Path) 
             if run.job_yaml.is_file():
                 yield entry.name, "array" if run.has_members else "run"
             if dot and entry.name == array and run.has_members:
-                yield from ((member.id, "task") for member in rundir.members_of(run))
+                yield from ((member.id, "task") for member in run_folders.members_of(run))
     except OSError:
         return
 

@@ -23,12 +23,11 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs import ledger, metrics
-from jobs.contract import Event, Exit
+from jobs.contract import LOCAL, Event, Exit
 from jobs.errors import HoldfastError
 from jobs.rundir import RunDir
-from jobs.sources import words_from_make
-from launcher import curve, show
-from launcher.attempt import LOCAL
+from jobs.words import words_from_make
+from launcher import curve, show, show_settings
 from launcher.local import pid_of_rank
 from launcher.prepare import prepare, resolve_here
 from launcher.show import RunStatus
@@ -102,7 +101,7 @@ def _on_lab(story: Story, words: list[str]) -> int:
         resolved = resolve_here(words, os.environ, Path.cwd())
         run, _ = prepare(resolved, Path.cwd(), sys.executable)
         job_id = to_slurm(run, resolved.job, os.environ)
-        story.tell(show.headline(resolved.job))
+        story.tell(show_settings.headline(resolved.job))
         story.tell(f"submitted job {job_id} as run {run.id}  ->  {show.near(run.path)}/")
 
         def interrupt() -> None:
@@ -134,7 +133,7 @@ def _without_slurm(story: Story, words: list[str], missing: list[str]) -> int:
     resolved = resolve_here([*words, "DEVICE=cpu"], os.environ, Path.cwd())
     run, _ = prepare(resolved, Path.cwd(), sys.executable)
     started = to_local(run, resolved.job)
-    story.tell(show.headline(resolved.job))
+    story.tell(show_settings.headline(resolved.job))
     story.tell(f"started as {LOCAL}{started.job_id}, run {run.id}  ->  {show.near(run.path)}/")
 
     def interrupt() -> None:

@@ -16,7 +16,7 @@ from jobs.contract import Exit
 from jobs.precision import ALIASES, MODES
 from jobs.rundir import RunDir
 from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, unit_of
-from launcher import command_docs, show
+from launcher import command_docs, show_settings
 from launcher.prepare import resolve_here
 from slurm.render import render_by_hand, script_for
 
@@ -138,7 +138,7 @@ def generated() -> dict[str, str]:
     return {
         "docs/settings.md": settings_page(),
         "docs/commands.md": command_docs.page(),
-        "docs/job.schema.json": show.schema() + "\n",
+        "docs/job.schema.json": show_settings.schema() + "\n",
         "slurm/train.sbatch": render_by_hand(Job()),
         **{f"{GOLDEN}/{name}": text for name, text in golden_scripts().items()},
     }

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import ledger, rundir
+from jobs import ledger, run_folders
 from jobs.contract import Event, Exit
 from jobs.errors import HoldfastError, SubmitError
-from jobs.settings import Job, format_minutes, parse_minutes
+from jobs.setting_types import format_minutes, parse_minutes
+from jobs.settings import Job
 from launcher import machine
 from slurm.client import Slurm
 
@@ -193,7 +194,7 @@ def _misconfigured(site: Site, policy: Policy, job: Job) -> list[Finding]:
 
 def measured(runs_dir: Path) -> Need | None:
     """Longest step and save of the newest run that has both."""
-    for run in reversed(rundir.all_runs(runs_dir)):
+    for run in reversed(run_folders.all_runs(runs_dir)):
         saves = [
             float(event["seconds"]) for event in ledger.read(run.ledger) if event["event"] == Event.CHECKPOINT and isinstance(event.get("seconds"), int | float)
         ]

@@ -2,7 +2,6 @@
 
 import getpass
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,11 @@ from pathlib import Path
 from jobs.contract import Exit
 from jobs.errors import HoldfastError, SettingError, SubmitError
 from jobs.names import unknown
-from jobs.sources import dump_yaml, resolve, setting_name, split_words, words_from_make
+from jobs.setting_names import setting_name
+from jobs.sources import resolve
+from jobs.whole_file import replace_file
+from jobs.words import split_words, words_from_make
+from jobs.yaml_text import dump_yaml
 from launcher import show
 from launcher.local import gpus_here
 from slurm import sitefile
@@ -217,12 +220,8 @@ def _checked(text: str, path: Path, per_node: int, slurm: Slurm, cwd: Path) -> s
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text)
-        os.replace(aside, path)
+        replace_file(path, text)
     except OSError as err:
-        aside.unlink(missing_ok=True)
         raise SettingError(f"{path} cannot be written: {err.strerror}") from err

@@ -42,7 +42,7 @@ def run_attempts(run: RunDir, environ: Mapping[str, str], *, foreground: bool = 
     try:
         while True:
             values = begin(run, environ, None)
-            ranks[:] = _spawn(job, run, {**environ, **values}, foreground)
+            ranks[:] = spawn(job, run, {**environ, **values}, foreground)
             dog = of_attempt(run, int(values[RankEnv.ATTEMPT]), lambda _: _tell(ranks, STACKS_SIGNAL), lambda _: _tell(ranks, signal.SIGKILL))
             beside = pruning.beside(run, ranks[0].pid)
             code = _wait(ranks, dog)
@@ -67,7 +67,7 @@ def run_attempts(run: RunDir, environ: Mapping[str, str], *, foreground: bool = 
             signal.signal(number, handler)
 
 
-def _spawn(job: Job, run: RunDir, environ: Mapping[str, str], foreground: bool) -> list[subprocess.Popen[bytes]]:
+def spawn(job: Job, run: RunDir, environ: Mapping[str, str], foreground: bool) -> list[subprocess.Popen[bytes]]:
     world = job.world_size
     ranks = []
     for rank in range(world):

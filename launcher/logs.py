@@ -17,9 +17,8 @@ from jobs.contract import Cause
 from jobs.errors import NotFoundError, SettingError
 from jobs.rundir import RunDir
 from jobs.sources import load
-from jobs.verdict import judge
+from jobs.verdict import budgets_of, judge
 from launcher import show
-from launcher.attempt import budgets_of
 
 ALL = "all"
 _BATCH = "batch"

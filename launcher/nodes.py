@@ -70,7 +70,7 @@ def checked(run: RunDir, job: Job, attempt: int, nodes: list[str], environ: Mapp
         except (OSError, subprocess.TimeoutExpired) as err:
             print(f"holdfast: the checks of the nodes did not end well: {err}", file=sys.stderr)
         reports = read_reports(run, attempt, nodes)
-    bad = _faults(reports, nodes)
+    bad = faults_of(reports, nodes)
     if not bad and under_slurm and (job.preflight_allreduce == "on" or (job.preflight_allreduce == "auto" and gpus and len(nodes) > 1)):
         return linked(run, job, attempt, nodes, environ)
     return bad
@@ -121,7 +121,7 @@ def judged(result: Mapping[str, Any] | None, joined: set[str], nodes: list[str],
     return {}, "WARNING: the all-reduce before the start came to no end; training will show whether the network works"
 
 
-def _faults(reports: Mapping[str, Report], nodes: list[str]) -> dict[str, str]:
+def faults_of(reports: Mapping[str, Report], nodes: list[str]) -> dict[str, str]:
     for report in reports.values():
         for remark in report.remarks:
             print(f"holdfast: {report.node}: {remark}", file=sys.stderr)

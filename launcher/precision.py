@@ -26,7 +26,7 @@ from jobs.errors import HoldfastError
 from jobs.peaks import peak_of
 from jobs.precision import FP8_RECIPES, MODES, MXFP8_ARCH, Precision, runs_on
 from jobs.settings import Job
-from jobs.sources import dump_yaml
+from jobs.yaml_text import dump_yaml
 from launcher.prepare import resolve_here
 from launcher.show import near
 

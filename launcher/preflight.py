@@ -20,6 +20,7 @@ from pathlib import Path
 
 from jobs.contract import RankEnv
 from jobs.rundir import RunDir
+from jobs.whole_file import replace_file
 
 _PROBE_BYTES = 4 * 2**20
 # Slower than this, a checkpoint of some GB takes longer than any warning that Slurm gives.
@@ -188,10 +189,7 @@ def main() -> int:
     run, attempt = RunDir(Path(os.environ[RankEnv.RUN_DIR])), int(os.environ[RankEnv.ATTEMPT])
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     report = check(run, attempt, node, int(sys.argv[1]))
-    path = run.attempt(attempt).preflight(node)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(asdict(report)))
-    os.replace(aside, path)
+    replace_file(run.attempt(attempt).preflight(node), json.dumps(asdict(report)), flush=False)
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from jobs import ledger
 from jobs.contract import PRUNED_WORD, Cause, RankEnv
+from jobs.lease import alive
 from jobs.rundir import RunDir
 
 # Seconds between two looks at metrics.jsonl: one metadata call.
@@ -107,8 +108,6 @@ def main() -> int:
     asked: list[int] = []
     # Not in the middle of a word to the study: others would wait for its lock.
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    from launcher.watchdog import alive
-
     judge = Judge(run)
     while alive(pid) and not asked:
         reason = judge.look()

@@ -5,9 +5,7 @@ holdfast resume RUN MAX_STEPS=2000 --allow-change      another training from her
 """
 
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jobs import ledger
@@ -15,7 +13,9 @@ from jobs.contract import Event
 from jobs.errors import SettingError
 from jobs.rundir import RunDir
 from jobs.settings import Job, group_of
-from jobs.sources import amend, dump_yaml, load, read_yaml
+from jobs.sources import amend, given_values, load
+from jobs.whole_file import replace_file
+from jobs.yaml_text import dump_yaml, read_yaml
 from slurm.render import script_for
 
 # What a run is. Under another name, model or code it would be another run.
@@ -27,8 +27,6 @@ _FREE = frozenset({
     "checkpoint_every", "async_save", "keep_last", "keep_every", "keep_best", "log_samples", "parallel", "cpu_threads",
     "num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "cudnn_benchmark", "profile_steps",
 })  # fmt: skip
-# What follows from the size of the job unless a person gave it.
-_DERIVED = ("micro_batch_size", "grad_accum_steps")
 
 
 def change(run: RunDir, words: Sequence[str], *, allow: bool, executable: str) -> dict[str, tuple[Any, Any]]:
@@ -39,8 +37,7 @@ def change(run: RunDir, words: Sequence[str], *, allow: bool, executable: str) -
     before = load(run.job_yaml)
     origins = json.loads(run.origins.read_text())
     given_before = {name: "the run" if origin == "command line" else origin for name, origin in origins.items()}
-    values = {name: value for name, value in before.model_dump(mode="json").items() if not (name in _DERIVED and origins.get(name) == "derived")}
-    resolved = amend(values, given_before, words)
+    resolved = amend(given_values(before, origins), given_before, words)
     job = resolved.job
     wanted = [name for name, origin in resolved.origins.items() if origin == "command line"]
     faults = [f"{name.upper()}: a run keeps its {name} for good; submit a new one." for name in wanted if name in _FIXED]
@@ -72,14 +69,3 @@ def _freeze(run: RunDir, job: Job, origins: dict[str, str], changed: set[str], e
         replace_file(run.script, script_for(job, run, executable), mode=0o755)
     replace_file(run.origins, json.dumps(origins, indent=1) + "\n")
     replace_file(run.job_yaml, dump_yaml({name: value for name, value in job.model_dump(mode="json").items() if name in known}))
-
-
-def replace_file(path: Path, text: str, mode: int = 0o644) -> None:
-    """New content for a file, flushed and renamed into place."""
-    aside = path.with_name(f".{path.name}.tmp")
-    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(fd, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import ledger, metrics, rundir, secret
-from jobs.contract import Event
+from jobs import ledger, metrics, run_folders, secret
+from jobs.contract import LOCAL, Event
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
 from jobs.settings import Job, group_of, help_of, names, unit_of
 from jobs.sources import load
-from launcher import show
-from launcher.attempt import LOCAL
+from launcher import show, show_settings
 from launcher.report_time import time_of
 
 MAX_RUNS = 50
@@ -153,7 +152,7 @@ def _run(run: RunDir, columns: dict[str, _Column], queue: dict[str, tuple[str, s
     curves = {key: _curve(column, begun, points) for key, column in sorted(columns.items())}
     return {
         "id": run.id, "path": str(run.path), "state": status.state, "note": status.note, "step": status.step, "max_steps": status.max_steps,
-        "headline": show.headline(job) if job else "", "remark": job.note if job else "", "begun": round(begun, 1),
+        "headline": show_settings.headline(job) if job else "", "remark": job.note if job else "", "begun": round(begun, 1),
         "attempts": _attempts(events, begun, now if live else None, status.step), "final": _final(columns, status, events), "thinned": any(len(column.values) > points for column in columns.values()),
         "time": time_of(run, events, now if live else None), "curves": curves, "overflows": _overflows(events, begun), "settings": _settings(run, job), "code": _code(run, diff_bytes),
     }  # fmt: skip
@@ -287,7 +286,7 @@ def _settings(run: RunDir, job: Job | None) -> list[dict[str, str]]:
     return [
         {
             "name": name,
-            "value": secret.masked(show._masked(name, job)),
+            "value": secret.masked(show_settings.masked(name, job)),
             "unit": unit_of(name),
             "from": str(origins.get(name, "")),
             "group": group_of(name),
@@ -317,5 +316,5 @@ def members_of(runs: Sequence[RunDir]) -> list[RunDir]:
     """The same runs, each once, an array standing for its members."""
     found: dict[Path, RunDir] = {}
     for run in runs:
-        found |= {one.path: one for one in rundir.runs_in(run)}
+        found |= {one.path: one for one in run_folders.runs_in(run)}
     return list(found.values())

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from jobs.contract import Exit
 from jobs.errors import SettingError
 from jobs.rundir import RunDir
+from jobs.whole_file import replace_file
 from launcher import report, show
-from launcher.refreeze import replace_file
 from launcher.report_time import PARTS
 
 if TYPE_CHECKING:

@@ -7,19 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs import ledger, rundir
-from jobs.contract import Event, Exit
+from jobs import ledger, run_folders
+from jobs.contract import LOCAL, Event, Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
-from jobs.sources import Resolved, amend, load
-from launcher import compare, show, snapshot
-from launcher.attempt import LOCAL
+from jobs.sources import Resolved, amend, given_values, load
+from launcher import compare, prepare, show, snapshot
 from launcher.local import run_attempts
-from launcher.prepare import _anchor_paths, _unused_id, _write_run
 from slurm.render import script_for
-
-# What follows from the size of the job unless a person gave it.
-_FOLLOWS = frozenset({"micro_batch_size", "grad_accum_steps"})
 
 
 def rerun(source: RunDir, words: Sequence[str], cwd: Path, *, current_code: bool, local: bool, as_json: bool) -> int:
@@ -40,7 +35,7 @@ def rerun(source: RunDir, words: Sequence[str], cwd: Path, *, current_code: bool
 
             job_id = to_slurm(run, resolved.job, os.environ)
     except HoldfastError:
-        rundir.discard(run)
+        run_folders.discard(run)
         raise
     if as_json:
         found = compare.compare(source, run)
@@ -75,14 +70,12 @@ def resolved_again(source: RunDir, words: Sequence[str], cwd: Path) -> Resolved:
     origins = compare.origins_of(source)
     # What somebody chose for the first run is by now simply how that run was.
     given = {name: f"run {source.id}" if origin == "command line" else origin for name, origin in origins.items()}
-    values = {
-        name: value for name, value in before.model_dump(mode="json").items() if name != "run_id" and not (name in _FOLLOWS and origins.get(name) == "derived")
-    }
-    resolved = amend(values, given, words)
+    values = given_values(before, origins)
+    resolved = amend({name: value for name, value in values.items() if name != "run_id"}, given, words)
     wanted = [name for name, origin in resolved.origins.items() if origin == "command line"]
     if "site" in wanted:
         raise SettingError("SITE: a rerun keeps the settings of its site; give those that should be others (PARTITION=...), or submit the job anew.")
-    anchored = _anchor_paths(resolved.job, cwd)
+    anchored = prepare.anchor_paths(resolved.job, cwd)
     job = resolved.job.model_copy(update={name: getattr(anchored, name) for name in wanted})
     return Resolved(job, resolved.origins, resolved.notes)
 
@@ -90,24 +83,17 @@ def resolved_again(source: RunDir, words: Sequence[str], cwd: Path) -> Resolved:
 def make(source: RunDir, resolved: Resolved, cwd: Path, *, current_code: bool) -> RunDir:
     """The run directory, beside that of `source`. Nothing is left behind when anything fails."""
     job = resolved.job
-    folder = source.path.parent.parent.parent if source.is_member else source.path.parent
-    final = rundir.place(folder, job.job_name, job.run_id or _unused_id(folder, job.job_name))
+    final = prepare.free_place(source.path.parent.parent.parent if source.is_member else source.path.parent, job)
     if final.path.exists():
         raise SettingError(f"RUN_ID: {final.path} exists already.")
-    text = script_for(job, final, _python_of(source))
-    staging = rundir.stage(final)
-    try:
-        _write_run(staging, resolved)
+
+    def fill(staging: RunDir) -> None:
         if current_code:
-            snapshot.freeze(staging, cwd, job.code_include, leave_out=folder, environ=os.environ, entry=job.entry)
+            prepare.freeze_tree(staging, job, cwd)
         else:
             snapshot.freeze_again(staging, source)
-        staging.script.write_text(text)
-        staging.script.chmod(0o755)
-    except (HoldfastError, OSError):
-        rundir.discard(staging)
-        raise
-    rundir.publish(staging, final)
+
+    prepare.make(final, resolved, script_for(job, final, _python_of(source)), fill)
     return final
 
 

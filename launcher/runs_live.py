@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jobs import rundir
+from jobs import run_folders
+from jobs.contract import LOCAL
 from jobs.rundir import RunDir
 from launcher import show
-from launcher.attempt import LOCAL
 from launcher.show import RunStatus
 
 FILES_EVERY_S = 1.0
@@ -52,7 +52,7 @@ class Known:
             return []
         if changed != self._listed:
             self._listed = changed
-            self._runs = rundir.all_runs(self._runs_dir)
+            self._runs = run_folders.all_runs(self._runs_dir)
         return self._runs
 
     @staticmethod

@@ -12,19 +12,17 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from jobs import goodput, ledger, memory, metrics, rundir, sources
-from jobs.contract import Cause, Event
+from jobs import goodput, lease, ledger, metrics, run_folders
+from jobs.contract import LOCAL, Cause, Event
 from jobs.errors import HoldfastError, SubmitError
 from jobs.rundir import RunDir
-from jobs.secret import is_secret_name
-from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, unit_of
-from jobs.sources import Resolved
-from jobs.verdict import judge
+from jobs.settings import Job
+from jobs.sources import load
+from jobs.verdict import budgets_of, judge
 from launcher import table
-from launcher.attempt import LOCAL, budgets_of, clock_record
+from launcher.left_behind import clock_record
 from slurm.client import Slurm
 from slurm.reasons import in_words
 from slurm.states import base
@@ -86,67 +84,13 @@ FIELDS: dict[str, str] = {
 }
 
 
-def schema() -> str:
-    """The JSON schema of a job file: the settings, the words of other tools for them, and headings with settings under them."""
-    made = Job.model_json_schema()
-    properties = made["properties"]
-    for word, name in NAME_ALIASES.items():
-        properties[word] = {**{key: value for key, value in properties[name].items() if key != "default"}, "description": f"the same as {name}"}
-    properties["use_amp"] = {"type": "boolean", "description": "with amp_dtype: another way to say precision"}
-    properties["amp_dtype"] = {"enum": ["bfloat16", "float16", "bf16", "fp16"], "description": "with use_amp: another way to say precision"}
-    for heading in sorted(sources.HEADINGS - set(names())):
-        properties[heading] = {"$ref": "#", "description": "a heading: what stands under it is read as if it stood at the top"}
-    return json.dumps(made, indent=1)
-
-
-def explain(resolved: Resolved, as_json: bool) -> None:
-    job = resolved.job
-    if as_json:
-        rows = [
-            {"setting": n, "value": _masked(n, job), "from": resolved.origins[n], "unit": unit_of(n), "group": group_of(n), "meaning": help_of(n)}
-            for n in names()
-        ]
-        print(json.dumps(rows, indent=1))
-        return
-    for note in resolved.notes:
-        print(note)
-    table = _table("setting", "value", "from", "meaning")
-    for name in names():
-        unit = f" {unit_of(name)}" if unit_of(name) and getattr(job, name) is not None and name != "time_limit" else ""
-        value = _masked(name, job)
-        table.add_row(Text(name), Text((value or "-") + (unit if value else "")), Text(resolved.origins[name]), Text(help_of(name)))
-    _print(table)
-    expected = memory.estimate(job)
-    if expected:
-        print(f"\n{expected.line()} (an estimate; jobs/memory.py says of what)")
-
-
-def not_default(resolved: Resolved) -> str:
-    """`PRECISION=bf16 (command line)  LR=3e-4 (environment LR)`: all that somebody chose outside of the job file."""
-    by_origin: dict[str, list[str]] = {}
-    for name, origin in resolved.not_default().items():
-        by_origin.setdefault(origin, []).append(f"{name.upper()}={_shown(_masked(name, resolved.job))}")
-    return "   ".join(f"{'  '.join(words)} ({origin})" for origin, words in by_origin.items())
-
-
-def headline(job: Job) -> str:
-    """quickstart · 2 nodes x 2 processes · bf16 · 32 samples per step = 4 x 8 x 1 accumulation."""
-    what = "process" if job.device == "cpu" or job.gpu_request == "none" else "GPU"
-    many = "es" if what == "process" else "s"
-    per_node = f"{job.gpus_per_node} {what}{many if job.gpus_per_node > 1 else ''}"
-    nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''}"
-    if job.entry:
-        return f"{job.job_name} · {nodes} x {per_node} · {' '.join([job.entry, *job.entry_args])}"
-    return f"{job.job_name} · {nodes} x {per_node} · {job.precision} · {job.batch_size} samples per step = {job.world_size} x {job.micro_batch_size} x {job.grad_accum_steps} accumulation"
-
-
 def collect(runs: Iterable[RunDir], queue: dict[str, tuple[str, str, str]] | None) -> list[RunStatus]:
     """Status of runs from their own files and one answer of squeue (None when Slurm could not be asked)."""
     return [_status_of(run, queue) for run in runs]
 
 
 def status(runs_dir: Path, word: str | None, as_json: bool, every: bool) -> None:
-    runs = rundir.runs_in(rundir.find(word, runs_dir)) if word else rundir.all_runs(runs_dir)
+    runs = run_folders.runs_in(run_folders.find(word, runs_dir)) if word else run_folders.all_runs(runs_dir)
     if not runs and not as_json:
         print(f"no runs in {runs_dir}/ yet; holdfast submit makes one")
         return
@@ -199,7 +143,7 @@ def ask_queue() -> tuple[dict[str, tuple[str, str, str]] | None, str]:
 
 def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> RunStatus:
     try:
-        job = sources.load(run.job_yaml)
+        job = load(run.job_yaml)
     except HoldfastError as err:
         return RunStatus(run.id, str(run.path), "damaged", "", 0, 0, 0, None, None, 0, [], None, None, str(err).splitlines()[0])
     events = ledger.read(run.ledger)
@@ -283,7 +227,7 @@ def _state(
     )
     if last and last.cause is None:
         if last.job_id.startswith(LOCAL):
-            return ("running", history) if _alive(last.job_id) else ("stopped", f"its process is gone; holdfast resume {run.id}")
+            return ("running", history) if _works(last.job_id) else ("stopped", f"its process is gone; holdfast resume {run.id}")
         return ("running", history) if queue is None else gone
     if last is None:
         if queue is None and not job_id.startswith(LOCAL):
@@ -305,13 +249,10 @@ def _progress(run: RunDir, attempts: list[ledger.Attempt], logged: int) -> int:
         return attempts[-1].step or logged
 
 
-def _alive(job_id: str) -> bool:
-    """Whether the process behind a local run still works (a zombie does not)."""
-    try:
-        stat = Path(f"/proc/{int(job_id.removeprefix(LOCAL))}/stat").read_text()
-    except (OSError, ValueError):
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
+def _works(job_id: str) -> bool:
+    """Whether the process behind a local run still works."""
+    number = job_id.removeprefix(LOCAL)
+    return number.isdigit() and lease.alive(int(number))
 
 
 def is_recent(row: RunStatus) -> bool:
@@ -358,27 +299,3 @@ def near(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def _masked(name: str, job: Job) -> str:
-    """A setting as text, with secrets among the environment variables hidden."""
-    if name == "node_env":
-        return ",".join(f"{key}={'***' if is_secret_name(key) else value}" for key, value in job.node_env.items())
-    return job.text(name)
-
-
-def _shown(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, no_wrap=index == 0, overflow="fold")
-    return table
-
-
-def _print(table: Table) -> None:
-    console = Console(highlight=False)
-    # In a pipe there is no width to fit: a row stays a line, so that grep and awk work.
-    console.print(table) if console.is_terminal else Console(width=400, highlight=False).print(table)

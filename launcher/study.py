@@ -25,8 +25,7 @@ from jobs.errors import SettingError
 from jobs.rundir import RunDir
 from jobs.sources import load
 from jobs.space import Dimension, Sweep, Value
-from jobs.verdict import judge
-from launcher.attempt import budgets_of
+from jobs.verdict import budgets_of, judge
 
 if TYPE_CHECKING:
     import optuna

@@ -17,18 +17,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs import ledger, rundir, space, space_words
+from jobs import ledger, run_folders, space, space_words
 from jobs.contract import Event, Exit
 from jobs.errors import HoldfastError, ImpossibleJobError, NotFoundError, SettingError, SubmitError
+from jobs.job_files import DEFAULT_JOB, find_job_file
 from jobs.names import nearest
 from jobs.rundir import RunDir
-from jobs.sources import DEFAULT_JOB, Resolved, find_job_file, setting_name, split_words, words_from_make
-from launcher import show, sweep_show
+from jobs.setting_names import setting_name
+from jobs.sources import Resolved
+from jobs.whole_file import replace_file
+from jobs.words import split_words, words_from_make
+from launcher import show, show_settings, sweep_show
+from launcher.choose import which_run
 from launcher.commands import start_estimate
 from launcher.doctor import said_at_submit
 from launcher.local import run_attempts
-from launcher.prepare import prepare, resolve_here, which_run
-from launcher.refreeze import replace_file
+from launcher.prepare import prepare, resolve_here
 from launcher.sweep_show import Trial
 from launcher.trial import take_up
 from slurm.client import Slurm
@@ -129,7 +133,7 @@ def start(
 
         job_id = to_slurm(run, job, os.environ)
     except (SubmitError, SettingError):
-        rundir.discard(run)
+        run_folders.discard(run)
         raise
     _say(base, sweep, estimate, local, as_json)
     if as_json:
@@ -338,12 +342,12 @@ def _say(base: Resolved, sweep: space.Sweep, estimate: str, local: bool, as_json
     how = {"grid": "a grid", "random": "drawn at random", "tpe": "chosen by tpe"}[sweep.sampler]
     # Of its parts those that no trial changes.
     print(
-        f"{' · '.join(show.headline(base.job).split(' · ')[:2])} · {sweep.trials} trials, {how}, {'one' if local else min(sweep.parallel, sweep.trials)} at a time"
+        f"{' · '.join(show_settings.headline(base.job).split(' · ')[:2])} · {sweep.trials} trials, {how}, {'one' if local else min(sweep.parallel, sweep.trials)} at a time"
     )
     print("  over          " + "  ".join(dimension.text() for dimension in sweep.over))
     varying = {dimension.name for dimension in sweep.over if not dimension.key} | {"array_parallel"}
     print(
-        f"  not default   {show.not_default(replace(base, origins={name: 'default' if name in varying else origin for name, origin in base.origins.items()}))}"
+        f"  not default   {show_settings.not_default(replace(base, origins={name: 'default' if name in varying else origin for name, origin in base.origins.items()}))}"
     )
     print(
         f"  best is       the {'lowest' if sweep.direction == 'minimize' else 'highest'} {sweep.metric}"

@@ -1,7 +1,10 @@
-"""Tables of many rows: a thousand runs as text in a few milliseconds, where rich needs a second to measure them."""
+"""Tables: by rich for a screenful, and as plain lines for a thousand runs, which rich would measure for a second."""
 
 import textwrap
 from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
 
 _GAP = "  "
 _LEAST_LAST = 16
@@ -19,3 +22,16 @@ def lines(head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None 
         text.append((front + parts[0]).rstrip())
         text += [" " * taken + part for part in parts[1:]]
     return text
+
+
+def columns(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    for index, name in enumerate(names):
+        table.add_column(name, no_wrap=index == 0, overflow="fold")
+    return table
+
+
+def show(table: Table) -> None:
+    console = Console(highlight=False)
+    # In a pipe there is no width to fit: a row stays a line, so that grep and awk work.
+    console.print(table) if console.is_terminal else Console(width=400, highlight=False).print(table)

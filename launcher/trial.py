@@ -17,8 +17,9 @@ from jobs import ledger, space
 from jobs.contract import Event
 from jobs.errors import HoldfastError, ImpossibleJobError, NotFoundError
 from jobs.rundir import RunDir
-from jobs.sources import dump_yaml, load
-from launcher.refreeze import replace_file
+from jobs.sources import load
+from jobs.whole_file import replace_file
+from jobs.yaml_text import dump_yaml
 
 # Seconds to wait for the others that ask. A lock service that does not answer must not stop a sweep: then it goes without,
 # and the study's own lock still keeps its record whole.

@@ -19,13 +19,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs import ckpt_format, ledger, metrics, rundir, samples
+from jobs import ckpt_format, ledger, metrics, run_folders, samples
 from jobs.contract import Cause, Event, Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
+from jobs.setting_names import setting_name
 from jobs.settings import Job
-from jobs.sources import load, setting_name, split_words
-from launcher import show
+from jobs.sources import load
+from jobs.words import split_words
+from launcher import show, show_settings
 from launcher.local import gpus_here, pids_of_ranks
 from launcher.prepare import prepare, resolve_here
 from launcher.refreeze import change
@@ -72,18 +74,18 @@ def verify_resume(words: Sequence[str], cwd: Path, *, kills: int, changes: Seque
 def run_cases(words: Sequence[str], cwd: Path, cases: Sequence[Case], seed: int, quiet: bool = False) -> tuple[Path, Job, list[Case]]:
     """The folder of the runs, the job as it was tried, and the cases with what came of them."""
     runs = cwd / _given(words, "runs_dir", "runs")
-    folder = Path(os.path.abspath(runs)) / f"verify-{rundir.new_id()}"
+    folder = Path(os.path.abspath(runs)) / f"verify-{run_folders.new_id()}"
     folder.mkdir(parents=True)
     straight = _prepare(words, cwd, folder, "straight")
     job = load(straight.job_yaml)
-    _say(quiet, f"{show.headline(job)}\n{job.max_steps} steps straight, then {', '.join(f'{case.kills} kills: {case.name}' for case in cases)}")
+    _say(quiet, f"{show_settings.headline(job)}\n{job.max_steps} steps straight, then {', '.join(f'{case.kills} kills: {case.name}' for case in cases)}")
     code = _start(straight).wait()
     if code:
         raise HoldfastError(f"the run that nobody killed ended with {code}; its logs are in {show.near(straight.logs)}/")
     for index, case in enumerate(cases):
         run = _prepare(words, cwd, folder, f"killed-{index + 1}")
         _torture(run, case, random.Random(seed + index))
-        _judge(case, job, straight, run)
+        judge_case(case, job, straight, run)
         _say(quiet, f"  {case.name}: {'as it must be' if case.passed else 'DIFFERENT'}")
     return folder, job, list(cases)
 
@@ -143,7 +145,7 @@ def _torture(run: RunDir, case: Case, rng: random.Random) -> None:
         _start(run).wait()
 
 
-def _judge(case: Case, job: Job, straight: RunDir, run: RunDir) -> None:
+def judge_case(case: Case, job: Job, straight: RunDir, run: RunDir) -> None:
     attempts = ledger.attempts(ledger.read(run.ledger))
     case.run, case.attempts = str(run.path), len(attempts)
     case.causes = [str(attempt.cause) for attempt in attempts]

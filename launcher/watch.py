@@ -12,10 +12,10 @@ from types import FrameType
 from rich.console import Console, Group
 from rich.live import Live as Screen
 
-from jobs import metrics, rundir
+from jobs import metrics, run_folders
+from jobs.contract import LOCAL
 from jobs.rundir import RunDir
 from launcher import board, show
-from launcher.attempt import LOCAL
 from launcher.keys import Keys
 from launcher.logs import follow_logs
 from launcher.runs_live import Known, Live
@@ -29,7 +29,7 @@ _OVER = ("finished", "failed", "cancelled", "stopped", "damaged")
 
 def watch(runs_dir: Path, word: str | None, once: bool, every: bool) -> None:
     """Shows the runs until `q`; where there is no terminal, or `once` is wished, one plain table."""
-    only = rundir.find(word, runs_dir) if word else None
+    only = run_folders.find(word, runs_dir) if word else None
     environ = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}  # they do not follow a resize
     console = Console(highlight=False, _environ=environ)
     if once or not (console.is_terminal and sys.stdin.isatty()) or console.is_dumb_terminal:

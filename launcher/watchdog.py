@@ -26,7 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.contract import STACKS_SIGNAL, RankEnv
+from jobs.lease import alive
 from jobs.rundir import RunDir
+from jobs.whole_file import replace_file
 from launcher import pruning
 
 # A limit is so many times the longest that was seen; the first steps of an attempt are not looked at, they are slower.
@@ -67,10 +69,8 @@ class Pace:
         return cls(key)
 
     def save(self, path: Path) -> None:
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
         with suppress(OSError):
-            aside.write_text(json.dumps({"key": self.key, "longest_s": self.longest_s}))
-            os.replace(aside, path)
+            replace_file(path, json.dumps({"key": self.key, "longest_s": self.longest_s}), flush=False)
 
 
 class Silence:
@@ -275,10 +275,8 @@ class Watchdog:
             "nodes": sorted(set(filter(None, where))),
             "evidence": evidence,
         }
-        aside = attempt.hang.with_suffix(".tmp")
         with suppress(OSError):
-            aside.write_text(json.dumps(report))
-            os.replace(aside, attempt.hang)
+            replace_file(attempt.hang, json.dumps(report), flush=False)
         print(f"holdfast: hang: {evidence}. Stacks are in {attempt.path}/stacks.*.txt. The step is killed.", flush=True)
 
 
@@ -337,14 +335,6 @@ def main() -> int:
     finally:
         dog.keep()
     return 0
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of this machine still works (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (OSError, IndexError):
-        return False
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import jinja2
 from jobs.contract import LEAD_SIGNAL, PEER_EXIT_WAIT_S, STOP_SIGNALS, RankEnv
 from jobs.errors import RenderError
 from jobs.rundir import RunDir
-from jobs.settings import Job, format_minutes
+from jobs.setting_types import format_minutes
+from jobs.settings import Job
 
 
 class Quoted(str):
@@ -65,8 +66,8 @@ def _line(value: Any) -> str:
 
 
 @lru_cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(str(resources.files("slurm") / "templates")),
         undefined=jinja2.StrictUndefined,
         finalize=shell,
@@ -75,10 +76,10 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,  # shell text; `finalize` quotes
     )
-    environment.filters["sbatch"] = sbatch
-    environment.filters["word"] = _word
-    environment.filters["words"] = lambda value: Quoted(" ".join(_word(part) for part in value.split()))
-    return environment
+    made.filters["sbatch"] = sbatch
+    made.filters["word"] = _word
+    made.filters["words"] = lambda value: Quoted(" ".join(_word(part) for part in value.split()))
+    return made
 
 
 def _word(value: Any) -> str:
@@ -111,7 +112,7 @@ def render_by_hand(job: Job) -> str:
 
 def _render(template: str, **values: Any) -> str:
     return (
-        _environment()
+        environment()
         .get_template(template)
         .render(
             contract={
@@ -236,7 +237,7 @@ def script_for(job: Job, run: RunDir, executable: str, array_size: int | None = 
 
 def run_dir_of(job: Job, cwd: Path) -> RunDir:
     """Where the run of a job lives; a job without an id gets a placeholder, so that a script can be shown before it exists."""
-    from jobs.rundir import place
+    from jobs.run_folders import place
 
     return place(cwd / job.runs_dir, job.job_name, job.run_id or "0000")
 

@@ -24,8 +24,8 @@ _HEAD = f"""\
 # The versions that the tests run with, on Python {PYTHON[0]}.{PYTHON[1]} and Linux. `make setup` and environment.yml take them; `make pins` writes this file anew.
 # By hand: pip install --constraint {FILE} '.[{",".join(GROUPS)}]'. On another Python leave the option out.
 """
-# A build of torch for CUDA names each of these in one exact version by itself; a build for CPU has none of them.
-_OF_TORCH = re.compile(r"nvidia-|cuda-|triton$")
+# A build of torch for CUDA names each of these in one exact version by itself, against which a pin could only be wrong.
+OF_TORCH = re.compile(r"nvidia-|cuda-|triton$")
 
 
 def canonical(name: str) -> str:
@@ -42,7 +42,7 @@ def read(text: str) -> dict[str, str]:
 def chosen(report: dict[str, Any], own: str) -> dict[str, str]:
     """Name -> version of what pip would install, from its report; without ourselves and without a build's own suffix (2.13.0+cpu)."""
     found = {canonical(item["metadata"]["name"]): item["metadata"]["version"].partition("+")[0] for item in report["install"]}
-    return {name: version for name, version in sorted(found.items()) if name != own and not _OF_TORCH.match(name)}
+    return {name: version for name, version in sorted(found.items()) if name != own and not OF_TORCH.match(name)}
 
 
 def written(pins: dict[str, str]) -> str:

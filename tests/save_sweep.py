@@ -90,7 +90,7 @@ def _stop(farm: Farm, run: RunDir, after_s: float) -> None:
 
 def work(todo: list[tuple[float, float]], root: Path) -> None:
     farm = Farm(root)
-    local._spawn = farm.spawn  # type: ignore[assignment]
+    local.spawn = farm.spawn  # type: ignore[assignment]
     try:
         plain = result(farm.finished(**_SETTINGS))
         farm.before = "slow_first_saves"

@@ -34,6 +34,8 @@ LAZILY = {
 }
 # The one module that imports submitit; the command line imports it inside functions only.
 SUBMITIT_HOME = "launcher/submit.py"
+# A kernel is a function in Triton's language, so these modules need it at once; all others import them inside functions only.
+KERNELS = "train/kernels/"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,11 @@ def imports_of(path: Path) -> Iterator[Import]:
 
 MODULES = sorted([REPO / f"{HELPER}.py", *(path for package in PACKAGES for path in (REPO / package).rglob("*.py"))])
 IMPORTS = [found for path in MODULES for found in imports_of(path)]
-FOREIGN = [found for found in IMPORTS if found.top not in sys.stdlib_module_names and found.top not in PACKAGES]
+FOREIGN = [
+    found
+    for found in IMPORTS
+    if found.top not in sys.stdlib_module_names and found.top not in PACKAGES and not (found.top == "triton" and found.file.startswith(KERNELS))
+]
 
 
 def faults(wrong: list[Import]) -> str:
@@ -124,6 +130,12 @@ def test_submitit_has_one_home_and_nobody_loads_it_without_need() -> None:
     assert not wrong, faults(wrong)
 
 
+def test_triton_is_loaded_only_by_kernels_and_kernels_only_where_they_run() -> None:
+    assert {found.file.startswith(KERNELS) for found in IMPORTS if found.top == "triton"} == {True}
+    wrong = [found for found in IMPORTS if found.name.startswith("train.kernels.") and not found.lazy]
+    assert not wrong, faults(wrong)
+
+
 def test_training_knows_nothing_of_slurm() -> None:
     wrong = [found for found in IMPORTS if found.package == "train" and found.top in ("launcher", "slurm", "submitit")]
     assert not wrong, faults(wrong)
@@ -133,6 +145,51 @@ def test_every_module_that_is_imported_from_us_exists() -> None:
     ours = {".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__") for path in MODULES}
     wrong = [found for found in IMPORTS if found.top in PACKAGES and found.name not in ours]
     assert not wrong, faults(wrong)
+
+
+def private_uses(path: Path) -> Iterator[str]:
+    """Where a file takes a name of another of our modules that begins with an underscore: `from m import _x`, or `m._x`."""
+    tree = ast.parse(path.read_text(), path.name)
+    ours: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in (*PACKAGES, HELPER):
+            yield from (f"{path.name}:{node.lineno} imports {alias.name} of {node.module}" for alias in node.names if alias.name.startswith("_"))
+            ours |= {alias.asname or alias.name for alias in node.names if Path(REPO / str(node.module).replace(".", "/") / f"{alias.name}.py").exists()}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and isinstance(node.value, ast.Name) and node.value.id in ours:
+            yield f"{path.name}:{node.lineno} uses {node.value.id}.{node.attr}"
+
+
+def test_no_module_takes_a_private_name_of_another() -> None:
+    wrong = [found for path in MODULES for found in private_uses(path)]
+    wrong += [found for path in sorted((REPO / "tests").glob("*.py")) for found in private_uses(path) if " imports " in found]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_search_for_private_names_finds_them(tmp_path: Path) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text("def f():\n    from launcher import show\n    from jobs.names import _near\n    return show._pace, show.ago, _near\n")
+    assert list(private_uses(file)) == ["bad.py:3 imports _near of jobs.names", "bad.py:4 uses show._pace"]
+
+
+# Past this, ask what second concept has moved in. These have one and are long all the same.
+MOST_LINES = 330
+LONGER = {
+    "holdfast.py": 380,  # one file, since a person's script imports it alone
+    "launcher/doctor.py": 380,
+    "launcher/precision.py": 380,
+    "launcher/watchdog.py": 370,
+    "launcher/sweep.py": 370,
+    "launcher/sweep_show.py": 340,
+    "slurm/client.py": 340,
+    "train/loop.py": 360,  # a loop is easier to read whole
+}
+
+
+def test_a_module_is_short_enough_to_read() -> None:
+    lines = {path.relative_to(REPO).as_posix(): path.read_text().count("\n") for path in MODULES}
+    assert not {name: count for name, count in lines.items() if count > LONGER.get(name, MOST_LINES)}
+    assert not {name for name in LONGER if lines.get(name, 0) <= MOST_LINES}, "no longer long: take it out"
 
 
 def test_no_module_is_called_like_one_of_the_standard_library() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Cluster
 
-from jobs import ledger, rundir
+from jobs import ledger, run_folders
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
 from jobs.sources import load
@@ -63,14 +63,14 @@ def test_job_file_and_site_are_one_for_all(point: list[str], name: str, tmp_path
 
 
 def test_nothing_is_left_of_an_array_when_one_of_its_runs_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = prepare._write_run
+    write = prepare.write_settings
 
     def fails(run: RunDir, *more: object) -> None:
         if run.path.name == "5":
             raise OSError(28, "No space left on device", str(run.path))
         write(run, *more)
 
-    monkeypatch.setattr(prepare, "_write_run", fails)
+    monkeypatch.setattr(prepare, "write_settings", fails)
     words = [f"RUNS_DIR={tmp_path}/runs"]
     members = resolve_members(words, [[f"SEED={seed}"] for seed in range(20)], {}, tmp_path)
     with pytest.raises(SettingError, match="No space left on device"):
@@ -86,7 +86,7 @@ def test_a_thousand_runs_are_one_submission_and_cost_little(cluster: Cluster) ->
     try:
         # Of a processor, and without the kernel's share: how long files take is the disk's affair. It is about 0.8 s.
         assert spent < 3.0, f"{spent:.2f} s"
-        runs = rundir.all_runs(cluster.runs)
+        runs = run_folders.all_runs(cluster.runs)
         members = {int(run.path.name): run for run in runs if run.is_member and str(run.path).startswith(said["path"])}
         assert sorted(members) == list(range(1000)) and said["members"] == 1000
         assert [load(members[index].job_yaml).seed for index in (0, 499, 999)] == [1, 500, 1000]

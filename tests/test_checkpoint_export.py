@@ -131,12 +131,12 @@ def test_verify_resume_proves_a_job_and_its_exit_code_says_so(tmp_path: Path, ca
 
 
 def test_verify_resume_fails_when_a_resumed_run_is_another_one(tmp_path: Path, farm: Farm) -> None:
-    from launcher.verify import Case, _judge
+    from launcher.verify import Case, judge_case
 
     straight, other = farm.finished(MAX_STEPS="8", LOG_SAMPLES="true"), farm.finished(MAX_STEPS="8", SEED="8", LOG_SAMPLES="true")
     case = Case("another seed")
-    _judge(case, load(straight.job_yaml), straight, other)
+    judge_case(case, load(straight.job_yaml), straight, other)
     assert not case.passed and not case.same_weights and not case.same_losses and case.samples == "another order", logs(other)
     case = Case("the same")
-    _judge(case, load(straight.job_yaml), straight, straight)
+    judge_case(case, load(straight.job_yaml), straight, straight)
     assert case.passed

@@ -316,7 +316,7 @@ from launcher import local
 from pathlib import Path
 from jobs import ckpt_format
 farm = Farm(Path(sys.argv[1]) / "runs")
-local._spawn = farm.spawn
+local.spawn = farm.spawn
 run = farm.prepare(MAX_STEPS="200", CHECKPOINT_EVERY="10", KEEP_LAST="50", PREFLIGHT_S="0", MAX_STORAGE="0")
 import threading
 code = farm.train(run)
@@ -346,7 +346,7 @@ from launcher import local
 from pathlib import Path
 from jobs import ckpt_format, ledger
 farm = Farm(Path(sys.argv[1]))
-local._spawn = farm.spawn
+local.spawn = farm.spawn
 settings = dict(MAX_STEPS="80", CHECKPOINT_EVERY="10", EVAL_EVERY="0", MAX_STORAGE="0")
 plain = farm.finished(**settings)
 run = farm.prepare(**settings)

@@ -114,7 +114,7 @@ def test_what_is_not_certainly_a_run_of_ones_own_that_is_over_stays(tmp_path: Pa
     assert names(runs) == [name for name in before if name not in ("goes", "lost")]
     assert (elsewhere.path / "job.yaml").exists(), "a link inside of a run was followed"
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
-    assert clean._not_ours(base) == "it belongs to somebody else"
+    assert clean.not_ours(base) == "it belongs to somebody else"
 
 
 def test_an_array_goes_as_a_whole_or_stays(tmp_path: Path) -> None:

@@ -12,6 +12,13 @@ from train.data.order import permuted, rank_slice, sample_ids, shard
 FROZEN_A = [367, 115, 958, 655, 499, 97, 348, 834]
 FROZEN_B = [41786, 70365, 47884, 45592, 53854, 27475]
 FROZEN_C = [0, 2, 1, 0]
+FROZEN_SIZES = {
+    4095: [1416, 2023, 69, 3706],
+    4096: [1416, 2023, 69, 3706],
+    4097: [2645, 4079, 166, 3706],
+    16384: [2645, 4079, 166, 3706],
+    16385: [12802, 7899, 2503, 6886],
+}
 
 
 def epoch_ids(num_samples: int, seed: int, epoch: int = 0) -> np.ndarray:
@@ -47,6 +54,16 @@ def test_order_is_frozen() -> None:
     assert sample_ids(0, 8, 1000, 0).tolist() == FROZEN_A
     assert sample_ids(123_456, 6, 84_827, 1234).tolist() == FROZEN_B
     assert sample_ids(5, 4, 3, 42).tolist() == FROZEN_C
+
+
+# Around a power of four the width of the two halves changes.
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 255, 256, 257, 4095, 4096, 4097])
+def test_sizes_around_a_power_of_four_are_permuted_within_the_least_domain(num_samples: int) -> None:
+    assert np.array_equal(np.sort(epoch_ids(num_samples, 9)), np.arange(num_samples))
+
+
+def test_order_is_frozen_around_a_power_of_four() -> None:
+    assert {n: epoch_ids(n, 9)[:4].tolist() for n in FROZEN_SIZES} == FROZEN_SIZES
 
 
 def test_seed_and_epoch_change_the_order() -> None:
@@ -108,7 +125,8 @@ def test_evaluation_counts_every_sample_once(num_samples: int, world: int) -> No
 def test_impossible_questions_are_refused() -> None:
     for wrong in (
         lambda: sample_ids(-1, 8, 10, 0), lambda: sample_ids(0, 8, 0, 0), lambda: rank_slice(8, 2, 2, 2),
-        lambda: shard(8, 2, -1),
+        lambda: shard(8, 2, -1), lambda: shard(8, 2, 2), lambda: shard(-1, 2, 0), lambda: rank_slice(8, 0, 2, 0), lambda: rank_slice(0, 1, 2, 0),
+        lambda: sample_ids(0, 0, 10, 0),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"no (batch|slice|shard)"):
             wrong()

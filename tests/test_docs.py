@@ -27,7 +27,8 @@ import pytest
 import typer
 from conftest import REPOSITORY, Cluster
 
-from jobs.sources import OTHER_VARIABLES, resolve, setting_name
+from jobs.setting_names import OTHER_VARIABLES, setting_name
+from jobs.sources import resolve
 from launcher.cli import app
 from slurm import sitefile
 

@@ -14,7 +14,8 @@ from conftest import REPOSITORY, Cluster, until, weights_sha
 from jobs import ckpt_format, ledger
 from jobs.contract import Exit
 from jobs.rundir import RunDir
-from jobs.sources import read_yaml, setting_name
+from jobs.setting_names import setting_name
+from jobs.yaml_text import read_yaml
 
 EXAMPLES = REPOSITORY / "examples"
 QUIET = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -18,7 +18,7 @@ from jobs import goodput, ledger
 from jobs.contract import Cause, Event, Exit
 from jobs.goodput import Part, account, parts_of
 from jobs.rundir import RunDir
-from launcher.attempt import clock_record
+from launcher.left_behind import clock_record
 from train.clock import Clock
 
 

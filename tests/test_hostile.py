@@ -15,15 +15,16 @@ from pydantic import ValidationError
 
 from jobs.errors import HoldfastError, NotFoundError, SettingError
 from jobs.rundir import RunDir
-from jobs.settings import Job, names
-from jobs.sources import _bare_type, dump_yaml, load, resolve
+from jobs.settings import Job, bare_type, names
+from jobs.sources import load, resolve
+from jobs.yaml_text import dump_yaml
 from launcher.attempt import begin
 from slurm import sitefile
 from slurm.render import Script, render_script
 
-_MANY = typing.get_origin(_bare_type("modules")), typing.get_origin(_bare_type("node_env"))
-TEXTS = [name for name in names() if _bare_type(name) is str]
-LISTS = [name for name in names() if typing.get_origin(_bare_type(name)) is _MANY[0] and name != "trackers"]  # whose names are a closed set
+_MANY = typing.get_origin(bare_type("modules")), typing.get_origin(bare_type("node_env"))
+TEXTS = [name for name in names() if bare_type(name) is str]
+LISTS = [name for name in names() if typing.get_origin(bare_type(name)) is _MANY[0] and name != "trackers"]  # whose names are a closed set
 MAPPINGS = ["node_env", "sbatch_options", "model_options"]
 
 PIECES = (
@@ -141,6 +142,7 @@ STUBS = {
     "python": """case "$*" in
 "-m launcher.attempt begin") echo "$RECORD/env.sh" ;;
 "-m launcher.attempt end "*) printf "%s\\0" "$@" > "$RECORD/end" ;;
+"-m launcher.watchdog "*) ;;  # beside the ranks: it may come after them
 *) printf "%s\\0" "$0" "$@" > "$RECORD/python" ;;
 esac""",
 }

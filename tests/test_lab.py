@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 from conftest import PATIENCE
 
 from jobs.errors import LabError
-from slurm import lab, lab_conf, lab_host, lab_proc
+from slurm import lab, lab_conf, lab_files, lab_host, lab_proc
 from slurm.lab import Lab, LabConfig
 
 REPO = Path(lab.__file__).resolve().parents[1]
@@ -118,6 +119,31 @@ def test_all_wrong_values_of_a_config_are_named_at_once() -> None:
     assert all(word in str(err.value) for word in ("nodes: 0", "'SUSPEND'", "REQUEUE, CANCEL", "kill_wait_s: -1"))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"nodes": 201}, "nodes: 201 is not within 1..200"),
+        ({"cpus": 0}, "cpus: 0 is not within 1..4096"),
+        ({"gpus": 65}, "gpus: 65 is not within 0..64"),
+        ({"gpu_type": "h 100"}, "gpu_type: 'h 100' is not letters and digits only"),
+        ({"grace_s": 86401}, "grace_s: 86401 is not within 0..86400 seconds"),
+        ({"base_port": 80}, "base_port: 80 is not within 1024.."),
+    ],
+)
+def test_a_value_that_slurm_would_choke_on_is_refused_with_its_bounds(wrong: dict[str, object], said: str) -> None:
+    with pytest.raises(LabError, match=re.escape(said)):
+        LabConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_lab_of_one_node_without_gpus_and_with_accounting_says_so(tmp_path: Path) -> None:
+    config = LabConfig(nodes=1, gpus=0, accounting=True)
+    text = lab_conf.slurm_conf(config, tmp_path, 12000, "ada", "box")
+    assert "NodeName=node1 " in text and "Port=12002 " in text and "gpu" not in text.lower().replace(str(tmp_path).lower(), "")
+    assert "AccountingStoragePort=12001\n" in text and lab_conf.gres_conf(config, tmp_path) == ""
+    with_gpus = lab_conf.slurm_conf(LabConfig(nodes=1, gpus=2, accounting=True), tmp_path, 12000, "ada", "box")
+    assert "AccountingStorageTRES=gres/gpu\n" in with_gpus
+
+
 def test_configuration_says_what_was_asked_for(tmp_path: Path) -> None:
     config = LabConfig(nodes=3, gpus=2, grace_s=7, preempt_mode="CANCEL", user_signal=True, extra_conf="DebugFlags=Gres")
     text = lab_conf.slurm_conf(config, tmp_path, 12000, "ada", "box")
@@ -210,6 +236,75 @@ def test_without_private_hosts_a_public_host_name_is_refused(monkeypatch: pytest
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("10.1.2.3", 0))])
     with pytest.raises(LabError, match=r"10\.1\.2\.3.*/etc/hosts"):
         lab_host.pick_isolation()
+
+
+def test_a_host_name_that_means_nothing_is_refused_and_loopback_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> object:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(lab_host, "isolate", lambda how, hosts: ["false"])
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(LabError, match="means nothing"):
+        lab_host.pick_isolation()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("127.0.1.1", 0))])
+    assert lab_host.pick_isolation() == "none"
+
+
+def test_a_user_without_a_name_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 4_000_000_000)
+    with pytest.raises(LabError, match="uid 4000000000 has none"):
+        lab_host.user_name()
+
+
+@pytest.mark.usefixtures("all_programs")
+def test_a_directory_of_another_user_and_one_that_cannot_be_made_are_refused(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (room / "file").write_text("")
+    with pytest.raises(LabError, match="cannot be a lab's directory: Not a directory"):
+        lab.start(room / "file" / "lab")
+    (room / "theirs").mkdir()
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(LabError, match="belongs to another user"):
+        lab.start(room / "theirs")
+
+
+def test_a_second_start_waits_for_the_first_and_says_whom_it_waits_for(room: Path) -> None:
+    with lab_host.exclusive(room / "none"):
+        pass  # nothing there: nothing to wait for, and nothing is made
+    assert not (room / "none").exists()
+    with lab_host.exclusive(room):
+        with pytest.raises(LabError, match=r"at work for 0.2 s.*lab\.lock"):
+            with lab_host.exclusive(room, 0.2):
+                pass
+    with lab_host.exclusive(room, 0.2):
+        pass
+
+
+def test_no_free_block_of_ports_is_an_error_that_names_the_range(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab_host, "_reserve", lambda port, held: False)
+    with pytest.raises(LabError, match="no 3 ports in a row are free"):
+        with lab_host.reserved_ports(room, LabConfig(nodes=1), 12000):
+            pass
+
+
+def test_more_real_gpus_than_there_are_is_refused(room: Path) -> None:
+    wanted = LabConfig(nodes=3, gpus=64, real_gpus=True)
+    with pytest.raises(LabError, match="need 192, this machine has"):
+        lab_files.write_files(lab.Lab(room, wanted, 12000, "none"))
+
+
+def test_another_shape_than_the_running_lab_has_is_refused_and_what_differs_is_said(room: Path) -> None:
+    running = lab.Lab(room, LabConfig(nodes=2), 12000, "none")
+    lab._check_same_shape(running, LabConfig(nodes=2))
+    lab._check_same_shape(running, LabConfig(nodes=2, base_port=12000))
+    with pytest.raises(LabError, match="nodes is 2, asked for 3"):
+        lab._check_same_shape(running, LabConfig(nodes=3))
+
+
+def test_what_is_no_saved_lab_is_none(room: Path) -> None:
+    for text in ("", "{}", '{"config": {"nodes": 0}, "base_port": 1, "isolation": "none"}', '{"config": [], "base_port": 1}'):
+        (room / "lab.json").write_text(text)
+        assert lab.load(room) is None and lab.find(room) is None
+    (room / "lab.json").unlink()
 
 
 def test_recycled_pid_is_not_signalled() -> None:
@@ -312,7 +407,7 @@ def test_lost_node_loses_its_tasks_and_comes_back_usable(room: Path) -> None:
     assert [d.name for d in cluster.status().daemons if not d.alive] == ["node2"]
     client(cluster, "scancel", number)
     cluster.restart_node("node2")
-    until(lambda: cluster._node_states()["node2"] == "idle")
+    until(lambda: cluster.node_states()["node2"] == "idle")
     assert client(cluster, "srun", "--nodelist=node2", "printenv", "SLURMD_NODENAME") == "node2\n"
     with pytest.raises(LabError, match="it has node1, node2"):
         cluster.kill_node("node9")

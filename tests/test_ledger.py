@@ -1,11 +1,16 @@
 """The ledger: whole lines or none, from many writers at once, flushed before it is believed."""
 
 import errno
+import fcntl
+import itertools
 import json
 import multiprocessing
 import os
+import stat
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +18,7 @@ from hypothesis import strategies as st
 
 from jobs import ledger
 from jobs.contract import Cause, Event
+from jobs.whole_file import replace_file
 
 
 def write(path: Path, count: int, event: Event = Event.CHECKPOINT) -> None:
@@ -117,6 +123,63 @@ def test_a_lock_that_cannot_be_had_does_not_stop_a_run(tmp_path: Path, monkeypat
     assert len(ledger.read(tmp_path / "ledger.jsonl")) == 1
 
 
+def hold(path: Path, ready: Connection, stay: Connection) -> None:
+    with open(path, "ab") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        ready.send(True)
+        stay.recv()
+
+
+def test_a_writer_waits_for_the_lock_of_another_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ledger.jsonl"
+    context = multiprocessing.get_context("fork")
+    (here, ready), (stay, release) = context.Pipe(), context.Pipe()
+    holder = context.Process(target=hold, args=(path, ready, stay), daemon=True)
+    holder.start()
+    assert here.poll(30) and here.recv()
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        assert path.read_bytes() == b"", "written while another had the lock"
+        if len(slept) == 3:
+            release.send(True)
+            holder.join(30)
+
+    seconds = itertools.count()
+    monkeypatch.setattr("jobs.ledger._LOCK_WAIT_S", 60.0)
+    monkeypatch.setattr("jobs.ledger.time", SimpleNamespace(time=time.time, monotonic=lambda: float(next(seconds)), sleep=sleep))
+    write(path, 1)
+    assert len(slept) == 3 and max(slept) < 0.1 and len(ledger.read(path)) == 1
+    holder = context.Process(target=hold, args=(path, ready, stay), daemon=True)
+    holder.start()
+    assert here.poll(30)
+    clock = iter([0.0, 59.0, 60.0, 60.1])
+    monkeypatch.setattr("jobs.ledger.time", SimpleNamespace(time=time.time, monotonic=lambda: next(clock), sleep=slept.append))
+    write(path, 1)
+    release.send(True)
+    holder.join(30)
+    assert len(slept) == 5 and len(ledger.read(path)) == 2
+
+
+def test_a_writer_leaves_no_file_open_and_a_ledger_that_others_may_read(tmp_path: Path) -> None:
+    path, before = tmp_path / "ledger.jsonl", os.listdir("/proc/self/fd")
+    mask = os.umask(0)
+    try:
+        write(path, 2)
+    finally:
+        os.umask(mask)
+    assert os.listdir("/proc/self/fd") == before
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_one_torn_byte_is_not_joined_with_the_next_line(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(b"{")
+    write(path, 1)
+    assert path.read_bytes().startswith(b"{\n{") and len(ledger.read(path)) == 1
+
+
 def event(kind: str, attempt: int, **fields: object) -> dict[str, object]:
     return {"event": kind, "attempt": attempt, "job_id": "7", "time": 100.0, **fields}
 
@@ -126,6 +189,25 @@ def test_attempts_are_told_by_their_lines_in_any_order() -> None:
     first, second = ledger.attempts(lines)
     assert (first.cause, first.step, first.nodes) == (Cause.PREEMPTED, 40, ("node1",))
     assert (second.cause, second.start_step, second.ended) == (None, 40, None)
+
+
+def test_an_attempt_has_every_field_of_its_lines_and_plain_ones_where_a_line_is_bare() -> None:
+    full = [
+        {"event": "start", "attempt": 2, "job_id": "7_1", "time": 100, "step": 20, "nodes": ["a", "b"]},
+        {"event": "checkpoint", "attempt": 2, "job_id": "7_1", "time": 105.0, "step": 99},
+        {"event": "end", "attempt": 2, "job_id": "8", "time": 110.5, "cause": "killed", "step": 50, "lost_steps": 10, "evidence": "signal 9"},
+        {"event": "start", "attempt": 1, "job_id": "6", "time": 1.0},
+        {"event": "end", "attempt": 1, "job_id": "6", "time": 2.0},
+        {"event": "start", "attempt": 1, "job_id": "9", "time": 3.0},
+        {"event": "end", "attempt": 3, "job_id": "6", "time": 2.0},
+        {"event": "resumed", "attempt": 4, "job_id": "9", "time": 3.0},
+        {"event": "start", "attempt": 4, "job_id": "9", "time": 3.0, "step": 7},
+    ]
+    first, second, fourth = ledger.attempts(full)
+    assert second == ledger.Attempt(2, "7_1", 100.0, 20, 110.5, Cause.KILLED, 50, 10, "signal 9", ("a", "b"))
+    assert first == ledger.Attempt(1, "6", 1.0, 0, 2.0, Cause.UNKNOWN, 0, 0, "", ())
+    assert fourth == ledger.Attempt(4, "9", 3.0, 0, None, None, None, 0, "", ())
+    assert ledger.attempts([{"event": "start", "job_id": "9", "time": 3.0}])[0].number == 0
 
 
 def test_of_two_ends_of_one_attempt_the_first_counts() -> None:
@@ -140,3 +222,16 @@ def test_a_cause_of_a_newer_version_is_unknown_and_not_a_crash() -> None:
 def test_lines_are_json_that_other_programs_read(tmp_path: Path) -> None:
     write(tmp_path / "ledger.jsonl", 1, Event.START)
     assert {"event", "attempt", "job_id", "time"} <= set(json.loads((tmp_path / "ledger.jsonl").read_text()))
+
+
+def test_a_small_file_is_replaced_whole_or_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "job.yaml"
+    replace_file(path, "one\n")
+    replace_file(path, "two\n", flush=False)
+    assert path.read_text() == "two\n" and path.stat().st_mode & 0o022 == 0
+    with pytest.raises(UnicodeEncodeError):
+        replace_file(path, "\ud800")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        replace_file(path, "three\n")
+    assert path.read_text() == "two\n" and [found.name for found in tmp_path.iterdir()] == ["job.yaml"]

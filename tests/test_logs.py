@@ -17,7 +17,7 @@ from jobs.contract import Cause, Event
 from jobs.errors import NotFoundError, SettingError
 from jobs.rundir import RunDir
 from jobs.settings import Job
-from jobs.sources import dump_yaml
+from jobs.yaml_text import dump_yaml
 from launcher.logs import copy_logs, follow_logs
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")

@@ -126,11 +126,11 @@ def test_no_value_stands_between_quotes_of_the_template(template: Path) -> None:
 
 def test_a_value_that_the_template_does_not_know_is_an_error() -> None:
     with pytest.raises(Exception, match="undefined"):
-        render._environment().from_string("{{ nothing }}").render()
+        render.environment().from_string("{{ nothing }}").render()
 
 
 def test_a_plain_value_in_a_template_is_quoted_without_asking_for_it() -> None:
-    shown = render._environment().from_string("echo {{ value }}").render(value="a b; $(touch x)")
+    shown = render.environment().from_string("echo {{ value }}").render(value="a b; $(touch x)")
     assert shown == "echo 'a b; $(touch x)'"
 
 
@@ -187,6 +187,48 @@ def test_an_array_never_runs_more_tasks_at_once_than_it_has() -> None:
 def test_gpus_are_asked_for_in_the_way_the_site_wants(how: str, expected: str | None) -> None:
     text = script(Job(gpu_request=how, gpu_type="a100", gpus_per_node=4))
     assert expected in text if expected else "gpu" not in "".join(line for line in text.splitlines() if line.startswith("#SBATCH"))
+
+
+# -- quoting, as text; what Slurm makes of it is asked below --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_bash_reads_a_quoted_value_back(value: str) -> None:
+    done = subprocess.run(["bash", "-c", f"printf %s {render.shell(value)}"], capture_output=True, text=True, check=True)
+    assert done.stdout == value
+
+
+def test_a_directive_is_bare_where_it_can_be_and_else_in_double_quotes_with_both_characters_escaped() -> None:
+    assert render.sbatch("gpu:h100:4_-./@%,=+") == "gpu:h100:4_-./@%,=+"
+    assert render.sbatch('a\\b "c" $d') == '"a\\\\b \\"c\\" $d"'
+    assert render.sbatch("") == '""' and render.sbatch(7) == "7"
+    assert render.pattern("/runs/50%/%j") == "/runs/50%%/%%j"
+    with pytest.raises(RenderError, match="has a backslash"):
+        render.pattern("a\\b")
+    for quote in (render.shell, render.sbatch, render.pattern):
+        for char in "\n\r\0":
+            with pytest.raises(RenderError, match="line break or NUL"):
+                quote(f"a{char}b")
+    assert render.shell(render.Quoted("$HOME")) == "$HOME"
+
+
+def test_the_script_for_submitting_by_hand_is_warned_in_time_too() -> None:
+    assert f"#SBATCH --signal=USR2@{Job().stop_lead_s}\n" in render.render_by_hand(Job())
+
+
+def test_mail_is_asked_for_at_the_end_alone() -> None:
+    assert "#SBATCH --mail-user=ada@x.org\n#SBATCH --mail-type=END,FAIL\n" in script(Job(notify_email="ada@x.org"))
+    assert "--mail" not in script(Job())
+
+
+def test_a_job_without_an_id_is_shown_in_a_folder_that_says_so(tmp_path: Path) -> None:
+    assert render.run_dir_of(Job(job_name="a", runs_dir="r"), tmp_path).path == tmp_path / "r" / "a-0000"
+    assert render.run_dir_of(Job(job_name="a", runs_dir="r", run_id="ab12"), tmp_path).path == tmp_path / "r" / "a-ab12"
+
+
+def test_the_files_that_decide_a_script_are_those_of_three_packages_and_the_templates() -> None:
+    files = {Path(name).relative_to(REPO).as_posix() for name in render.own_files()}
+    assert {"jobs/settings.py", "slurm/render.py", "launcher/entry.py", *(path.relative_to(REPO).as_posix() for path in TEMPLATES)} <= files
 
 
 # -- a real Slurm ------------------------------------------------------------------------------------------------------

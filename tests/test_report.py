@@ -225,7 +225,7 @@ def test_the_command_writes_the_page_into_the_run_and_prints_figures_for_program
     assert done.returncode == 0, done.stderr
     assert str(run.report) in done.stdout and "gpt-a2b3: finished" in done.stdout
     assert run.report.read_text().startswith("<!doctype html>")
-    assert run.report.stat().st_mode & 0o022 == 0 and not list(run.path.glob(".*.tmp"))
+    assert run.report.stat().st_mode & 0o022 == 0 and not list(run.path.glob(".*"))
 
     answer = json.loads(holdfast("report", "gpt-a2b3", "gpt-c4d5", "--json").stdout)
     assert [shown["id"] for shown in answer["runs"]] == [run.id, other.id]

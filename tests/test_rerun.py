@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY, Cluster, weights_sha
 from training import Farm, curve, farm  # noqa: F401
 
-from jobs import ledger, rundir
+from jobs import ledger, run_folders
 from jobs.contract import Exit
 from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
 from jobs.rundir import RunDir
@@ -53,7 +53,7 @@ def first_run(project: Path) -> RunDir:
 
 
 def newest(project: Path) -> RunDir:
-    return rundir.find(None, project / "runs")
+    return run_folders.find(None, project / "runs")
 
 
 def said_by(run: RunDir) -> str:
@@ -85,7 +85,7 @@ def test_frozen_code_that_was_changed_is_not_called_the_same(project: Path) -> N
     (first.code / "other.py").write_text("WORD = 'edited in the run directory'\n")
     done = holdfast(project, "rerun", "one")
     assert done.returncode == 2 and "other.py" in done.stderr and "--with-current-code" in done.stderr
-    assert [run.id for run in rundir.all_runs(project / "runs")] == [first.id]
+    assert [run.id for run in run_folders.all_runs(project / "runs")] == [first.id]
     assert [path.name for path in (project / "runs").iterdir()] == [first.path.name]
 
 
@@ -145,7 +145,7 @@ def test_a_rerun_on_a_cpu_in_fp32_ends_with_identical_weights(farm: Farm, capfd:
     assert rerun(first, [], REPOSITORY, current_code=False, local=False, as_json=False) == Exit.DONE
     said = capfd.readouterr().out
     assert "settings    the same" in said and "the same weights, bit for bit" in said
-    again = rundir.find(None, farm.root)
+    again = run_folders.find(None, farm.root)
     assert again.path != first.path
     assert (weights_sha(again), curve(again)) == (weights_sha(first), curve(first))
     assert compare.diff(first, again, code=False, as_json=False) == Exit.DONE
@@ -154,7 +154,7 @@ def test_a_rerun_on_a_cpu_in_fp32_ends_with_identical_weights(farm: Farm, capfd:
     assert rerun(first, ["SEED=8"], REPOSITORY, current_code=False, local=False, as_json=False) == Exit.DONE
     said = capfd.readouterr().out
     assert "SEED 7 -> 8" in said and "other weights" in said
-    assert compare.diff(first, rundir.find(None, farm.root), code=False, as_json=True) == Exit.FAILED
+    assert compare.diff(first, run_folders.find(None, farm.root), code=False, as_json=True) == Exit.FAILED
     answer = json.loads(capfd.readouterr().out)
     assert answer["settings"] == {"seed": {"values": ["7", "8"], "from": ["command line", "command line"]}}
     assert {"weights", "loss"} <= set(answer["result"]["different"]) and not answer["code"]["files"]

@@ -318,8 +318,8 @@ def test_a_sharded_run_killed_also_inside_saves_ends_with_identical_bits(farm: F
 
 
 def test_the_resume_command_takes_settings_and_the_run_goes_on_with_them(farm: Farm, capfd: pytest.CaptureFixture[str]) -> None:
+    from launcher.choose import split_run_words
     from launcher.cli import run_app
-    from launcher.prepare import split_run_words
 
     run = farm.prepare(MAX_KILLED="0")
 

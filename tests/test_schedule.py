@@ -217,3 +217,38 @@ def test_a_warm_up_that_is_the_whole_run_leaves_wsd_nothing_to_decay() -> None:
     assert lr_at(schedule, 9) < BASE
     assert 0 <= lr_at(schedule, 10) <= BASE
     describe(schedule)
+
+
+def test_shares_may_be_the_whole_and_a_decay_a_single_step() -> None:
+    assert warmup_steps_from_pct(100, 1) == 100 and Schedule("wsd", BASE, 100, decay_pct=1.0).decay_length == 100
+    short = Schedule("wsd", BASE, 100, decay_steps=1)
+    assert [lr_at(short, step) for step in (0, 98, 99, 100)] == [BASE, BASE, BASE, 0.0]
+
+
+def test_a_length_that_its_kind_does_not_use_does_not_stretch_the_curve() -> None:
+    assert Schedule("linear", BASE, 100, total_iters=60, T_0=5, T_max=5).horizon == 60
+    assert Schedule("cosine", BASE, 100, total_iters=60, T_0=5).horizon == 60
+    assert Schedule("cosine_with_restarts", BASE, 100, total_iters=60, T_max=5).horizon == 60
+
+
+def test_the_curve_in_words_has_each_phase() -> None:
+    assert describe(Schedule("linear", 1e-3, 100, 10)) == [
+        "linear: peak lr 0.001, 100 steps, last step trains at lr 1.11e-05",
+        "warm-up: steps 0 to 10, linear from 1e-13",
+    ]
+    assert "stable until step 90, then linear to 0 at 100" in describe(Schedule("wsd", 1e-3, 100, 10))
+    assert "restarts: 8, at steps 20, 30, 40, 50, 60, 70, 80, 90" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, T_0=10))
+    assert "restarts: 9, at steps 10, 20, 30, 40, 50, 60, 70, 80, ..." in describe(Schedule("cosine_with_restarts", 1e-3, 100, 0, T_0=10))
+    assert "restarts: 2, at steps 40, 70" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, num_cycles=3))
+    assert "restarts: 1, at steps 20" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, T_0=10, num_cycles=2))
+
+
+@pytest.mark.parametrize(("wrong", "said"), [({"decay_pct": 0.0}, "decay_pct"), ({"decay_pct": 1.1}, "decay_pct"), ({"base_lr": math.inf}, "finite")])
+def test_shares_and_rates_outside_of_their_range_are_refused(wrong: dict, said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        Schedule(**({"kind": "wsd", "base_lr": BASE, "total_steps": 100} | wrong))
+
+
+def test_a_step_before_the_start_has_no_rate() -> None:
+    with pytest.raises(ValueError, match="before the start"):
+        lr_at(Schedule("linear", BASE, 100), -1)

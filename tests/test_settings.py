@@ -16,8 +16,11 @@ from jobs import rules
 from jobs import settings as declared
 from jobs.errors import ImpossibleJobError
 from jobs.precision import MODES, Precision, nearest_that_runs, runs_on
-from jobs.settings import NAME_ALIASES, Job, format_minutes, group_of, help_of, names, parse_minutes, setting, unit_of
-from jobs.sources import read_yaml, resolve, setting_name
+from jobs.setting_names import setting_name
+from jobs.setting_types import format_minutes, parse_minutes
+from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, setting, unit_of
+from jobs.sources import resolve
+from jobs.yaml_text import read_yaml
 from launcher import docs
 from slurm import sitefile
 
@@ -39,6 +42,14 @@ def test_every_setting_has_help_and_a_known_group(name: str) -> None:
     assert len(help_of(name)) > 5 and not help_of(name).endswith(".")
     assert group_of(name) in docs._GROUPS
     assert isinstance(unit_of(name), str)
+
+
+def test_every_setting_is_read_by_something() -> None:
+    """As an attribute of a job, or by its name where Slurm's options are listed."""
+    homes = [path for package in ("jobs", "slurm", "launcher", "train") for path in (docs.ROOT / package).rglob("*") if path.suffix in (".py", ".j2")]
+    code = "\n".join(path.read_text() for path in homes if path.name not in ("settings.py", "setting_types.py", "refreeze.py"))
+    unread = [name for name in names() if not re.search(rf"\.{name}\b|[\"']{name}[\"']", code)]
+    assert not unread, f"nobody reads {', '.join(unread)}"
 
 
 def test_a_setting_without_help_cannot_be_declared() -> None:
@@ -191,6 +202,25 @@ def test_a_batch_that_does_not_divide_names_both_neighbours() -> None:
 def test_values_that_contradict_each_other_are_refused(values: dict[str, Any], said: str) -> None:
     problems, _ = rules.check(Job(**values), {})
     assert len(problems) == 1 and said in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("profile_steps", "5-3", "is not a range of steps; write it like 10-14"),
+        ("profile_steps", "0-3", "is not a range of steps"),
+        ("profile_steps", "ten", "is not a range of steps"),
+        ("profile_steps", "1-100000", "no viewer opens such a trace"),
+        ("node_env", "A=1,B", "'B' has no value; write NAME=value"),
+        ("node_env", {"RANK": "1"}, "RANK is set by holdfast itself"),
+        ("trackers", "tensorbord", "Did you mean 'tensorboard'?"),
+        ("trackers", "auto,wandb", "has auto beside others"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused_and_the_right_way_is_shown(name: str, value: object, said: str) -> None:
+    with pytest.raises(ValidationError) as err:
+        Job(**{name: value})
+    assert said in str(err.value)
 
 
 # -- hardware ----------------------------------------------------------------------------------------------------------

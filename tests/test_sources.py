@@ -14,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
+from jobs.job_files import find_job_file
 from jobs.settings import Job
-from jobs.sources import Resolved, amend, dump_yaml, find_job_file, load, read_yaml, resolve, split_words, words_from_make
+from jobs.sources import Resolved, amend, given_values, load, resolve, resolve_each
+from jobs.words import split_words, words_from_make
+from jobs.yaml_text import dump_yaml, read_yaml
 from slurm import sitefile
 
 REPO = Path(__file__).resolve().parents[1]
@@ -507,7 +510,7 @@ TYPED = (
 @pytest.mark.parametrize("target", ["show", "nested"])
 def test_words_of_a_real_make_are_read_as_they_were_typed(tmp_path: Path, target: str, options: list[str]) -> None:
     (tmp_path / "show.py").write_text(
-        "import json, os\nfrom jobs.sources import words_from_make\nopen('out.json', 'a').write(json.dumps(words_from_make(os.environ)) + '\\n')\n"
+        "import json, os\nfrom jobs.words import words_from_make\nopen('out.json', 'a').write(json.dumps(words_from_make(os.environ)) + '\\n')\n"
     )
     (tmp_path / "Makefile").write_text(f"show:\n\t@{sys.executable} -S show.py\nnested:\n\t@$(MAKE) show\n")
     environ = {**{k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}, "PYTHONPATH": os.pathsep.join([str(REPO), *sys.path])}
@@ -574,3 +577,64 @@ def test_a_damaged_job_file_of_a_run_is_named(tmp_path: Path) -> None:
 def test_secrets_of_a_mapping_are_not_printed_back(desk: Desk) -> None:
     lines = desk.job("node_env:\n  'A B': hunter2").refused()
     assert "hunter2" not in "\n".join(lines) and lines[0].startswith("NODE_ENV: 'A B' cannot be the name")
+
+
+# -- many at once, and a run that exists -------------------------------------------------------------------------------
+
+
+def each(desk: Desk, points: list[list[str]], **environ: str) -> list[Resolved]:
+    words = ["job.yaml", "SITE=./site.yaml", "LR=1e-3"]
+    return resolve_each(words, points, environ, desk.folder, lambda word: sitefile.find(word, desk.folder))
+
+
+def test_points_of_a_sweep_are_what_each_would_be_alone(desk: Desk) -> None:
+    desk.job("max_steps: 100\nuse_amp: true\namp_dtype: float16\n")
+    points = [["SEED=1"], ["SEED=2", "LR=5e-4", "mixed_precision=no"], []]
+    together = each(desk, points, EVAL_EVERY="7")
+    for one, point in zip(together, points, strict=True):
+        assert one == desk("LR=1e-3", *point, EVAL_EVERY="7")
+
+
+@pytest.mark.parametrize(
+    ("point", "said"), [(["SITE=h100"], "SITE is the same for all"), (["other.yaml"], "JOB is the same for all"), (["--sied=1"], "sied is not a setting")]
+)
+def test_a_point_that_names_another_file_or_nothing_is_refused(desk: Desk, point: list[str], said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        each(desk, [["SEED=1"], point])
+
+
+def test_a_secret_in_a_point_is_refused_as_it_is_alone(desk: Desk) -> None:
+    secret = {"WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567"}
+    point = ["NODE_ENV=KEY=" + secret["WANDB_API_KEY"]]
+    with pytest.raises(SettingError) as alone:
+        desk("LR=1e-3", *point, **secret)
+    with pytest.raises(SettingError) as together:
+        each(desk, [point], **secret)
+    assert str(together.value) == str(alone.value) and secret["WANDB_API_KEY"] not in str(alone.value)
+
+
+def test_what_followed_from_others_follows_anew_in_a_run_that_exists(desk: Desk) -> None:
+    made = desk("BATCH_SIZE=64", "NODES=1", "GPUS_PER_NODE=2", "JOB_NAME=mine")
+    values = given_values(made.job, made.origins)
+    assert "micro_batch_size" not in values and values["job_name"] == "mine" and values["batch_size"] == 64
+    again = amend(values, made.origins, ["BATCH_SIZE=32"])
+    assert (again.job.micro_batch_size, again.job.batch_size, again.job.job_name) == (16, 32, "mine")
+    assert again.origins["micro_batch_size"] == "derived" and again.origins["batch_size"] == again.origins["nodes"] == "command line"
+    assert amend(values, made.origins, []).job == made.job
+    with pytest.raises(SettingError, match=r"'x.yaml' is neither a setting nor expected here"):
+        amend(values, made.origins, ["x.yaml"])
+
+
+def test_debug_shrinks_what_a_file_says_and_neither_what_the_environment_says_nor_a_run_that_exists(desk: Desk) -> None:
+    desk.job("max_steps: 5000\neval_every: 500\n")
+    made = desk("DEBUG=true", EVAL_EVERY="400")
+    assert made.job.eval_every == 400 and made.job.max_steps < 5000 and made.origins["max_steps"] == "debug"
+    assert desk("DEBUG=true", "MAX_STEPS=4000").job.max_steps == 4000
+    plain = desk("DEBUG=false")
+    assert amend(given_values(plain.job, plain.origins), plain.origins, ["DEBUG=true"]).job.max_steps == 5000
+
+
+def test_a_job_file_without_a_letter_in_its_name_gives_a_job_a_plain_one(desk: Desk) -> None:
+    for name, slug in (("--", "job"), ("a b+c", "a-b-c"), ("x" * 70, "x" * 64)):
+        desk.job("", f"{name}.yaml")
+        assert desk.resolve([f"./{name}.yaml", "SITE=./site.yaml"], {}).job.job_name == slug

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import many_runs
-from jobs import ledger, metrics, plain_yaml, rundir, sources
+from jobs import ledger, metrics, plain_yaml, run_folders, yaml_text
 from jobs.contract import Event
 from jobs.rundir import RunDir
+from jobs.settings import Job
 from launcher import show, table
 from slurm.reasons import in_words
 
@@ -53,7 +53,7 @@ def test_status_of_a_thousand_runs_takes_little_of_a_processor(thousand: Path) -
 
 
 def test_status_says_of_each_run_what_its_files_say(thousand: Path) -> None:
-    rows = {row.run: row for row in show.collect(rundir.all_runs(thousand), {"102": ("RUNNING", "None", "node1"), "104": ("PENDING", "Priority", "")})}
+    rows = {row.run: row for row in show.collect(run_folders.all_runs(thousand), {"102": ("RUNNING", "None", "node1"), "104": ("PENDING", "Priority", "")})}
     assert [rows[f"quickstart-000{index}"].state for index in range(8)] == [
         "finished",
         "finished",
@@ -151,13 +151,13 @@ _VALUE = st.recursive(_SCALAR, lambda inner: st.lists(inner, max_size=3) | st.di
 
 
 def by_yaml(text: str) -> Any:
-    return yaml.load(text, sources._Loader)
+    return yaml_text.parse(text)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True), _VALUE, max_size=5))
 def test_what_is_read_quickly_is_what_yaml_reads(values: dict[str, Any]) -> None:
-    text = sources.dump_yaml(values)
+    text = yaml_text.dump_yaml(values)
     quick = plain_yaml.read(text)
     if quick is not None:
         assert (quick or None) == by_yaml(text) and repr(quick or None) == repr(by_yaml(text))
@@ -206,7 +206,7 @@ def test_lines_by_hand_mean_what_yaml_says_they_mean(lines: list[str]) -> None:
 
 
 def test_a_job_of_ours_is_read_quickly() -> None:
-    assert plain_yaml.read(sources.dump_yaml(sources.Job().model_dump(mode="json"))) is not None
+    assert plain_yaml.read(yaml_text.dump_yaml(Job().model_dump(mode="json"))) is not None
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

@@ -321,11 +321,11 @@ def test_the_nodes_are_measured_by_an_all_reduce_before_they_train(cluster: Clus
 
 def test_a_disk_that_refuses_speaks_against_no_node_unless_only_one_meets_it() -> None:
     good, bad = preflight.Report("n1"), preflight.Report("n2", storage_faults=["cannot be written"])
-    assert nodes._faults({"n1": good, "n2": bad}, ["n1", "n2"]) == {"n2": "cannot be written"}
-    assert nodes._faults({"n2": bad}, ["n2"]) == {"": "cannot be written"}
-    assert nodes._faults({"n1": good, "n2": good}, ["n1", "n2", "n3"]) == {"n3": "gave no answer to the checks before the start"}
-    assert nodes._faults({"n1": good}, ["n1", "n2"]) == {}
-    assert nodes._faults({}, ["n1", "n2"]) == {}
+    assert nodes.faults_of({"n1": good, "n2": bad}, ["n1", "n2"]) == {"n2": "cannot be written"}
+    assert nodes.faults_of({"n2": bad}, ["n2"]) == {"": "cannot be written"}
+    assert nodes.faults_of({"n1": good, "n2": good}, ["n1", "n2", "n3"]) == {"n3": "gave no answer to the checks before the start"}
+    assert nodes.faults_of({"n1": good}, ["n1", "n2"]) == {}
+    assert nodes.faults_of({}, ["n1", "n2"]) == {}
 
 
 def test_bad_nodes_are_avoided_for_a_time_and_a_suspect_of_a_hang_from_the_second_time_on() -> None:

@@ -20,8 +20,9 @@ from jobs import ledger, metrics, space, space_words
 from jobs.contract import Cause, Event, Exit
 from jobs.errors import ImpossibleJobError, SettingError
 from jobs.rundir import RunDir
-from jobs.sources import dump_yaml, load
+from jobs.sources import load
 from jobs.space import Dimension, Sweep
+from jobs.yaml_text import dump_yaml
 from launcher import pruning, study, sweep, sweep_show, trial
 from launcher.prepare import resolve_here
 

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,16 +20,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jobs import lease, ledger
-from jobs.contract import Cause, Event
+from jobs.contract import LOCAL, Cause, Event
 from jobs.errors import HoldfastError, RunOwnedError, SubmitError
 from jobs.rundir import RunDir
-from jobs.sources import dump_yaml
-from jobs.verdict import FINAL, UNLIMITED, Budgets, judge
+from jobs.settings import Job
+from jobs.verdict import FINAL, UNLIMITED, Budgets, budgets_of, judge
+from jobs.yaml_text import dump_yaml
 from launcher import attempt, show
 from launcher.prepare import resolve_here
 from slurm.client import Slurm
 
-BUDGETS = Budgets()
+BUDGETS = budgets_of(Job())
 
 
 def ended(number: int, cause: str, start: int = 0, saved: int | None = None, step: int | None = None, job: str = "7") -> dict[str, Any]:
@@ -122,6 +123,39 @@ def test_a_wish_to_cancel_holds_whatever_ended_the_attempt() -> None:
 def test_an_attempt_whose_end_was_written_twice_counts_once() -> None:
     lines = events("killed", "killed", "killed")
     assert judge([*lines, lines[-1], {**lines[0], "cause": "code_error"}], BUDGETS).again
+
+
+def test_of_two_ends_of_one_attempt_the_first_decides_also_when_the_second_comes_after_a_new_submission() -> None:
+    late = ended(1, "code_error")
+    assert judge([ended(1, "preempted"), late], BUDGETS).again
+    assert judge([ended(1, "preempted"), marked("submitted", "8"), late], BUDGETS).reason == "no attempt has ended yet"
+
+
+def test_only_an_end_is_an_end() -> None:
+    lines = [marked("submitted"), {**ended(1, "code_error"), "event": "start"}, {**ended(1, "code_error"), "event": "checkpoint"}]
+    assert judge(lines, BUDGETS).reason == "no attempt has ended yet"
+
+
+def test_a_script_that_saves_where_nobody_sees_it_is_not_said_to_make_no_progress() -> None:
+    unseen = [{**ended(number, "time_limit", start=0), "saved_step": None} for number in range(1, 9)]
+    assert judge(unseen, BUDGETS).again
+    unsaid = [{key: value for key, value in line.items() if key != "saved_step"} for line in unseen]
+    assert not judge(unsaid, BUDGETS).again
+
+
+def test_an_attempt_that_says_no_step_began_at_the_first() -> None:
+    bare = [{key: value for key, value in ended(number, "preempted", saved=1).items() if key != "start_step"} for number in range(1, 9)]
+    assert judge(bare, BUDGETS).again
+
+
+def test_the_reason_is_a_sentence_for_the_person_who_reads_the_ledger() -> None:
+    assert judge([marked("cancel")], BUDGETS).reason == judge([marked("cancel"), *events("killed")], BUDGETS).reason == "cancelled"
+    assert judge(events("pruned"), BUDGETS).reason == "pruned"
+    assert judge(events("killed"), BUDGETS).reason == "killed, 1 of 3 allowed"
+    assert judge(events("killed", "preempted"), BUDGETS).reason == "preempted, and the run makes progress"
+    for count, word in ((1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"), (13, "13th"), (22, "22nd"), (111, "111th")):
+        budgets = replace(BUDGETS, out_of_memory=count - 1)
+        assert judge(events(*["out_of_memory"] * count), budgets).reason == f"out_of_memory for the {word} time, {count - 1} allowed (max_out_of_memory)"
 
 
 def test_lines_of_a_newer_version_or_with_fields_missing_do_not_crash_the_verdict() -> None:
@@ -232,7 +266,7 @@ def made_run(folder: Path) -> tuple[RunDir, Budgets]:
     )
     run.job_yaml.write_text(dump_yaml(resolved.job.model_dump(mode="json")))
     run.script.write_text("#!/bin/bash\n")
-    return run, attempt.budgets_of(resolved.job)
+    return run, budgets_of(resolved.job)
 
 
 class Histories(RuleBasedStateMachine):
@@ -252,7 +286,7 @@ class Histories(RuleBasedStateMachine):
             mock.patch("builtins.print"),
             mock.patch("launcher.attempt.checked", lambda *_, **__: {}),
         ]
-        self.patches.append(mock.patch("launcher.attempt.signal.signal"))
+        self.patches.append(mock.patch("launcher.requeue.signal.signal"))
         for patch in self.patches:
             patch.start()
 
@@ -557,7 +591,7 @@ def test_two_jobs_that_begin_at_once_get_one_attempt_between_them(tmp_path: Path
 def test_a_run_without_slurm_is_left_alone_while_its_process_lives_and_taken_over_when_it_is_gone(tmp_path: Path) -> None:
     run, _ = made_run(tmp_path)
     with subprocess.Popen(["sleep", "60"]) as other:
-        job_id = f"{attempt.LOCAL}{other.pid}"
+        job_id = f"{LOCAL}{other.pid}"
         owner = {"job_id": job_id, "host": socket.gethostname(), "pid": other.pid, "stamp": lease.process_stamp(other.pid)}
         assert lease.claim(run, 1, owner)
         with pytest.raises(RunOwnedError, match=f"job {job_id} is training"):  # claimed, and its start not written yet

@@ -72,7 +72,7 @@ class Farm:
         self._process.wait(10)
 
     def spawn(self, job: Any, run: RunDir, environ: dict[str, str], foreground: bool) -> list[Rank]:
-        """In place of launcher.local._spawn."""
+        """In place of launcher.local.spawn."""
         self.ranks = []
         for rank in range(job.world_size):
             env = {
@@ -168,10 +168,10 @@ def result(run: RunDir) -> tuple[str, list[tuple[int, float, float | None]]]:
 @pytest.fixture(scope="module")
 def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
     here = Farm(tmp_path_factory.mktemp("runs"))
-    before = local._spawn
-    local._spawn = here.spawn  # type: ignore[assignment]
+    before = local.spawn
+    local.spawn = here.spawn  # type: ignore[assignment]
     try:
         yield here
     finally:
-        local._spawn = before
+        local.spawn = before
         here.close()

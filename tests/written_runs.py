@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs.rundir import RunDir
 from jobs.settings import Job
-from jobs.sources import dump_yaml
+from jobs.yaml_text import dump_yaml
 
 BEGAN = 1_795_000_000.0
 

@@ -323,6 +323,8 @@ def _resume(job: Job, run: RunDir, rt: Runtime, model: nn.Module, optimizer: tor
         if refused:
             raise ImpossibleJobError(refused)
         remarks += [f"{name} was {then}, now {now}" for name, (then, now) in changed.items()]
+        if job.precision is Precision.FP8 and job.fp8_recipe == "delayed":
+            remarks.append("WARNING: the history of scales of FP8_RECIPE=delayed starts anew, so losses will be close and not identical")
         say(f"  resumed at step {state.step:,} ({chosen} verified, {time.monotonic() - begun:.1f} s)" + "".join(f"; {remark}" for remark in remarks))
     if rt.is_main:
         ledger.append(run.ledger, Event.RESUMED, attempt=rt.attempt, job_id=rt.job_id, step=state.step if state else 0)

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from jobs.settings import Job, step_range
+from jobs.setting_types import step_range
+from jobs.settings import Job
 
 
 class Tracer:

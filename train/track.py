@@ -16,7 +16,8 @@ from typing import Any
 from jobs import secret
 from jobs.contract import STOP_SIGNALS
 from jobs.rundir import RunDir
-from jobs.settings import AUTO_TRACKER, Job
+from jobs.setting_types import AUTO_TRACKER
+from jobs.settings import Job
 
 # Lines that may wait for a slow tracker. A line comes every LOG_EVERY steps; this is hours of a tracker that hangs.
 _MOST_WAITING = 1000

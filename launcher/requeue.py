@@ -1,0 +1,42 @@
+"""Back into the queue at the end of an attempt."""
+
+import signal
+import time
+from contextlib import suppress
+from typing import Any
+
+from jobs import ledger
+from jobs.contract import Event
+from jobs.errors import SubmitError
+from jobs.rundir import RunDir
+from jobs.settings import Job
+from launcher.nodes import avoided
+from slurm.client import Slurm
+
+
+def send_back(run: RunDir, job: Job, number: int, job_id: str, restarts: int, slurm: Slurm) -> None:
+    """Back into the queue: by `scontrol requeue`, else by a job of its own that waits for the end of this one."""
+    fields: dict[str, Any] = {}
+    with suppress(ValueError):  # not the main thread: then nobody signals us
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        way = slurm.requeue(job_id, restarts)
+    except SubmitError as refused:
+        try:
+            successor, new = slurm.successor(run.script, job_id, run.script.parent.name, run.path.name if run.is_member else None)
+            way = f"job {successor} {'was submitted to go' if new else 'is queued already and goes'} on when this one is over; requeue was not possible: {refused}"
+            fields["successor"] = successor
+        except SubmitError as err:
+            way = f"could not be requeued: {refused}; and no successor could be submitted: {err}"
+    bad = avoided(ledger.read(run.ledger), job.avoid_node_h, time.time())
+    # What follows may be cut short: Slurm ends this script when its job is requeued. TERM is ignored here, KILL is not.
+    ledger.append(run.ledger, Event.REQUEUE, attempt=number, job_id=job_id, way=way, **fields)
+    print(f"holdfast: {way}", flush=True)
+    if bad:
+        try:
+            waiting = fields.get("successor", job_id)
+            if slurm.partition_nodes(waiting) - len(bad) >= job.nodes:
+                slurm.exclude(waiting, sorted({*bad, *job.exclude}))
+                print(f"holdfast: the next attempt stays away from {', '.join(bad)}", flush=True)
+        except (SubmitError, IndexError, ValueError) as err:
+            print(f"holdfast: the next attempt cannot be kept away from {', '.join(bad)}: {err}", flush=True)
