@@ -71,6 +71,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("walk", draw.WALKS, ids=lambda walk: walk.name)
 def test_a_run_comes_by_the_stations_of_a_walk_in_their_order(walk: "draw.Walk", calls: list[str]) -> None:
     """A class is left out: making one is no call of Python."""
