@@ -1,6 +1,7 @@
 """The command line: `holdfast COMMAND`. Each command says first what happened, then where it is, then what to do next."""
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -18,6 +19,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"holdfast {version('holdfast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version, and nothing else.")] = False) -> None:
+    """What holds for every command."""
+
+
 for commands in (cli_jobs.app, cli_runs.app, cli_here.app):
     app.add_typer(commands)
 app.add_typer(cli_here.lab_app, name="lab")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,11 @@ def test_bad_settings_get_one_message_and_make_nothing(tmp_path: Path, command: 
         assert part in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert holdfast("--version").stdout == f"holdfast {project['version']}\n"
 
 
 def test_all_faults_are_told_at_once() -> None:
