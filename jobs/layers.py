@@ -9,7 +9,7 @@ from jobs import misplaced
 from jobs.errors import NotFoundError, SettingError
 from jobs.job_files import DEFAULT_JOB, find_job_file
 from jobs.setting_names import AMP_WORDS, OTHER_VARIABLES, PREFIX, alias_notes, hint, quoted, setting_name, shorten, unknown_setting
-from jobs.settings import NAME_ALIASES, group_of, is_mapping, names
+from jobs.settings import NAME_ALIASES, group_of, names
 from jobs.words import split_words
 from jobs.yaml_text import read_yaml
 
@@ -116,7 +116,7 @@ def _file_layer(content: Mapping[str, Any], shown: str) -> Layer:
 def _add_block(layer: Layer, content: Mapping[Any, Any], shown: str) -> None:
     for key, value in content.items():
         key = str(key)
-        is_block = isinstance(value, dict) and not is_mapping(setting_name(key) or "")
+        is_block = isinstance(value, dict)
         if is_block and key in HEADINGS:
             _add_block(layer, value, f"{shown}, {key}")
         elif is_block and setting_name(key) is None:

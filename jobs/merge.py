@@ -77,8 +77,6 @@ def merge_amp_words(values: dict[str, Any], origins: dict[str, str], rank: dict[
     where = " and ".join(dict.fromkeys(origins[word] for word in found))
     use = str(values.pop("use_amp", True)).lower()
     dtype = str(values.pop("amp_dtype", "bfloat16")).lower()
-    for word in found:
-        origins.pop(word), rank.pop(word)
     if use not in ("true", "false", "1", "0"):
         faults.append(f"use_amp: {use!r} is neither true nor false ({where}).")
         return
@@ -86,8 +84,8 @@ def merge_amp_words(values: dict[str, Any], origins: dict[str, str], rank: dict[
         faults.append(f"amp_dtype: {dtype!r} is not known ({where}); choose bfloat16 or float16.")
         return
     if rank.get("precision", -1) < level:
-        values["precision"] = "fp32" if use in ("false", "0") else dtype.replace("bfloat16", "bf16").replace("float16", "fp16")
-        origins["precision"], rank["precision"] = f"{where}: {' and '.join(found)}", level
+        values["precision"] = "fp32" if use in ("false", "0") else dtype
+        origins["precision"] = f"{where}: {' and '.join(found)}"
 
 
 def plain(given: Given) -> Any:

@@ -194,7 +194,8 @@ def warmup_steps_from_pct(total_steps: int, pct: float) -> int:
 def curve(schedule: Schedule, points: int = 200) -> list[tuple[int, float]]:
     """At most `points` pairs (step, rate) for drawing: evenly spaced, first and last step and the peak included."""
     last = schedule.total_steps - 1
-    steps = {round(i * last / max(1, points - 2)) for i in range(max(1, points - 1))}
+    spaces = max(1, points - 2)
+    steps = {round(i * last / spaces) for i in range(spaces + 1)}
     steps |= {last, min(schedule.warmup_steps, last)}
     return [(step, lr_at(schedule, step)) for step in sorted(steps)]
 

@@ -77,7 +77,7 @@ def resolve_each(words: Iterable[str], points: Iterable[Sequence[str]], environ:
         moved = [key for key, _ in pairs if setting_name(key) == "site"]
         if named is not None or moved:
             raise SettingError(f"{'SITE' if moved else 'JOB'} is the same for all runs that are submitted together (command line).")
-        command_line = replace(below[-1], given=list(below[-1].given), faults=[*below[-1].faults, *faults])
+        command_line = Layer(list(below[-1].given), [*below[-1].faults, *faults], by_hand=True)
         for key, value in pairs:
             command_line.add(key, value, "command line")
         resolved = _combine([*below[:-1], command_line], default_name=gathered.default_name, notes=(*gathered.notes, *alias_notes(pairs)), cwd=cwd)

@@ -206,8 +206,11 @@ def test_parameters_of_a_settings_file_are_understood_and_unknown_ones_refused()
 def test_drawn_curve_has_both_ends_and_the_peak() -> None:
     schedule = Schedule("cosine", BASE, 100_000, 777)
     points = curve(schedule, 50)
-    assert len(points) <= 51 and points[0][0] == 0 and points[-1][0] == 99_999
+    assert len(points) == 50 and points[0][0] == 0 and points[-1][0] == 99_999
     assert max(rate for _, rate in points) == BASE
+    assert len(curve(schedule)) == 200
+    assert [step for step, _ in curve(schedule, 3)] == [0, 777, 99_999]
+    assert [step for step, _ in curve(Schedule("cosine", BASE, 5, 5), 50)] == [0, 1, 2, 3, 4]
     assert len(curve(Schedule("cosine", BASE, 3), 50)) == 3
 
 
@@ -241,6 +244,72 @@ def test_the_curve_in_words_has_each_phase() -> None:
     assert "restarts: 9, at steps 10, 20, 30, 40, 50, 60, 70, 80, ..." in describe(Schedule("cosine_with_restarts", 1e-3, 100, 0, T_0=10))
     assert "restarts: 2, at steps 40, 70" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, num_cycles=3))
     assert "restarts: 1, at steps 20" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, T_0=10, num_cycles=2))
+    assert "restarts: 89, at steps 11, 12, 13, 14, 15, 16, 17, 18, ..." in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, T_0=1))
+    assert "restarts: 1, at steps 55" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, T_0=45))
+    assert "restarts: 0" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10))
+    assert "restarts: 0" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, num_cycles=2, total_iters=10))
+
+
+# Which parameters each kind takes.
+USED = {
+    "constant": (),
+    "linear": ("min_lr", "total_iters"),
+    "cosine": ("T_max", "min_lr", "total_iters"),
+    "cosine_with_restarts": ("T_0", "T_mult", "num_cycles", "min_lr", "total_iters"),
+    "wsd": ("decay_steps", "decay_pct", "min_lr", "total_iters"),
+}
+GIVEN = {"T_0": 5, "T_mult": 2, "num_cycles": 3, "T_max": 5, "decay_steps": 5, "decay_pct": 0.2, "min_lr": 1e-4, "total_iters": 60}
+
+
+def warned(kind: str, **given: float) -> list[str]:
+    """The warnings about a run of 100 steps with a warm-up of 10."""
+    lines = describe(Schedule(kind, 1e-3, 100, 10, **given))
+    return [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_that_the_kind_does_not_take_is_told_and_no_other(kind: str) -> None:
+    for name, value in GIVEN.items():
+        idle = [line for line in warned(kind, **{name: value}) if "has no effect" in line]
+        takers = ", ".join(taker for taker in KINDS if name in USED[taker])
+        assert idle == ([] if name in USED[kind] else [f"{name} has no effect with {kind}; it belongs to {takers}"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        ("constant", {}, []),
+        ("constant", {"total_iters": 60}, ["total_iters has no effect with constant; it belongs to linear, cosine, cosine_with_restarts, wsd"]),
+        ("cosine", {"T_max": 90, "total_iters": 50}, ["total_iters has no effect: T_max is given and wins"]),
+        ("cosine", {"T_max": 90}, []),
+        ("cosine", {"T_max": 89}, ["the decay ends at step 99, before the run does at 100: 1 steps train at lr 0"]),
+        ("linear", {"total_iters": 60}, ["the decay ends at step 60, before the run does at 100: 40 steps train at lr 0"]),
+        (
+            "cosine",
+            {"T_max": 91},
+            [
+                "the decay is cut short at 99% of its length (it would end at step 101, the run ends at 100): the last step still trains at lr 1.19e-06, not 0;"
+                " leave T_max and total_iters out to end with the run"
+            ],
+        ),
+        ("cosine_with_restarts", {"T_0": 45, "total_iters": 50}, ["total_iters has no effect: T_0 is given and wins"]),
+        ("cosine_with_restarts", {"T_0": 90}, []),
+        ("cosine_with_restarts", {}, ["no restart falls inside the run, this is plain cosine; set num_cycles or T_0"]),
+        ("cosine_with_restarts", {"num_cycles": 2}, []),
+        # Half a step more than the run has is no cut.
+        ("cosine_with_restarts", {"num_cycles": 2, "total_iters": 191}, []),
+        (
+            "cosine_with_restarts",
+            {"T_0": 50},
+            [
+                "the last cycle is cut short at 80% of its length (it would end at step 110, the run ends at 100): the last step still trains at lr 0.000115,"
+                " not 0; num_cycles makes whole cycles end with the run"
+            ],
+        ),
+    ],
+)
+def test_what_is_said_of_the_end_of_a_curve(kind: str, given: dict[str, float], said: list[str]) -> None:
+    assert warned(kind, **given) == said
 
 
 @pytest.mark.parametrize(("wrong", "said"), [({"decay_pct": 0.0}, "decay_pct"), ({"decay_pct": 1.1}, "decay_pct"), ({"base_lr": math.inf}, "finite")])
@@ -252,3 +321,24 @@ def test_shares_and_rates_outside_of_their_range_are_refused(wrong: dict, said: 
 def test_a_step_before_the_start_has_no_rate() -> None:
     with pytest.raises(ValueError, match="before the start"):
         lr_at(Schedule("linear", BASE, 100), -1)
+
+
+@pytest.mark.parametrize("name", ["total_steps", "total_iters", "T_0", "T_max", "T_mult", "num_cycles", "decay_steps"])
+def test_a_length_is_a_whole_number_of_at_least_one(name: str) -> None:
+    given = {"kind": "cosine", "base_lr": BASE, "total_steps": 100}
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(SettingError, match=f"^{name}: {wrong} is not allowed"):
+            Schedule(**(given | {name: wrong}))
+    assert getattr(Schedule(**(given | {name: 1})), name) == 1
+
+
+def test_a_warm_up_and_a_floor_stay_within_the_run_and_the_peak() -> None:
+    for wrong in (-1, 0.5, 101):
+        with pytest.raises(SettingError, match=f"^warmup_steps: {wrong} is not allowed"):
+            Schedule("cosine", BASE, 100, wrong)
+    with pytest.raises(SettingError, match="^eta_min"):
+        Schedule("cosine", BASE, 100, min_lr=-1e-9)
+    flat = Schedule("cosine", BASE, 100, 100, BASE)
+    assert lr_at(flat, 100) == BASE
+    with pytest.raises(SettingError, match="^lr_scheduler: 'none' is not known"):
+        Schedule("none", BASE, 100)

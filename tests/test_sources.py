@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs import advice
 from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
 from jobs.job_files import find_job_file
 from jobs.settings import Job
@@ -85,13 +86,15 @@ def test_the_prefixed_variable_beats_another_tools_bare_word_for_the_same_thing(
 def test_what_slurm_has_already_given_beats_everything(desk: Desk, tmp_path: Path) -> None:
     resolved = resolve(["NODES=3"], {}, tmp_path, lambda word: sitefile.find(word, tmp_path), allocation={"nodes": 4})
     assert (resolved.job.nodes, resolved.origins["nodes"]) == (4, "Slurm allocation")
+    small = resolve(["DEBUG=true"], {}, tmp_path, lambda word: sitefile.find(word, tmp_path), allocation={"max_steps": 50})
+    assert (small.job.max_steps, small.job.eval_every) == (50, 10)
 
 
 def test_every_setting_has_an_origin_and_values_that_follow_say_so(desk: Desk) -> None:
     resolved = desk("BATCH_SIZE=8", "GRAD_ACCUM_STEPS=2")
     assert set(resolved.origins) == set(Job.model_fields)
     assert (resolved.origins["micro_batch_size"], resolved.origins["grad_accum_steps"]) == ("derived", "command line")
-    assert resolved.job.micro_batch_size == 4
+    assert resolved.job.micro_batch_size == 4 and resolved.origins["job_name"] == "derived"
     assert set(resolved.not_default()) == {"batch_size", "grad_accum_steps", "site"}
 
 
@@ -158,8 +161,19 @@ def test_words_become_pairs(words: list[str], pairs: list[tuple[str, str]]) -> N
     assert split_words(words) == (pairs, None, [])
 
 
+@pytest.mark.parametrize("value", ["true", "false", "1", "0", "yes", "no", "on", "off", "OFF"])
+def test_a_switch_takes_a_word_that_can_only_be_its_value(value: str) -> None:
+    assert split_words(["--compile", value, "job.yaml"]) == ([("compile", value)], "job.yaml", [])
+
+
+def test_what_only_looks_like_a_setting_is_a_job_file() -> None:
+    for word in ("--", "=5", "jobs/aX=b", "Xa.b=1"):
+        assert split_words([word]) == ([], word, [])
+
+
 def test_a_switch_before_the_job_file_does_not_swallow_it() -> None:
     assert split_words(["--compile", "job.yaml"]) == ([("compile", "true")], "job.yaml", [])
+    assert split_words(["--use_amp", "job.yaml"]) == ([("use_amp", "true")], "job.yaml", [])
 
 
 @pytest.mark.parametrize("words", [["x.yaml"], ["JOB=x.yaml"], ["--job", "x.yaml"], ["--job=x.yaml"], ["LR=1", "x.yaml"], ["./a=b/x.yaml"]])
@@ -173,6 +187,23 @@ def test_the_job_file_can_be_named_in_the_environment_and_the_words_win(desk: De
     assert desk.resolve([], {"JOB": "one.yaml", "HOLDFAST_JOB": "two.yaml"}).job.seed == 2
     assert desk.resolve(["JOB=three.yaml"], {"JOB": "one.yaml"}).job.seed == 3
     assert desk.resolve([], {}).job.job_name == "quickstart"
+
+
+def test_a_script_of_ones_own_needs_no_job_file_and_gives_the_run_its_name(desk: Desk) -> None:
+    site = str(desk.folder / "site.yaml")
+    for words, environ, name in (
+        (["ENTRY=/x/fit.py"], {}, "fit"),
+        (["ENTRY=-m  my.fit"], {}, "my.fit"),
+        ([], {"ENTRY": "fit.py"}, "fit"),
+        (["ENTRY=a.py"], {"ENTRY": "b.py"}, "a"),
+    ):
+        resolved = desk.resolve([*words, "SITE=./site.yaml"], environ)
+        assert (resolved.job.job_name, resolved.files, resolved.origins["lr"]) == (name, (site,), "default")
+    with_file = desk.job("lr: 2")("ENTRY=fit.py")
+    own = str(desk.folder / "job.yaml")
+    assert (with_file.job.job_name, with_file.job.lr, with_file.files) == ("job", 2, (own, own, site))
+    shipped = desk.resolve(["SITE=./site.yaml"], {})
+    assert shipped.files == (str(desk.folder / "jobs/quickstart.yaml"), str(REPO / "jobs/quickstart.yaml"), site)
 
 
 def test_two_job_files_are_refused(desk: Desk) -> None:
@@ -215,6 +246,9 @@ def test_precision_no_is_fp32_also_when_yaml_already_made_it_false(desk: Desk) -
         (["use_amp=1", "amp_dtype=bfloat16"], "bf16"),
         (["--use_amp", "--amp_dtype", "float16"], "fp16"),
         (["amp_dtype=fp16"], "fp16"),
+        (["use_amp=0"], "fp32"),
+        (["amp_dtype=bf16"], "bf16"),
+        (["precision=bf16", "use_amp=false"], "bf16"),
     ],
 )
 def test_use_amp_and_amp_dtype_together_mean_a_precision(desk: Desk, words: list[str], meant: str) -> None:
@@ -234,6 +268,8 @@ def test_amp_flags_win_over_the_file_and_a_precision_above_them_wins_over_them(d
     assert desk("--use_amp=false").job.precision == "fp32"
     assert desk("PRECISION=bf16").job.precision == "bf16"
     assert desk(PRECISION="bf16").job.precision == "bf16"
+    desk.job("").site("use_amp: true\namp_dtype: float16")
+    assert desk().job.precision == "fp16"
 
 
 @pytest.mark.parametrize(("words", "said"), [(["use_amp=maybe"], "use_amp: 'maybe' is neither"), (["amp_dtype=fp8"], "amp_dtype: 'fp8' is not known")])
@@ -258,6 +294,27 @@ def test_one_thing_under_two_words_in_one_file_is_refused(desk: Desk) -> None:
     assert line.startswith("LR is given twice")
 
 
+def test_auto_takes_what_was_measured_and_a_value_of_ones_own_goes_before_it(desk: Desk) -> None:
+    words = ("GPU_ARCH=sm_90", "PRECISION=auto")
+    one = desk(words[0]).job
+    path = advice.place(desk.folder / one.runs_dir, one, 90)
+    advice.keep(path, {"settings": {"precision": "fp8", "fp8_recipe": "current"}, "device": "H100", "date": "2026-01-02", "rule": "fastest"})
+    taken, said = desk(*words), "auto: measured on H100, 2026-01-02"
+    assert (taken.job.precision, taken.job.fp8_recipe) == ("fp8", "current") and taken.files[-1] == str(path)
+    assert (taken.origins["precision"], taken.origins["fp8_recipe"]) == (said, said)
+    own = desk(*words, "FP8_RECIPE=delayed")
+    assert (own.job.fp8_recipe, own.origins["fp8_recipe"], own.origins["precision"]) == ("delayed", "command line", said)
+
+
+def test_auto_without_a_measurement_is_refused_with_what_makes_one(desk: Desk) -> None:
+    (line,) = desk.refused("GPU_ARCH=sm_90", PRECISION="auto")
+    assert line.startswith("PRECISION=auto (environment PRECISION): MODEL=") and "was not measured yet" in line and "`holdfast precision JOB`" in line
+    assert desk.refused("PRECISION=auto", "LR=x") == ["LR: 'x' is not a number (command line)."]
+    with pytest.raises(SettingError) as err:
+        amend({"job_name": "a", "batch_size": 8}, {}, ["PRECISION=auto"])
+    assert str(err.value) == "PRECISION=auto (command line) is looked up at submit; a run that exists needs a precision by its name."
+
+
 # -- warm-up -----------------------------------------------------------------------------------------------------------
 
 
@@ -273,12 +330,17 @@ def test_warm_up_under_lr_scheduler_params_is_the_setting_and_the_higher_layer_c
     desk.job("lr_scheduler_params: {warmup_steps: 9, eta_min: 1e-5}")
     resolved = desk()
     assert (resolved.job.warmup_steps, resolved.job.warmup_pct, resolved.job.lr_scheduler_params) == (9, None, {"eta_min": 1e-5})
-    assert resolved.origins["warmup_steps"].endswith("lr_scheduler_params")
+    assert resolved.origins["warmup_steps"].endswith("lr_scheduler_params") and resolved.origins["warmup_pct"] == "derived"
     assert desk("WARMUP_STEPS=5").job.warmup_steps == 5
     assert (desk("WARMUP_PCT=0.5").job.warmup_steps, desk("WARMUP_PCT=0.5").job.warmup_pct) == (None, 0.5)
     assert desk("LR_SCHEDULER_PARAMS=warmup_steps=2").job.warmup_steps == 2
     (line,) = desk.job("warmup_steps: 7\nlr_scheduler_params: {warmup_steps: 9}").refused()
     assert "lr_scheduler_params" in line and "WARMUP_STEPS" in line and "give one" in line
+    (line,) = desk.job("warmup_pct: 0.1\nlr_scheduler_params: {warmup_steps: 9}").refused()
+    assert line == "warmup_steps under lr_scheduler_params and WARMUP_PCT (job.yaml) say the same thing twice; give one."
+    desk.job("lr_scheduler_params: {warmup_steps: 9}").site("warmup_pct: 0.3")
+    assert (desk().job.warmup_steps, desk().job.warmup_pct) == (9, None)
+    assert desk.refused("LR_SCHEDULER_PARAMS=fast")[0].startswith("LR_SCHEDULER_PARAMS: ")
 
 
 def test_a_run_with_warmup_steps_can_be_resumed_with_other_settings(desk: Desk) -> None:
@@ -454,6 +516,7 @@ def test_problems_of_the_combination_come_with_their_own_exit_code(desk: Desk) -
         desk("BATCH_SIZE=7", "NODES=2", "PRECISION=fp8", "DEVICE=cpu")
     assert err.value.exit_code == 78
     assert "not divisible by 2 processes" in str(err.value) and "PRECISION=bf16" in str(err.value)
+    assert [line[:2].isspace() for line in str(err.value).split("\n")] == [False, True, True]
 
 
 @pytest.mark.parametrize("word", ["nope.yaml", "jobs/nope.yaml", "x" * 300, "a\0b", "\ud800", "", "nowhere/quickstart.yaml"])
@@ -480,6 +543,19 @@ def test_a_shipped_job_file_is_found_from_anywhere_unless_one_lies_here(word: st
 def test_a_site_that_does_not_exist_is_one_of_the_faults(desk: Desk, word: str) -> None:
     lines = desk.refused(f"SITE={word}", "LR=x")
     assert any("site" in line.lower() and "command line" in line for line in lines) and any(line.startswith("LR: 'x'") for line in lines)
+
+
+def test_a_site_that_cannot_be_had_is_told_with_who_asked_for_it(desk: Desk) -> None:
+    def refused(error: Exception, *words: str) -> str:
+        def load_site(word: str) -> tuple[Path, str]:
+            raise error
+
+        with pytest.raises(SettingError) as err:
+            resolve(["job.yaml", *words], {}, desk.folder, load_site)
+        return str(err.value)
+
+    assert refused(NotFoundError("gone")) == "gone (SITE from default)"
+    assert refused(PermissionError(13, "Permission denied"), "SITE=there") == "SITE: 'there' cannot be read: Permission denied (command line)."
 
 
 # -- make --------------------------------------------------------------------------------------------------------------
@@ -522,6 +598,12 @@ def test_words_of_a_real_make_are_read_as_they_were_typed(tmp_path: Path, target
 def test_no_words_come_from_a_make_without_any() -> None:
     for flags in (None, "", "s", "-j2 --jobserver-auth=3,4", "s -- "):
         assert words_from_make({} if flags is None else {"MAKEFLAGS": flags}) == []
+
+
+def test_words_for_the_makefile_itself_are_none_for_the_job() -> None:
+    own = "HOLDFAST_PYTHON=/a HOLDFAST_INSTALL_SLURM=1 HOLDFAST_LAB=/b ARGS=--x=y TESTS=t.py"
+    assert words_from_make({"MAKEFLAGS": f"s -- {own} LR=2 HOLDFAST_NODES=3"}) == ["LR=2", "HOLDFAST_NODES=3"]
+    assert words_from_make({"MAKEFLAGS": "s --  LR=2"}) == ["LR=2"]
 
 
 # -- the way into the run directory and back ---------------------------------------------------------------------------
@@ -571,7 +653,9 @@ def test_a_damaged_job_file_of_a_run_is_named(tmp_path: Path) -> None:
     path.write_text('nodes: "many"\nnew_setting: 1\n')
     with pytest.raises(SettingError) as err:
         load(path)
-    assert f"NODES: 'many' is not a whole number ({path})" in str(err.value) and "new_setting is not a setting" in str(err.value)
+    lines = str(err.value).split("\n")
+    assert len(lines) == 2 and any(line.startswith("new_setting is not a setting") for line in lines)
+    assert any(line.startswith(f"NODES: 'many' is not a whole number ({path})") for line in lines)
 
 
 def test_secrets_of_a_mapping_are_not_printed_back(desk: Desk) -> None:
@@ -603,6 +687,17 @@ def test_a_point_that_names_another_file_or_nothing_is_refused(desk: Desk, point
         each(desk, [["SEED=1"], point])
 
 
+def test_a_fault_of_the_common_words_is_told_once_and_what_they_say_by_hand_is_kept(desk: Desk) -> None:
+    def points(*words: str) -> list[Resolved]:
+        words = ("job.yaml", "SITE=./site.yaml", *words)
+        return resolve_each(words, [["SEED=1"]], {}, desk.folder, lambda word: sitefile.find(word, desk.folder))
+
+    with pytest.raises(SettingError) as err:
+        points("BATCHSIZE=4")
+    assert str(err.value) == "BATCHSIZE is not a setting (command line). Did you mean BATCH_SIZE?"
+    assert points("DEBUG=true", "MAX_STEPS=50")[0].job.max_steps == 50
+
+
 def test_a_secret_in_a_point_is_refused_as_it_is_alone(desk: Desk) -> None:
     secret = {"WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567"}
     point = ["NODE_ENV=KEY=" + secret["WANDB_API_KEY"]]
@@ -623,6 +718,19 @@ def test_what_followed_from_others_follows_anew_in_a_run_that_exists(desk: Desk)
     assert amend(values, made.origins, []).job == made.job
     with pytest.raises(SettingError, match=r"'x.yaml' is neither a setting nor expected here"):
         amend(values, made.origins, ["x.yaml"])
+    with pytest.raises(SettingError, match="HF_TOKEN looks like a secret"):
+        amend(values, made.origins, ["NODE_ENV=HF_TOKEN=x1y2z3"])
+    assert amend(values, {}, []).origins["batch_size"] == "default"
+
+
+def test_the_values_of_a_run_are_plain_and_only_what_follows_from_a_batch_is_left_out(desk: Desk) -> None:
+    desk.job("batch_size: 64\nmicro_batch_size: 16\nmax_steps: 5000\nmodules: [a]")
+    small = desk("DEBUG=true")
+    values = given_values(small.job, small.origins)
+    assert values["modules"] == ["a"] and (values["max_steps"], values["batch_size"]) == (small.job.max_steps, small.job.batch_size)
+    assert small.origins["micro_batch_size"] == "debug" and "micro_batch_size" not in values
+    whole = desk()
+    assert given_values(whole.job, whole.origins)["micro_batch_size"] == 16
 
 
 def test_debug_shrinks_what_a_file_says_and_neither_what_the_environment_says_nor_a_run_that_exists(desk: Desk) -> None:
@@ -635,6 +743,6 @@ def test_debug_shrinks_what_a_file_says_and_neither_what_the_environment_says_no
 
 
 def test_a_job_file_without_a_letter_in_its_name_gives_a_job_a_plain_one(desk: Desk) -> None:
-    for name, slug in (("--", "job"), ("a b+c", "a-b-c"), ("x" * 70, "x" * 64)):
+    for name, slug in (("--", "job"), ("a b+c", "a-b-c"), ("fitX", "fitX"), ("x" * 70, "x" * 64)):
         desk.job("", f"{name}.yaml")
         assert desk.resolve([f"./{name}.yaml", "SITE=./site.yaml"], {}).job.job_name == slug
