@@ -145,8 +145,10 @@ OURS = frozenset(
         "export",
         "wrap",
         "comment",
+        "wait",
+        "test-only",
+        "parsable",
     }
-    | {"wait", "test-only", "parsable"}
 )
 
 

@@ -144,6 +144,11 @@ def test_an_option_that_holdfast_sets_itself_cannot_be_given_however_it_is_spelt
             script(Job(sbatch_options={spelt: "1"}))
 
 
+def test_the_options_that_are_set_here_are_these() -> None:
+    names = "job-name nodes ntasks ntasks-per-node requeue no-requeue open-mode signal output error array time chdir export wrap comment"
+    assert {*names.split(), "wait", "test-only", "parsable"} == OURS
+
+
 @pytest.mark.parametrize("name", ["", "N", "a b", "x\n#SBATCH --y", "x=y", "X", "é", "-"])
 def test_what_cannot_be_an_option_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValidationError, match="cannot be the long name of an sbatch option"):
@@ -187,6 +192,24 @@ def test_an_array_never_runs_more_tasks_at_once_than_it_has() -> None:
 def test_gpus_are_asked_for_in_the_way_the_site_wants(how: str, expected: str | None) -> None:
     text = script(Job(gpu_request=how, gpu_type="a100", gpus_per_node=4))
     assert expected in text if expected else "gpu" not in "".join(line for line in text.splitlines() if line.startswith("#SBATCH"))
+
+
+def test_a_container_without_gpus_is_not_given_any_and_a_script_from_elsewhere_gets_its_folder() -> None:
+    asked = {"container_image": "/i.sif", "container_runtime": "apptainer"}
+    own = "--bind /shared/runs/x-abcd:/shared/runs/x-abcd"
+    assert f"apptainer exec {own} --bind /home/me:/home/me /i.sif python3 -u /home/me/fit.py " in script(Job(device="cpu", entry="/home/me/fit.py", **asked))
+    assert f"apptainer exec --nv {own} /i.sif python3 -u -m my.fit a " in script(Job(entry="-m  my.fit", entry_args=("a",), **asked))
+
+
+def test_a_container_keeps_what_a_job_sets_over_what_its_image_sets() -> None:
+    asked = {"container_image": "i", "container_runtime": "pyxis", "node_env": {"A": "1"}}
+    assert " --container-env=A,PYTHONPATH " in script(Job(entry="fit.py", **asked))
+    assert " --container-env=A " in script(Job(**asked))
+
+
+def test_the_python_of_the_site_goes_before_the_one_that_submits() -> None:
+    assert "\n  /site/python -u " in render.script_for(Job(node_python="/site/python"), RUN, "/here/python")
+    assert "\n  /here/python -u " in render.script_for(Job(), RUN, "/here/python")
 
 
 # -- quoting, as text; what Slurm makes of it is asked below --------------------------------------------------------------
