@@ -96,9 +96,8 @@ class Schedule:
             if name not in (*allowed, "eta_min", "min_lr"):
                 raise unknown("lr_scheduler_params", name, [*allowed, "eta_min"])
         given = {"min_lr" if name == "eta_min" else name: value for name, value in params.items()}
-        counts = set(allowed) - {"decay_pct"}
         # A settings file may hand every number over as a float; 500.0 steps are 500 steps, 0.5 stays and is refused.
-        given = {n: int(v) if n in counts and v is not None and v == int(v) else v for n, v in given.items()}
+        given = {n: int(v) if n in allowed and v is not None and v == int(v) else v for n, v in given.items()}
         return cls(kind, base_lr, total_steps, **given)
 
     @property

@@ -150,8 +150,9 @@ def test_no_rate_leaves_the_range_between_floor_and_peak(
 def test_warm_up_share_is_rounded_down() -> None:
     given = ((19, 0.05), (20, 0.05), (10_000, 0.05), (7, 0.0))
     assert [warmup_steps_from_pct(*one) for one in given] == [0, 1, 500, 0]
-    with pytest.raises(SettingError, match="between 0 and 1"):
-        warmup_steps_from_pct(100, 5)
+    for wrong in (-0.1, 1.1, 5):
+        with pytest.raises(SettingError, match="between 0 and 1"):
+            warmup_steps_from_pct(100, wrong)
 
 
 def test_a_last_cycle_cut_short_is_reported_with_the_rate_it_leaves() -> None:
@@ -197,8 +198,12 @@ def test_parameters_of_a_settings_file_are_understood_and_unknown_ones_refused()
     schedule = Schedule.from_params("cosine", BASE, 100, {"eta_min": 1e-4, "T_max": 90.0, "warmup_steps": 10})
     assert (schedule.min_lr, schedule.T_max, schedule.warmup_steps) == (1e-4, 90, 10)
     assert isinstance(schedule.T_max, int)
-    with pytest.raises(SettingError, match="Did you mean 'T_max'"):
-        Schedule.from_params("cosine", BASE, 100, {"Tmax": 90})
+    assert Schedule.from_params("cosine", BASE, 100, {"min_lr": 1e-4}).min_lr == 1e-4
+    allowed = "warmup_steps, total_iters, T_0, T_max, T_mult, num_cycles, decay_steps, decay_pct, eta_min"
+    for name, hint in (("Tmax", " Did you mean 'T_max'?"), ("kind", ""), ("base_lr", ""), ("total_steps", " Did you mean 'total_iters'?")):
+        with pytest.raises(SettingError) as err:
+            Schedule.from_params("cosine", BASE, 100, {name: 90})
+        assert str(err.value) == f"lr_scheduler_params: {name!r} is not known; choose one of {allowed}.{hint}"
     with pytest.raises(SettingError, match="whole number"):
         Schedule.from_params("cosine", BASE, 100, {"T_max": 90.5})
 
@@ -224,6 +229,7 @@ def test_a_warm_up_that_is_the_whole_run_leaves_wsd_nothing_to_decay() -> None:
 
 def test_shares_may_be_the_whole_and_a_decay_a_single_step() -> None:
     assert warmup_steps_from_pct(100, 1) == 100 and Schedule("wsd", BASE, 100, decay_pct=1.0).decay_length == 100
+    assert Schedule("wsd", BASE, 5).decay_length == 1
     short = Schedule("wsd", BASE, 100, decay_steps=1)
     assert [lr_at(short, step) for step in (0, 98, 99, 100)] == [BASE, BASE, BASE, 0.0]
 
@@ -232,6 +238,19 @@ def test_a_length_that_its_kind_does_not_use_does_not_stretch_the_curve() -> Non
     assert Schedule("linear", BASE, 100, total_iters=60, T_0=5, T_max=5).horizon == 60
     assert Schedule("cosine", BASE, 100, total_iters=60, T_0=5).horizon == 60
     assert Schedule("cosine_with_restarts", BASE, 100, total_iters=60, T_max=5).horizon == 60
+    assert Schedule("cosine", BASE, 100, 70, total_iters=60, T_max=5).horizon == 100
+    assert Schedule("cosine_with_restarts", BASE, 100, 70, total_iters=60, T_0=5).horizon == 100
+
+
+@pytest.mark.parametrize("T_mult", [1, 2])
+@pytest.mark.parametrize("cycles", [None, 1, 2])
+def test_behind_the_last_of_its_cycles_the_rate_stays_at_the_floor(T_mult: int, cycles: int | None) -> None:
+    schedule = Schedule("cosine_with_restarts", BASE, 100, 10, 1e-4, total_iters=60, T_mult=T_mult, num_cycles=cycles)
+    assert {lr_at(schedule, step) for step in range(60, 120)} == {1e-4}
+
+
+def test_the_rise_begins_at_a_rate_above_nothing_and_ends_at_the_peak() -> None:
+    assert [lr_at(Schedule("linear", 1.0, 10, 2), step) for step in (0, 1, 2)] == [1e-10, pytest.approx(0.5 + 0.5e-10, rel=1e-14), 1.0]
 
 
 def test_the_curve_in_words_has_each_phase() -> None:
@@ -248,6 +267,8 @@ def test_the_curve_in_words_has_each_phase() -> None:
     assert "restarts: 1, at steps 55" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, T_0=45))
     assert "restarts: 0" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10))
     assert "restarts: 0" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, num_cycles=2, total_iters=10))
+    assert "restarts: 0" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, total_iters=60))
+    assert "restarts: 3, at steps 20, 40, 80" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, T_0=10, T_mult=2))
 
 
 # Which parameters each kind takes.

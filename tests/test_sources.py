@@ -340,7 +340,7 @@ def test_warm_up_under_lr_scheduler_params_is_the_setting_and_the_higher_layer_c
     assert line == "warmup_steps under lr_scheduler_params and WARMUP_PCT (job.yaml) say the same thing twice; give one."
     desk.job("lr_scheduler_params: {warmup_steps: 9}").site("warmup_pct: 0.3")
     assert (desk().job.warmup_steps, desk().job.warmup_pct) == (9, None)
-    assert desk.refused("LR_SCHEDULER_PARAMS=fast")[0].startswith("LR_SCHEDULER_PARAMS: ")
+    assert desk.refused("LR_SCHEDULER_PARAMS=fast")[0].startswith("LR_SCHEDULER_PARAMS: 'fast' ")
 
 
 def test_a_run_with_warmup_steps_can_be_resumed_with_other_settings(desk: Desk) -> None:
