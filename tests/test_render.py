@@ -194,6 +194,31 @@ def test_gpus_are_asked_for_in_the_way_the_site_wants(how: str, expected: str | 
     assert expected in text if expected else "gpu" not in "".join(line for line in text.splitlines() if line.startswith("#SBATCH"))
 
 
+def test_each_setting_of_the_queue_is_its_directive() -> None:
+    asked = {"partition": "P", "account": "A", "qos": "Q", "constraint": "C", "reservation": "R", "exclude": ("n1", "n[3-4]"), "nodes": 2}
+    text = script(Job(gpus_per_node=4, cpus_per_gpu=8, mem_gb=64, gpu_type="X", time_limit=90, stop_lead_s=45, **asked))
+    assert [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")] == [
+        "job-name=x-abcd",
+        "comment=holdfast:x-abcd",
+        "partition=P",
+        "account=A",
+        "qos=Q",
+        "constraint=C",
+        "reservation=R",
+        'exclude="n1,n[3-4]"',
+        "nodes=2",
+        "ntasks-per-node=4",
+        "cpus-per-task=8",
+        "gpus-per-node=X:4",
+        "mem=64G",
+        "time=01:30:00",
+        "requeue",
+        "open-mode=append",
+        "signal=USR2@45",
+        "output=/shared/runs/x-abcd/logs/%j.batch.out",
+    ]
+
+
 def test_a_container_without_gpus_is_not_given_any_and_a_script_from_elsewhere_gets_its_folder() -> None:
     asked = {"container_image": "/i.sif", "container_runtime": "apptainer"}
     own = "--bind /shared/runs/x-abcd:/shared/runs/x-abcd"

@@ -68,6 +68,14 @@ def test_a_recipe_belongs_to_its_backend_and_only_fp8_has_one() -> None:
     assert problems(precision="bf16", fp8_backend="torchao", fp8_recipe="delayed") == []
 
 
+@pytest.mark.parametrize("recipe", ["delayed", "block", "mxfp8"])
+def test_recipes_of_their_own_scaling_have_no_choice_of_fast_accumulation(recipe: str) -> None:
+    (said,) = problems(precision="fp8", fp8_recipe=recipe, fp8_fast_accum="all")
+    assert said == f"FP8_FAST_ACCUM=all (default) is for the recipes current, tensorwise and rowwise, not FP8_RECIPE={recipe} (default)."
+    assert problems(precision="fp8", fp8_recipe=recipe) == problems(precision="bf16", fp8_recipe=recipe, fp8_fast_accum="all") == []
+    assert problems(precision="fp8", fp8_recipe="current", fp8_fast_accum="all") == []
+
+
 def test_mxfp8_begins_with_blackwell() -> None:
     (said,) = problems(precision="fp8", fp8_recipe="mxfp8", gpu_arch="sm_99")
     assert said == "FP8_RECIPE=mxfp8 (default) needs sm_100, but GPU_ARCH=sm_99 (default). Nearest that works: FP8_RECIPE=current."

@@ -601,7 +601,7 @@ def test_no_words_come_from_a_make_without_any() -> None:
 
 
 def test_words_for_the_makefile_itself_are_none_for_the_job() -> None:
-    own = "HOLDFAST_PYTHON=/a HOLDFAST_INSTALL_SLURM=1 HOLDFAST_LAB=/b ARGS=--x=y TESTS=t.py"
+    own = "HOLDFAST_PYTHON=/a HOLDFAST_INSTALL_SLURM=1 HOLDFAST_PINS=no HOLDFAST_LAB=/b ARGS=--x=y TESTS=t.py"
     assert words_from_make({"MAKEFLAGS": f"s -- {own} LR=2 HOLDFAST_NODES=3"}) == ["LR=2", "HOLDFAST_NODES=3"]
     assert words_from_make({"MAKEFLAGS": "s --  LR=2"}) == ["LR=2"]
 
