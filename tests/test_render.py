@@ -134,6 +134,12 @@ def test_a_plain_value_in_a_template_is_quoted_without_asking_for_it() -> None:
     assert shown == "echo 'a b; $(touch x)'"
 
 
+def test_a_word_of_ours_in_a_template_is_refused_where_it_is_not_one() -> None:
+    for filtered in ("word", "words"):
+        with pytest.raises(RenderError, match=r"'x;' cannot be the name of an option or variable"):
+            render.environment().from_string("{{ value | " + filtered + " }}").render(value="x;")
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
