@@ -151,6 +151,8 @@ def test_a_setting_can_be_written_in_each_of_these_ways(desk: Desk, words: list[
         (["--use_amp", "--amp-dtype", "float16"], [("use_amp", "true"), ("amp-dtype", "float16")]),
         (["--note", "seed=1 was best"], [("note", "seed=1 was best")]),
         (["--note", "-1"], [("note", "-1")]),
+        (["--note", "--lr", "1"], [("note", "true"), ("lr", "1")]),
+        (["--n", "1"], [("n", "1")]),
         (["NOTE=a=b"], [("NOTE", "a=b")]),
         (["NOTE="], [("NOTE", "")]),
         (["--note="], [("note", "")]),
