@@ -163,7 +163,7 @@ def _cosine(s: Schedule, share: float) -> float:
     return s.min_lr + (s.base_lr - s.min_lr) * (1.0 + math.cos(math.pi * share)) / 2.0
 
 
-def cycle_at(s: Schedule, t: float, ended: bool = False) -> tuple[float, float]:
+def cycle_at(s: Schedule, t: float, ended: bool) -> tuple[float, float]:
     """Start and length of the cosine cycle that main-phase step `t` lies in.
 
     A boundary belongs to the new cycle, except where the curve is over (`ended`, or the last of the cycles): there it
