@@ -51,6 +51,7 @@ class Evidence:
     accounting: states of sacct's rows for this attempt, the job's first and then those of its steps.
     hang: what the watchdog wrote before it ended the step. lost_nodes: nodes that slurmctld no longer reaches.
     brought_back: Slurm started the job again, and nobody of this attempt had lived to write its end.
+    put_back: Slurm has put the job back into the queue by itself, while this attempt still came to its end.
     gone: the job is over by now, and this is another one.
     stop_file: what the stop file says; "" when it is empty or absent.
     own_script: the ranks run a person's script (`entry`), whose exit code is all that it says."""
@@ -69,6 +70,7 @@ class Evidence:
     hang: Mapping[str, Any] | None = None
     lost_nodes: Sequence[str] = ()
     brought_back: bool = False
+    put_back: bool = False
     gone: bool = False
     stop_file: str = ""
     own_script: bool = False
@@ -119,6 +121,8 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
         return _stopped(seen, "TERM")
     if seen.own_script and 0 < seen.code <= 128:
         return Cause.CODE_ERROR, f"your script ended with {seen.code}"
+    if seen.put_back and missing:
+        return Cause.NODE_FAILURE, f"Slurm had taken the job back by itself, and rank {_numbers(missing)} left no marker"
     if missing and errors:
         return Cause.KILLED, f"rank {_numbers(missing)} is gone without a word, the others lost the connection to it"
     if seen.code > 128:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,9 @@ from jobs.rundir import RunDir
 from slurm import lab
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# A shell gives what it starts in the background a Ctrl-C that is ignored, and so would every process of a test that presses it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # How fast examples are made says something about the machine and its other users, nothing about the code.
 settings.register_profile("holdfast", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("holdfast")

@@ -125,6 +125,8 @@ TABLE: dict[str, tuple[dict[str, object], Cause]] = {
     ),
     "slurmd and tasks killed, not noticed yet by srun": ({"code": 1, "markers": PEER, "lost_nodes": ["node2"]}, Cause.NODE_FAILURE),
     "the batch node died": ({"code": 1, "brought_back": True}, Cause.NODE_FAILURE),
+    "Slurm took the node for dead, and its script still lived": ({"code": 137, "put_back": True}, Cause.NODE_FAILURE),
+    "the same, and all ranks had left in time": ({"code": 75, "put_back": True, "markers": stopped("TERM")}, Cause.REQUEUED),
     "the batch node died, sacct": ({"code": 1, "accounting": ["NODE_FAIL", "FAILED", "COMPLETED"]}, Cause.NODE_FAILURE),
     "an ECC error": ({"code": 1, "markers": failed(1, "AcceleratorError", "CUDA error: uncorrectable ECC error encountered")}, Cause.NODE_FAILURE),
     # memory
@@ -244,6 +246,7 @@ _evidence = st.builds(
     hang=st.one_of(st.none(), st.just({}), st.just({"evidence": "x"})),
     lost_nodes=st.lists(st.just("node2"), max_size=1),
     brought_back=st.booleans(),
+    put_back=st.booleans(),
     gone=st.booleans(),
     own_script=st.booleans(),
     stop_file=st.sampled_from(["", "lunch", "pruned at step 40"]),

@@ -119,8 +119,9 @@ def test_a_renamed_checkpoint_is_no_other_step_and_strange_names_are_nobody_s(tm
     assert "belongs to step 20" in damaged[1][1]
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_whose_newest_checkpoints_are_damaged_goes_on_from_the_one_before_and_says_so(farm: Farm, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "every"), [(0, False), (0, True), *(pytest.param(seed, False, marks=pytest.mark.slow) for seed in (1, 2))])
+def test_a_run_whose_newest_checkpoints_are_damaged_goes_on_from_the_one_before_and_says_so(farm: Farm, seed: int, every: bool) -> None:
+    """With `every` none is left: it begins anew, with the weights that it drew the first time."""
     straight = farm.finished(KEEP_LAST="3")
     run = farm.prepare(MAX_KILLED="0", KEEP_LAST="3")
 
@@ -131,14 +132,14 @@ def test_a_run_whose_newest_checkpoints_are_damaged_goes_on_from_the_one_before_
     farm.train(run, kill)
     rng = random.Random(seed)
     newest = ckpt_format.complete(run.checkpoints)
-    injured = newest[: rng.randint(1, 2)]
+    injured = newest if every else newest[: rng.randint(1, 2)]
     what = [damage(path, rng) for path in injured]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("launcher.attempt.os.getpid", lambda: 1)
         assert farm.train(run) == Exit.DONE, logs(run)
     assert result(run) == result(straight), what
     assert [event["name"] for event in events(run, "damaged")] == [f".damaged-{path.name}-2" for path in injured]
-    assert events(run, "resumed")[-1]["step"] == ckpt_format.step_of(newest[len(injured)])
+    assert events(run, "resumed")[-1]["step"] == (0 if every else ckpt_format.step_of(newest[len(injured)]))
     assert "WARNING: checkpoint" in logs(run)
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jobs.errors import SettingError
+from jobs.settings import Job
 from train.models.contract import LossSum, count_targets, read_loss
 from train.models.gpt import GPT, GPTConfig, rope_tables
 from train.models.loss import chunked_loss_sum
@@ -490,3 +491,20 @@ def test_compiled_model_gives_the_same_loss_and_gradients(way: str) -> None:
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
     torch.testing.assert_close(model(**batch), small(n_kv_heads=2)(**batch), rtol=1e-5, atol=0)
+
+
+def test_a_model_for_a_checkpoint_draws_no_weights_and_has_its_tables() -> None:
+    from types import SimpleNamespace
+
+    from train.build import build
+
+    job = Job(job_name="t", model="nano", seq_len=16, precision="fp32", device="cpu")
+    data, rt = SimpleNamespace(vocab_size=256), SimpleNamespace(device=torch.device("cpu"), world=1)
+    torch.manual_seed(0)
+    drawn, _ = build(job, data, rt, lambda text: None)  # type: ignore[arg-type]
+    state = torch.get_rng_state()
+    empty, _ = build(job, data, rt, lambda text: None, drawn=False)  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), state) and not any(p.is_meta for p in (*empty.parameters(), *empty.buffers()))
+    empty.load_state_dict(drawn.state_dict())
+    tokens = torch.randint(0, 256, (2, 16))
+    assert torch.equal(empty(tokens, tokens), drawn(tokens, tokens))

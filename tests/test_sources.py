@@ -701,7 +701,7 @@ def test_a_fault_of_the_common_words_is_told_once_and_what_they_say_by_hand_is_k
 
 
 def test_a_secret_in_a_point_is_refused_as_it_is_alone(desk: Desk) -> None:
-    secret = {"WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567"}
+    secret = {"WANDB_API_KEY": "89abcdef01234567" * 2 + "89abcdef"}
     point = ["NODE_ENV=KEY=" + secret["WANDB_API_KEY"]]
     with pytest.raises(SettingError) as alone:
         desk("LR=1e-3", *point, **secret)

@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from jobs.errors import SettingError
@@ -15,20 +16,28 @@ from train import optim
 from train.data.sources import Dataset, open_data
 from train.fp8 import convert
 from train.kernels import usable
+from train.models.gpt import GPT
 from train.models.registry import PRESETS, build_model
 from train.numerics import forward_context
 from train.parallel import shard as shard_model
 from train.runtime import Runtime
 
 
-def build(job: Job, data: Dataset, rt: Runtime, say: Callable[[str], None]) -> tuple[nn.Module, Callable[[], AbstractContextManager[object]]]:
+def build(
+    job: Job, data: Dataset, rt: Runtime, say: Callable[[str], None], *, drawn: bool = True
+) -> tuple[nn.Module, Callable[[], AbstractContextManager[object]]]:
     """The model on its device, and the context of its forward passes: precision, recomputation, sharding, compilation.
 
-    `say` is told what became of each layer under fp8. Raises SettingError and ImpossibleJobError."""
+    `say` is told what became of each layer under fp8. `drawn` false: a checkpoint will be loaded, so the built-in model need not have
+    its weights drawn, which takes a processor 15 s for a billion. Raises SettingError and ImpossibleJobError."""
     options = dict(job.model_options)
     if job.grad_checkpointing and job.model in PRESETS:
         options.setdefault("checkpoint_blocks", True)
-    model = build_model(job.model, vocab_size=data.vocab_size, seq_len=job.seq_len, overrides=options)
+    with nullcontext() if drawn or job.model not in PRESETS else torch.device("meta"):
+        model = build_model(job.model, vocab_size=data.vocab_size, seq_len=job.seq_len, overrides=options)
+    if isinstance(model, GPT) and model.cos.is_meta:
+        model.to_empty(device=rt.device)
+        model.fill_tables()
     if job.grad_checkpointing and job.model not in PRESETS:
         enable = getattr(getattr(model, "model", model), "gradient_checkpointing_enable", None)
         if enable is None:

@@ -7,11 +7,15 @@ processes and in any parallel mode. Files are safetensors: nothing that is read 
 """
 
 import json
+import platform
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -246,3 +250,14 @@ def _span(tensor: DTensor) -> tuple[int, int]:
     if rows != min(chunk, tensor.shape[0] - start):
         raise CheckpointError(f"a tensor of {tensor.shape[0]} rows is laid out as {tensor.placements} with {rows} rows here: that layout is not known")
     return start, rows
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint was written with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "numpy": np.__version__,
+        "platform": sys.platform,
+    }

@@ -2,16 +2,12 @@
 
 import gc
 import math
-import platform
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import numpy as np
 import torch
 from torch import nn
 
@@ -73,7 +69,9 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
     torch.autograd.set_detect_anomaly(job.debug, check_nan=True)
     seed_everything(job.seed, step=0)
     data, val_data = open_split(job, "train"), open_split(job, "val")
-    inner, context = build(job, data, rt, say)
+    # Rank 0 looks for all: on a shared file system each node may see another listing.
+    begins = rt.broadcast(not any(complete(run.checkpoints)) if rt.is_main else None)
+    inner, context = build(job, data, rt, say, drawn=begins)
     for line in switches.apply(job, inner, data, rt.device):
         say("  " + line)
     optimizer = optim.build(job, inner)
@@ -81,6 +79,11 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
     guard = OverflowGuard(job, scale)
     with clock.during(Part.RESTORE):
         loaded = _resume(job, run, rt, inner, optimizer, data, say)
+        if loaded is None and not begins:
+            # Every checkpoint was damaged: from the first step after all, with the weights that the first attempt drew.
+            seed_everything(job.seed, step=0)
+            inner, context = build(job, data, rt, _Speaker(enabled=False))
+            optimizer = optim.build(job, inner)
         if loaded is None and job.init_from:
             say("  " + checkpoint.initialise(Path(job.init_from), inner))
     resumed, pending = (loaded.step, loaded.pending) if loaded else (None, None)
@@ -160,7 +163,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
             val_loss=validated[1] if validated and validated[0] == step else None,
             pending=pending_line,
             scaler=stepper.scale.state() if stepper.scale else None,
-            versions=_versions(),
+            versions=checkpoint.versions(),
         )
         before = progress.enter("save")
         if rt.is_main and rt.device.type == "cuda":
@@ -342,13 +345,3 @@ class _Speaker:
             # The log lies on the disk that may be full: no word is worth the training.
             with suppress(OSError):
                 print(text, flush=True)
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "accelerate": accelerate.__version__,
-        "numpy": np.__version__,
-        "platform": sys.platform,
-    }

@@ -172,6 +172,11 @@ class GPT(nn.Module):
                 parameter.normal_(0.0, residual)
             else:
                 parameter.normal_(0.0, std)
+        self.fill_tables()
+
+    @torch.no_grad()
+    def fill_tables(self) -> None:
+        """What is no weight and in no checkpoint: the angles of positions."""
         cos, sin = rope_tables(self.config.seq_len, self.config.channels, self.config.rope_theta, self.cos.device)
         self.cos.copy_(cos)
         self.sin.copy_(sin)
