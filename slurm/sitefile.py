@@ -19,9 +19,9 @@ def shipped() -> list[str]:
 def find(word: str, cwd: Path) -> tuple[Path, str]:
     """The file that SITE=word means, and how to call it in messages. Raises NotFoundError that names the known ones."""
     if "/" in word or word.endswith((".yaml", ".yml")):
-        path = (cwd / word).resolve()
-        if path.is_file():
-            return path, word
+        # A link to itself is no file; Path.resolve raises for it up to Python 3.12.
+        if (cwd / word).is_file():
+            return (cwd / word).resolve(), word
         raise NotFoundError(f"site file {word!r} does not exist in {cwd}.")
     if word in shipped():
         return sites_dir() / f"{word}.yaml", f"slurm/sites/{word}.yaml"

@@ -295,3 +295,9 @@ def test_hostile_text_reaches_the_training_process_of_a_real_job_unchanged(clust
     assert state["step"] == 2 and corpus.parent.name in state["data"], state["data"]
     assert list(run.logs.glob("*.0.out")) and list(run.logs.glob("*.batch.out"))
     assert not [path for at in (cluster.runs.parent, REPOSITORY, Path.cwd()) for path in at.rglob("x") if ".venv" not in path.parts]
+
+
+def test_a_site_file_that_is_a_link_to_itself_is_none(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(NotFoundError, match=r"site file './loop' does not exist"):
+        sitefile.find("./loop", tmp_path)
