@@ -32,7 +32,9 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
         derived["precision"] = Precision.FP32
         job = job.model_copy(update=derived)
     elif job.amp_opt_level == "O2" and MODES[job.precision].autocast is None:
-        problems.append(f"{said('amp_opt_level')} keeps 16-bit parameters with fp32 masters, which needs PRECISION=bf16, fp16 or fp8, not {said('precision')}.")
+        problems.append(
+            f"{said('amp_opt_level')} keeps 16-bit parameters with fp32 masters, which needs PRECISION=bf16, fp16 or fp8, not {said('precision')}. AMP_OPT_LEVEL=none leaves it out."
+        )
     elif job.amp_opt_level == "O1" and MODES[job.precision].autocast is None:
         problems.append(f"{said('amp_opt_level')} is autocast, but {said('precision')} computes in fp32. Nearest that works: PRECISION=bf16.")
     if job.amp_opt_level == "O2" and job.parallel == "fsdp":
