@@ -111,8 +111,8 @@ def estimate(job: Job) -> Estimate | None:
     kept = activations(s, tokens, element, fused=job.compile or job.fused_kernels, residual=stream, fp8=job.precision is Precision.FP8)
     head = 4 * s.table
     chunk = min(s.chunk, tokens)
-    # Eager: fp32 logits, their gradient and one more; a compiler keeps one fp32 pass.
-    logits = chunk * s.vocab * (element + (4 if job.compile else 12))
+    # Our kernel: in place. Eager: fp32 logits, their gradient and one more; a compiler keeps one fp32 pass.
+    logits = chunk * s.vocab * (element + (0 if job.fused_kernels else 4 if job.compile else 12))
     weight_gradient = chunk * s.vocab * element + (element + 4) * s.table
     low = element * s.table if element < 4 else 0
     loss = head + low + max(logits, weight_gradient) + 2 * tokens * s.d * element

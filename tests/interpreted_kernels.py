@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.kernels import adamw
+from train.kernels import adamw, cross_entropy
 from train.models import ops
 from train.models.gpt import GPT, GPTConfig
+from train.models.loss import chunk_terms
 
 
 def leaves(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -81,6 +82,31 @@ def test_the_gradient_of_a_table_adds_up_rare_and_frequent_tokens(dtype: torch.d
     assert torch.equal(*plain) and float((fused[0].double() - fused[1].double()).norm() / fused[0].double().norm()) < {torch.float32: 1e-6}.get(dtype, 2**-6)
 
 
+@pytest.mark.parametrize(("dtype", "vocab"), itertools.product(DTYPES, [50, 4096, 9001]))
+def test_loss_and_its_gradient_in_the_place_of_the_logits(dtype: torch.dtype, vocab: int) -> None:
+    hidden, weight = leaves(0, (6, 24), (vocab, 24), dtype=dtype)
+    targets, scale = torch.tensor([0, vocab - 1, 7, 3, 0, 41]), torch.tensor([1.0, 0.5, 0.0, 1.0, 1.0, 2.0])
+    with torch.no_grad():
+        (plain, by_plain), (fused, by_fused) = (terms(hidden, weight, targets, scale) for terms in (chunk_terms, cross_entropy.terms))
+    assert fused.dtype == torch.float32 and not by_fused[2].any() and (by_fused[5] < 0).nonzero().tolist() == [[41]]
+    close([(plain, fused), (by_plain, by_fused)], dtype)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_logit_that_is_not_finite_shows_in_the_loss(bad: float) -> None:
+    logits = torch.zeros(2, 40)
+    logits[1, 17] = bad
+    loss = cross_entropy.cross_entropy_(logits, torch.tensor([3, 3]), torch.ones(2))
+    assert loss[0].isfinite() and loss[1].isnan() and logits[0].isfinite().all() and logits[1].isnan().any()
+
+
+def test_a_logit_of_minus_infinity_is_a_token_that_never_comes() -> None:
+    logits = torch.full((1, 5000), -float("inf"))
+    logits[0, 4999], logits[0, 2] = 1.0, 1.0
+    loss = cross_entropy.cross_entropy_(logits, torch.tensor([2]), torch.ones(1))
+    assert abs(float(loss) - 0.6931) < 1e-4 and float(logits[0, 4999]) == pytest.approx(0.5) and float(logits.abs().sum()) == pytest.approx(1.0)
+
+
 def test_heads_whose_width_is_no_power_of_two_keep_plain_rotary_positions() -> None:
     assert ops.fused(96).rotary is ops.PLAIN.rotary and ops.fused(96).swiglu is not ops.PLAIN.swiglu
 
@@ -88,10 +114,10 @@ def test_heads_whose_width_is_no_power_of_two_keep_plain_rotary_positions() -> N
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_model_gives_the_same_loss_and_gradients(checkpointed: bool, autocast: bool) -> None:
-    config = GPTConfig(d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=96, seq_len=16, checkpoint_blocks=checkpointed)
+    config = GPTConfig(d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=48, seq_len=8, checkpoint_blocks=checkpointed)
     torch.manual_seed(0)
     model = GPT(config)
-    tokens = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))
     found = []
     for kernels in (False, True):
         if kernels:
@@ -108,9 +134,9 @@ def test_the_model_gives_the_same_loss_and_gradients(checkpointed: bool, autocas
 
 def test_a_compiler_traces_through_them() -> None:
     """The graph is whole, and has the kernels as operations of their own."""
-    model = GPT(GPTConfig(d_model=64, n_layers=1, n_heads=4, d_ff=96, seq_len=16))
+    model = GPT(GPTConfig(d_model=32, n_layers=1, n_heads=2, d_ff=48, seq_len=8))
     model.use_kernels()
-    tokens = torch.randint(0, 256, (2, 16))
+    tokens = torch.randint(0, 256, (2, 8))
     expected = model(tokens, tokens)
     expected.backward()
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]

@@ -274,6 +274,25 @@ def test_fused_kernels_compute_what_plain_torch_computes() -> None:
             assert float((plain.double() - fused.double()).norm() / plain.double().norm()) < 0.006, name
 
 
+def test_what_was_compiled_is_there_for_an_attempt_on_another_node(tmp_path: Path) -> None:
+    from test_compile_cache import two_attempts
+
+    first, second = two_attempts(tmp_path, "cuda")
+    assert "hits 0 misses 1" in first and "hits 1 misses 0" in second
+
+
+def test_the_fused_loss_is_that_of_plain_torch() -> None:
+    from train.kernels.cross_entropy import terms
+    from train.models.loss import chunk_terms
+
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=g).to(GPU, torch.bfloat16) for shape in ((1031, 256), (32_000, 256)))
+    targets, scale = torch.randint(0, 32_000, (1031,), generator=g).to(GPU), torch.rand(1031, generator=g).to(GPU)
+    (plain, by_plain), (fused, by_fused) = (one(hidden, weight * 0.1, targets, scale) for one in (chunk_terms, terms))
+    assert float((plain - fused).abs() / plain) < 1e-5
+    assert float((by_plain.double() - by_fused.double()).norm() / by_plain.double().norm()) < 1e-3
+
+
 @pytest.mark.parametrize("name", ["fp32", "bf16", "bf16 O2", "fp16 O2", "fp8 te current"])
 def test_fused_kernels_train_like_plain_torch(tmp_path: Path, name: str) -> None:
     fused = training(tmp_path / "fused", name).train(STEPS)

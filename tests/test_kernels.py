@@ -24,7 +24,7 @@ _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from train.kernels import adamw, embedding, norm, rotary, swiglu
+from train.kernels import adamw, cross_entropy, embedding, norm, rotary, swiglu
 
 def made(kernel, pointers, numbers, constants, warps=4):
     signature = {**pointers, **numbers, **dict.fromkeys(constants, "constexpr")}
@@ -32,6 +32,7 @@ def made(kernel, pointers, numbers, constants, warps=4):
 
 low, wide, whole = "*bf16", "*fp32", "i32"
 made(embedding._add_up, dict(grad_ptr=low, order_ptr="*i64", end_ptr="*i64", out_ptr=low), dict(width=whole), dict(TILE=16, COLUMNS=256))
+made(cross_entropy._in_place, dict(logits_ptr=low, target_ptr="*i64", scale_ptr=wide, loss_ptr=wide), dict(vocab=whole), dict(ROUNDS=8, BLOCK=4096), 8)
 made(norm._forward, dict(x_ptr=low, delta_ptr=low, weight_ptr=wide, sum_ptr=low, y_ptr=low, rstd_ptr=wide), dict(width=whole, eps="fp32"), dict(BLOCK=2048))
 pointers = dict(dy_ptr=low, dsum_ptr=low, x_ptr=low, weight_ptr=wide, rstd_ptr=wide, dx_ptr=low, dweight_ptr=wide)
 made(norm._backward, pointers, dict(rows=whole, width=whole), dict(HAS_DSUM=True, ROUNDS=3, TALL=1, BLOCK=2048), 8)

@@ -226,6 +226,21 @@ def test_start_is_scaled_by_depth_and_drawn_from_the_seed() -> None:
     assert torch.equal(empty(**batch), model(**batch))
 
 
+def test_the_start_is_the_same_by_any_number_of_threads() -> None:
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            torch.manual_seed(3)
+            model = GPT(PRESETS["nano"])
+            found.append([*model.parameters(), torch.get_rng_state()])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    weights = [w for w in found[0] if w.dim() == 2]
+    assert len({float(w.detach().flatten()[0]) for w in weights}) == len(weights)
+
+
 def test_a_checkpoint_does_not_depend_on_the_sample_length() -> None:
     model, longer = small(), small(seq_len=64)
     longer.load_state_dict(model.state_dict(), strict=True)

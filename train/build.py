@@ -56,7 +56,7 @@ def build(
         reason = usable(rt.device)
         if reason is None:
             model.use_kernels()
-            say("  fused kernels: norm, SwiGLU, rotary positions, AdamW")
+            say("  fused kernels: norm, SwiGLU, rotary positions, loss, AdamW")
         elif rt.device.type == "cuda":
             say(f"  warning: FUSED_KERNELS has no effect: {reason}")
     if job.parallel == "fsdp" and rt.world > 1:

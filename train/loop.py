@@ -27,6 +27,7 @@ from train import checkpoint, optim, runtime, switches
 from train.build import build, open_split
 from train.changes import changes, refusal
 from train.clock import Clock
+from train.compile_cache import CompileCache
 from train.data.sources import Dataset
 from train.evaluate import evaluate
 from train.feed import Feed, ValidationFeed
@@ -71,6 +72,8 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
     data, val_data = open_split(job, "train"), open_split(job, "val")
     # Rank 0 looks for all: on a shared file system each node may see another listing.
     begins = rt.broadcast(not any(complete(run.checkpoints)) if rt.is_main else None)
+    compiled = CompileCache(job, run, rt, say)
+    compiled.load()
     inner, context = build(job, data, rt, say, drawn=begins)
     for line in switches.apply(job, inner, data, rt.device):
         say("  " + line)
@@ -229,6 +232,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
         if step == (resumed or 0) + 1:
             flag.busy()
             saver.reserve(inner, optimizer)
+            compiled.keep(validated=False)
             # What imports and compilation made stays: a full collection of 400,000 objects stops this thread, which feeds the GPU, for
             # a quarter of a second.
             gc.freeze()
@@ -260,6 +264,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
                     break
                 line |= values
                 validated = (step, values["val_loss"])
+                compiled.keep(validated=True)
                 live.restart()
             log(line)
         new_best = job.keep_best > 0 and validated is not None and validated[0] == step and (best is None or validated[1] < best)

@@ -7,6 +7,7 @@ Linears that read the same input are one (QKV; gate and up): fewer and wider pro
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,19 +160,26 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw all weights from torch's global generator; a model built on the meta device needs it after `to_empty`.
+        """Draw all weights; a model built on the meta device needs it after `to_empty`.
 
         Normal, std `init_std`; what is added to the residual stream starts smaller by sqrt(2 L), so that its size does
-        not depend on depth (Radford et al. 2019, section 2.3)."""
+        not depend on depth (Radford et al. 2019, section 2.3). Each weight has a generator of its own, seeded from torch's
+        global one: a billion takes one processor 15 s, and so they are drawn side by side, the same ones by any number."""
         std = self.config.init_std
         residual = std / math.sqrt(2 * self.config.n_layers)
-        for name, parameter in self.named_parameters():
+
+        def draw(name: str, parameter: Tensor, seed: int) -> None:
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
-            elif name.endswith(("attention.out.weight", "mlp.down.weight")):
-                parameter.normal_(0.0, residual)
             else:
-                parameter.normal_(0.0, std)
+                generator = torch.Generator(parameter.device).manual_seed(seed)
+                parameter.normal_(0.0, residual if name.endswith(("attention.out.weight", "mlp.down.weight")) else std, generator=generator)
+
+        named = list(self.named_parameters())
+        seeds = torch.randint(2**62, (len(named),), device="cpu").tolist()
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for done in [pool.submit(torch.no_grad()(draw), *one, seed) for one, seed in zip(named, seeds, strict=True)]:
+                done.result()
         self.fill_tables()
 
     @torch.no_grad()
@@ -217,8 +225,11 @@ class GPT(nn.Module):
         return F.linear(self.hidden(tokens), self.head_weight)
 
     def use_kernels(self) -> None:
-        """Norms, SwiGLU and rotary positions by Triton kernels from now on; weights and their names stay. Where train.kernels.usable."""
-        self._ops = fused(self.config.channels)
+        """Norms, SwiGLU, rotary positions and the loss by Triton kernels from now on; weights and their names stay. Where
+        train.kernels.usable, and before compile_regions."""
+        from train.kernels.cross_entropy import terms
+
+        self._ops, self._terms = fused(self.config.channels), terms
         for block in self.blocks:
             block.ops = self._ops
 
@@ -229,7 +240,8 @@ class GPT(nn.Module):
         options.setdefault("dynamic", False)
         for block in self.blocks:
             block.compile(**options)
-        self._terms = torch.compile(chunk_terms, **options)
+        if self._terms is chunk_terms:
+            self._terms = torch.compile(chunk_terms, **options)
 
     def num_params(self, non_embedding: bool = False) -> int:
         """Parameters, tied ones once. `non_embedding` leaves out the table that is only looked up, never multiplied
