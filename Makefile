@@ -11,8 +11,8 @@ READY := .venv/.ready
 HOLDFAST := .venv/bin/holdfast
 JOB_TARGETS := run render explain precision submit sweep status watch logs cancel resume rerun diff doctor drill report
 
-# Two at a time, a file to each: most of a Slurm test is waiting. With three, imports take longer than the warnings of a short time limit.
-BY_FILE := -n 2 --dist loadfile
+# Three at a time on two cores, a file to each: most of a Slurm test is waiting.
+BY_FILE := -n 3 --dist loadfile
 
 # What belongs to the project, as a list with NUL between its names.
 FILES := git ls-files -z --cached --others --exclude-standard

@@ -17,8 +17,10 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,12 +156,42 @@ def hash_files(path: Path, names: Iterable[str]) -> dict[str, str]:
         return dict(zip(listed, threads.map(lambda name: hash_file(path, name), listed), strict=True))
 
 
-def newest_verified(folder: Path, attempt: int) -> tuple[Path | None, list[tuple[str, str]]]:
+class Ahead:
+    """Verifies the newest checkpoint while Python still imports torch: hashing is one core's work per file, 8 s for 15 GB, and releases
+    the interpreter's lock."""
+
+    def __init__(self, folder: Path):
+        self._path = next(iter(complete(folder)), None)
+        self._found: Manifest | CheckpointError | None = None
+        self._thread = threading.Thread(target=self._run, name="verify", daemon=True)
+        if self._path is not None:
+            self._thread.start()
+
+    def _run(self) -> None:
+        assert self._path is not None
+        with suppress(Exception):  # whatever it is, it is met again by whoever asks
+            try:
+                self._found = verify(self._path)
+            except CheckpointError as err:
+                self._found = err
+
+    def verify(self, path: Path) -> Manifest:
+        """As `verify`, by what was found ahead where that was this checkpoint."""
+        if path == self._path:
+            self._thread.join()
+            if isinstance(self._found, CheckpointError):
+                raise self._found
+            if self._found is not None:
+                return self._found
+        return verify(path)
+
+
+def newest_verified(folder: Path, attempt: int, ahead: Ahead | None = None) -> tuple[Path | None, list[tuple[str, str]]]:
     """The newest checkpoint that verifies, and (present name, reason) of each damaged one that was set aside on the way."""
     damaged = []
     for path in complete(folder):
         try:
-            verify(path)
+            ahead.verify(path) if ahead else verify(path)
         except CheckpointError as err:
             damaged.append((set_aside(path, attempt), str(err)))
             continue

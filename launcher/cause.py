@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.contract import PRUNED_WORD, Cause, Exit
+from jobs.contract import LEAD_SIGNAL, PRUNED_WORD, Cause, Exit
 from jobs.stop import OWN_WISH, STOP_FILE
 from slurm.client import JobInfo
 from slurm.states import ENDED, base
@@ -119,6 +119,10 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
     # Killed by something that was announced to the whole job, before the ranks could write how they left.
     if "TERM" in seen.signals or (seen.job and base(seen.job.state) in ("PREEMPTED", "CANCELLED", "TIMEOUT")):
         return _stopped(seen, "TERM")
+    if seen.code == 128 + LEAD_SIGNAL and not seen.markers and not seen.own_script:
+        # On a node under load Python may need longer to come to life than the time limit leaves: then the warning itself kills.
+        cause, evidence = _stopped(seen, "USR2")
+        return cause, f"{evidence}, before any rank could listen"
     if seen.own_script and 0 < seen.code <= 128:
         return Cause.CODE_ERROR, f"your script ended with {seen.code}"
     if seen.put_back and missing:

@@ -54,6 +54,12 @@ def pytest_report_header() -> str:
     return f"Slurm tests: left out, this machine lacks {', '.join(missing)}" if missing else "Slurm tests: on real private clusters"
 
 
+# Files of half a minute and more, the longest first.
+_LONGEST = (
+    "slurm_runs", "commands", "survival", "resume", "training_kinds", "checkpoint_faults", "on_device", "examples", "precision_command", "kernels",
+    "lab", "checkpoint_export", "autocast", "sweep_slurm", "precision",
+)  # fmt: skip
+
 # What `make test-fast` leaves out: whole files that load one of these packages, and tests with one of these markers or fixtures.
 _LONG_IMPORTS = re.compile(r"^(?:from|import) (?:torch|train|training)\b", re.M)
 _LONG_MARKERS = ("slurm", "gpu", "slow", "trains")
@@ -70,8 +76,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The file that takes longest goes first, so that no process works alone at the end."""
-    items.sort(key=lambda item: item.path.name != "test_slurm_runs.py")
+    """The files that take longest go first, so that no process works alone at the end."""
+    longest = {f"test_{name}.py": place - len(_LONGEST) for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: longest.get(item.path.name, 0))
     if config.getoption("--fast"):
         long = [item for item in items if any(map(item.get_closest_marker, _LONG_MARKERS)) or _LONG_FIXTURES & set(getattr(item, "fixturenames", ()))]
         config.hook.pytest_deselected(items=long)

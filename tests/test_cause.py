@@ -90,6 +90,12 @@ TABLE: dict[str, tuple[dict[str, object], Cause]] = {
     # time limit
     "time limit, warned": ({"code": 75, "markers": stopped("USR2"), "job": job(), "seconds_to_limit": 31.0, "lead_s": 45}, Cause.TIME_LIMIT),
     "time limit, warned 60 s early": ({"code": 75, "markers": stopped("USR2"), "job": job(), "seconds_to_limit": 104.0, "lead_s": 45}, Cause.TIME_LIMIT),
+    "time limit, warned before any rank could listen": ({"code": 140, "job": job(), "seconds_to_limit": 38.0, "lead_s": 38}, Cause.TIME_LIMIT),
+    "preempted, user signal before any rank could listen": (
+        {"code": 140, "job": job(preempted_at="2026-11-21T23:43:00"), "seconds_to_limit": 3000.0, "lead_s": 120},
+        Cause.PREEMPTED,
+    ),
+    "a script of one's own that does not listen": ({"code": 140, "own_script": True, "job": job(), "seconds_to_limit": 38.0, "lead_s": 38}, Cause.KILLED),
     "time limit, the warning was lost": ({"code": 75, "markers": stopped("TERM"), "log": LIMIT, "job": job("COMPLETING")}, Cause.TIME_LIMIT),
     "time limit, state says it": ({"code": 75, "markers": stopped("TERM"), "job": job("TIMEOUT")}, Cause.TIME_LIMIT),
     "time limit, killed in a save": ({"code": 137, "log": line() + LIMIT, "signals": ["TERM"]}, Cause.TIME_LIMIT),

@@ -151,13 +151,14 @@ def test_every_kind_of_damage_to_a_file_is_named(tmp_path: Path) -> None:
         ckpt_format.hash_files(path, NAMES)
 
 
-def test_the_newest_that_verifies_is_found_and_the_damaged_before_it_are_set_aside_each_under_a_name_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_the_newest_that_verifies_is_found_and_the_damaged_before_it_are_set_aside_each_under_a_name_of_its_own(tmp_path: Path, early: bool) -> None:
     for step in (10, 20, 30):
         saved(tmp_path, step)
     for step in (20, 30):
         (ckpt_format.path_of(tmp_path, step) / NAMES[0]).write_bytes(b"")
     (tmp_path / ".damaged-step-00000030-2").mkdir()
-    found, damaged = ckpt_format.newest_verified(tmp_path, 2)
+    found, damaged = ckpt_format.newest_verified(tmp_path, 2, ckpt_format.Ahead(tmp_path) if early else None)
     assert found == tmp_path / "step-00000010"
     assert [name for name, _ in damaged] == [".damaged-step-00000030-2+", ".damaged-step-00000020-2"] and "has 0 bytes" in damaged[0][1]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -167,6 +168,26 @@ def test_the_newest_that_verifies_is_found_and_the_damaged_before_it_are_set_asi
         "step-00000010",
     ]
     assert ckpt_format.newest_verified(tmp_path / "none", 2) == (None, [])
+
+
+def test_what_was_verified_ahead_is_not_read_again_and_what_came_since_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, read = saved(tmp_path, 10), []
+    hash_files = ckpt_format.hash_files
+    monkeypatch.setattr(ckpt_format, "hash_files", lambda path, names: read.append(path) or hash_files(path, names))
+    ahead = ckpt_format.Ahead(tmp_path)
+    assert ckpt_format.newest_verified(tmp_path, 2, ahead) == (first, []) and read == [first]
+    second = saved(tmp_path, 20)
+    assert ckpt_format.newest_verified(tmp_path, 2, ahead) == (second, []) and read == [first, second]
+    assert ckpt_format.Ahead(tmp_path / "none").verify(first).step == 10
+
+
+def test_what_fails_ahead_for_another_reason_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, 10)
+    with monkeypatch.context() as broken:
+        broken.setattr(ckpt_format, "hash_files", lambda path, names: 1 / 0)
+        ahead = ckpt_format.Ahead(tmp_path)
+        ahead._thread.join()
+    assert ahead.verify(path).step == 10
 
 
 def test_what_cannot_be_set_aside_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def two_attempts(tmp_path: Path, device: str) -> list[str]:
     """What each printed. Each has a node of its own: a temporary folder without caches."""
     found = []
     for attempt in ("1", "2"):
-        env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / attempt)}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path]), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / attempt)}
         done = subprocess.run([sys.executable, "-c", _ATTEMPT, str(tmp_path), device], env=env, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(done.stdout)

@@ -176,7 +176,8 @@ def test_the_largest_micro_batch_is_guessed_from_one_sample_and_then_tried_out()
         return bench.largest_micro_batch(job(), first, 80.0, lambda one: tried.append(one.batch_size) or one.batch_size <= most)  # type: ignore[func-returns-value]
 
     # 77.6 GB of 80 less the 20 that do not grow, at 2.5 GB a sample.
-    assert limit(100) == 23 and tried == [23]
+    assert limit(23) == 23 and tried == [23, 24]
+    assert limit(25) == 25 and tried == [23, 24, 25, 26]
     assert 18 <= limit(20) <= 20 and tried[0] == 23
     assert limit(4) == 4
 

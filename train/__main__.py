@@ -9,7 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from jobs import access
+from jobs import access, ckpt_format
 from jobs.contract import Exit, RankEnv
 from jobs.errors import HoldfastError
 from jobs.rundir import AttemptDir, RunDir
@@ -35,13 +35,14 @@ def main() -> int:
     clock = Clock.of_rank(attempt.clock, rank)
     answer_when_asked(attempt.stacks(rank), attempt.collectives(rank))
     flag.leave_unless_busy(lambda number: _leave(attempt, rank, clock, number))
+    ahead = ckpt_format.Ahead(run.checkpoints) if rank == 0 else None
     try:
         job = load(run.job_yaml)
         # OpenMP reads this once, when torch is loaded. On a CPU the number of threads is part of the arithmetic.
         os.environ["OMP_NUM_THREADS"] = str(job.cpu_threads)
         from train.loop import train
 
-        outcome = train(job, run, flag, clock)
+        outcome = train(job, run, flag, clock, ahead)
     except BaseException as err:  # whatever it is, the attempt's end must be able to read why this rank left
         clock.stop(failed=True)
         return _failed(attempt, rank, err)

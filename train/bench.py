@@ -227,14 +227,18 @@ def _can_import(module: str) -> bool:
 
 def largest_micro_batch(job: Job, first: Measurement, memory_gb: float, try_out: Callable[[Job], bool]) -> int:
     """Samples of the largest micro-batch that `try_out` says fits, to within 7 %: guessed from the activations of one sample, then
-    tried out and shrunk until two steps of it fit."""
+    made smaller until two steps of it fit, or larger until they do not."""
     peak, activations = first.memory_gb.get("peak") or 0.0, first.memory_gb.get("activations") or 0.0
     per_sample = max(activations / first.samples, 1e-6)
     size = int(0.97 * (memory_gb - (peak - activations)) / per_sample)
-    while size > first.samples:
+    if size <= first.samples or try_out(with_micro_batch(job, size)):
+        size = max(size, first.samples)
+        while try_out(with_micro_batch(job, larger := max(size + 1, int(1.07 * size)))):
+            size = larger
+        return size
+    while (size := int(0.93 * size)) > first.samples:
         if try_out(with_micro_batch(job, size)):
             return size
-        size = int(0.93 * size)
     return first.samples
 
 

@@ -56,8 +56,9 @@ class Outcome:
     stopped_by: str | None
 
 
-def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
-    """Trains until `max_steps` or until all ranks agree to stop. Raises the errors of jobs.errors."""
+def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_format.Ahead | None = None) -> Outcome:
+    """Trains until `max_steps` or until all ranks agree to stop. `ahead`, of rank 0: the newest checkpoint, already being verified.
+    Raises the errors of jobs.errors."""
     rt = runtime.start(job)
     say = _Speaker(rt.is_main)
     say(f"attempt {rt.attempt} of run {run.id}")
@@ -81,7 +82,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock) -> Outcome:
     scale = LossScale.of(job)
     guard = OverflowGuard(job, scale)
     with clock.during(Part.RESTORE):
-        loaded = _resume(job, run, rt, inner, optimizer, data, say)
+        loaded = _resume(job, run, rt, inner, optimizer, data, say, ahead)
         if loaded is None and not begins:
             # Every checkpoint was damaged: from the first step after all, with the weights that the first attempt drew.
             seed_everything(job.seed, step=0)
@@ -310,12 +311,14 @@ def _after_overflow(stepper: Stepper, guard: OverflowGuard, run: RunDir, step: i
     return replace(stepper, scale=None, context=forward_context(Precision.BF16, rt.device))
 
 
-def _resume(job: Job, run: RunDir, rt: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, say: "_Speaker") -> checkpoint.State | None:
+def _resume(
+    job: Job, run: RunDir, rt: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, say: "_Speaker", ahead: ckpt_format.Ahead | None
+) -> checkpoint.State | None:
     """Loads the newest checkpoint that verifies. Returns its state, None when there is none."""
     chosen: str | None = None
     if rt.is_main:
         ckpt_format.clear_leftovers(run.checkpoints)
-        path, damaged = ckpt_format.newest_verified(run.checkpoints, rt.attempt)
+        path, damaged = ckpt_format.newest_verified(run.checkpoints, rt.attempt, ahead)
         for name, reason in damaged:
             ledger.append(run.ledger, Event.DAMAGED, attempt=rt.attempt, job_id=rt.job_id, name=name, reason=reason)
             say(f"  WARNING: checkpoint {reason}; it is kept as checkpoints/{name} and the one before is used")

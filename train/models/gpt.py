@@ -7,6 +7,7 @@ Linears that read the same input are one (QKV; gate and up): fewer and wider pro
 """
 
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -177,7 +178,8 @@ class GPT(nn.Module):
 
         named = list(self.named_parameters())
         seeds = torch.randint(2**62, (len(named),), device="cpu").tolist()
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        # Not torch's number of threads, which is one where a processor trains: there it is part of the arithmetic, here it is not.
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for done in [pool.submit(torch.no_grad()(draw), *one, seed) for one, seed in zip(named, seeds, strict=True)]:
                 done.result()
         self.fill_tables()
