@@ -257,6 +257,11 @@ def few(names: Iterable[str]) -> str:
     return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
 
 
+def size_text(count: float) -> str:
+    """Bytes as a person reads them."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
 def hash_file(path: Path, name: str) -> str:
     """sha256 of one file of a checkpoint. Raises CheckpointError when it cannot be read."""
     try:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from jobs import advice
 from jobs.layers import Given
-from jobs.precision import Precision
+from jobs.precision import ALIASES, Precision
 from jobs.setting_names import AMP_WORDS
 from jobs.settings import Job, bare_type, is_mapping_of_numbers, is_optional
 from jobs.yaml_text import parse
@@ -83,9 +83,16 @@ def merge_amp_words(values: dict[str, Any], origins: dict[str, str], rank: dict[
     if dtype not in ("bfloat16", "float16", "bf16", "fp16"):
         faults.append(f"amp_dtype: {dtype!r} is not known ({where}); choose bfloat16 or float16.")
         return
+    off = use in ("false", "0")
     if rank.get("precision", -1) < level:
-        values["precision"] = "fp32" if use in ("false", "0") else dtype
+        values["precision"] = "fp32" if off else dtype
         origins["precision"] = f"{where}: {' and '.join(found)}"
+    elif rank["precision"] == level:
+        given = str(values["precision"]).lower()
+        given, meant = ALIASES.get(given, given), ALIASES.get(dtype, dtype)
+        other = given in ("bf16", "fp16") and "amp_dtype" in found and given != meant
+        if other or given in (("bf16", "fp16", "fp8") if off else ("fp32", "tf32")):
+            faults.append(f"PRECISION={given} and {' and '.join(word.upper() for word in found)} ({where}) contradict each other; PRECISION alone says it all.")
 
 
 def plain(given: Given) -> Any:
@@ -101,7 +108,9 @@ def plain(given: Given) -> Any:
     if isinstance(value, bool) and bare_type(given.name) in (int, float):
         return str(value).lower()  # `nodes: true` is a slip, and Python would count it as 1
     if isinstance(value, str) and is_mapping_of_numbers(given.name):
-        return _mapping_from_word(value)
+        value = _mapping_from_word(value)
+    if isinstance(value, dict) and typing.get_args(bare_type(given.name))[1:] == (float,):
+        return {key: str(one).lower() if isinstance(one, bool) else one for key, one in value.items()}
     return value
 
 

@@ -266,6 +266,6 @@ def _end_warnings(s: Schedule) -> list[str]:
             f" {s.total_steps}): the last step still trains at lr {final:.3g}, not {s.min_lr:g}; {advice}"
         ]
     if end < run - 0.5:
-        idle = f"{run - end:g} steps train at lr {s.min_lr:g}"
+        idle = f"{run - end:g} step{'s train' if run - end != 1 else ' trains'} at lr {s.min_lr:g}"
         return [f"the decay ends at step {s.warmup_steps + end:g}, before the run does at {s.total_steps}: {idle}"]
     return []

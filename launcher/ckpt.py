@@ -122,11 +122,7 @@ def _print(run: RunDir, rows: list[Row], as_json: bool) -> None:
             "" if row.tokens is None else f"{row.tokens:,}",
             "" if row.val_loss is None else f"{row.val_loss:.4f}",
             f"{row.precision} x {row.world}" if row.world else "",
-            "" if row.bytes is None else _size(row.bytes),
+            "" if row.bytes is None else ckpt_format.size_text(row.bytes),
         )
         table.add_row(*(Text(cell) for cell in cells))
     Console(width=None if sys.stdout.isatty() else 200, highlight=False, soft_wrap=True).print(table)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -303,7 +303,7 @@ def test_a_parameter_that_the_kind_does_not_take_is_told_and_no_other(kind: str)
         ("constant", {"total_iters": 60}, ["total_iters has no effect with constant; it belongs to linear, cosine, cosine_with_restarts, wsd"]),
         ("cosine", {"T_max": 90, "total_iters": 50}, ["total_iters has no effect: T_max is given and wins"]),
         ("cosine", {"T_max": 90}, []),
-        ("cosine", {"T_max": 89}, ["the decay ends at step 99, before the run does at 100: 1 steps train at lr 0"]),
+        ("cosine", {"T_max": 89}, ["the decay ends at step 99, before the run does at 100: 1 step trains at lr 0"]),
         ("linear", {"total_iters": 60}, ["the decay ends at step 60, before the run does at 100: 40 steps train at lr 0"]),
         (
             "cosine",

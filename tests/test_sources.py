@@ -250,7 +250,9 @@ def test_precision_no_is_fp32_also_when_yaml_already_made_it_false(desk: Desk) -
         (["amp_dtype=fp16"], "fp16"),
         (["use_amp=0"], "fp32"),
         (["amp_dtype=bf16"], "bf16"),
-        (["precision=bf16", "use_amp=false"], "bf16"),
+        (["precision=no", "use_amp=false"], "fp32"),
+        (["precision=float16", "amp_dtype=fp16"], "fp16"),
+        (["precision=fp8", "use_amp=true"], "fp8"),
     ],
 )
 def test_use_amp_and_amp_dtype_together_mean_a_precision(desk: Desk, words: list[str], meant: str) -> None:
@@ -259,6 +261,19 @@ def test_use_amp_and_amp_dtype_together_mean_a_precision(desk: Desk, words: list
         desk.job("".join(f"{word.lstrip('-').replace('=', ': ')}\n" for word in words if "=" in word) or "use_amp: true\namp_dtype: float16")().job.precision
         == meant
     )
+
+
+@pytest.mark.parametrize(
+    "words", ["precision=bf16 use_amp=false", "precision=half amp_dtype=bfloat16", "precision=fp32 use_amp=true", "precision=no amp_dtype=bf16"]
+)
+def test_words_that_contradict_a_precision_beside_them_are_refused(desk: Desk, words: str) -> None:
+    (line,) = desk.refused(*words.split())
+    assert "contradict each other" in line and "PRECISION=" in line
+
+
+def test_yes_is_no_number_of_a_schedule(desk: Desk) -> None:
+    (line,) = desk.job("lr_scheduler: cosine_with_restarts\nlr_scheduler_params: {T_0: 10, T_mult: true}").refused()
+    assert "T_mult" in line and "not a number" in line
 
 
 def test_amp_flags_win_over_the_file_and_a_precision_above_them_wins_over_them(desk: Desk) -> None:

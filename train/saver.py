@@ -265,7 +265,7 @@ class Saver:
         free = shutil.disk_usage(folder).free
         if free < need:
             keep = f" KEEP_LAST={self._job.keep_last} needs room for {self._job.keep_last + 1}." if self._job.keep_last > 1 else ""
-            raise OSError(errno.ENOSPC, f"it needs {_size(need)}, the disk has {_size(free)} left.{keep}".rstrip("."))
+            raise OSError(errno.ENOSPC, f"it needs {ckpt_format.size_text(need)}, the disk has {ckpt_format.size_text(free)} left.{keep}".rstrip("."))
 
     def _own(self) -> None:
         """Raises RunOwnedError when a later attempt has begun: this one is a ghost and must not write any more."""
@@ -296,7 +296,3 @@ def _problem(err: OSError) -> _Problem:
 def _with_errno(error: CheckpointError, code: int | None) -> CheckpointError:
     error.errno = code  # type: ignore[attr-defined]
     return error
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
