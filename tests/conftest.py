@@ -54,10 +54,11 @@ def pytest_report_header() -> str:
     return f"Slurm tests: left out, this machine lacks {', '.join(missing)}" if missing else "Slurm tests: on real private clusters"
 
 
-# Files of half a minute and more, the longest first.
+# Files of a quarter of a minute and more, the longest first.
 _LONGEST = (
-    "slurm_runs", "commands", "survival", "resume", "training_kinds", "checkpoint_faults", "on_device", "examples", "precision_command", "kernels",
-    "lab", "checkpoint_export", "autocast", "sweep_slurm", "precision",
+    "slurm_runs", "commands", "survival", "resume", "checkpoint_faults", "training_kinds", "examples", "precision_command", "kernels", "lab", "hostile",
+    "precision", "checkpoint_export", "autocast", "rerun", "sweep_slurm", "verdict", "goodput", "data_workers", "docs", "on_device", "checkpoint_commit",
+    "sweep", "clean", "house", "trackers", "sites",
 )  # fmt: skip
 
 # What `make test-fast` leaves out: whole files that load one of these packages, and tests with one of these markers or fixtures.
