@@ -41,17 +41,22 @@ def read_only():
     _disk(mkdir=mkdir)
 
 
-def slow_disk():
+def slow_disk(flush_s=0.25):
     """Each flush takes a quarter of a second: a save takes one second and more."""
     from train import commit
 
     real = commit.Disk.fsync
 
     def fsync(self, fd):
-        time.sleep(0.25)
+        time.sleep(flush_s)
         real(self, fd)
 
     _disk(fsync=fsync)
+
+
+def disk_not_quite_as_slow():
+    """A save takes a quarter of a second."""
+    slow_disk(flush_s=0.05)
 
 
 def bug_in_the_writer():

@@ -34,7 +34,7 @@ _POINTS = [
     [
         ([], {}),
         (["SITE=h100", "BATCH_SIZE=64", "MODEL_OPTIONS={n_layers: 1, d_model: 64}", "NODE_ENV=A=1,B=2"], {"LR": "1e-3", "HOLDFAST_SEED": "9"}),
-        (["jobs/gpt_124m_h100.yaml", "SEED=8", "use_amp=true", "amp_dtype=float16"], {"MAKEFLAGS": " -- NOTE=from\\ make"}),
+        (["jobs/gpt_124m_h100.yaml", "SEED=8"], {"MAKEFLAGS": " -- NOTE=from\\ make", "USE_AMP": "true", "AMP_DTYPE": "float16"}),
     ],
 )
 def test_each_run_of_an_array_is_the_one_that_its_words_alone_would_be(words: Sequence[str], environ: Mapping[str, str], tmp_path: Path) -> None:
