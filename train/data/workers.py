@@ -82,7 +82,11 @@ class Workers:
             # sent; an error of the data comes from one that lives.
             workers = getattr(self._batches, "_workers", [])
             if isinstance(err, (OSError, EOFError)):
-                multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=_GRACE_S)
+                gone = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=_GRACE_S)
+                for worker in workers:
+                    if worker.sentinel in gone:
+                        # A process that ends closes its files a moment before anybody can learn how it ended.
+                        worker.join(_GRACE_S)
             dead = [worker for worker in workers if worker.exitcode not in (None, 0)]
             if not dead:
                 raise
