@@ -397,3 +397,7 @@ def test_nothing_is_deleted_before_the_disk_knows_of_its_new_name(tmp_path: Path
     assert said == "step-00000010 could not be taken away: Input/output error"
     (trash,) = tmp_path.iterdir()
     assert trash.name.startswith(".trash-step-00000010-") and {file.name for file in trash.iterdir()} == {*NAMES, "manifest.json"}
+
+
+def test_sizes_as_a_person_reads_them() -> None:
+    assert [ckpt_format.size_text(count) for count in (5 * 2**20, 2**30 - 2**20, 2**30, 5 * 2**29)] == ["5.0 MiB", "1023.0 MiB", "1.0 GiB", "2.5 GiB"]

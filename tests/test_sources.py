@@ -253,6 +253,7 @@ def test_precision_no_is_fp32_also_when_yaml_already_made_it_false(desk: Desk) -
         (["precision=no", "use_amp=false"], "fp32"),
         (["precision=float16", "amp_dtype=fp16"], "fp16"),
         (["precision=fp8", "use_amp=true"], "fp8"),
+        (["precision=fp8", "amp_dtype=fp16"], "fp8"),
     ],
 )
 def test_use_amp_and_amp_dtype_together_mean_a_precision(desk: Desk, words: list[str], meant: str) -> None:
@@ -264,7 +265,17 @@ def test_use_amp_and_amp_dtype_together_mean_a_precision(desk: Desk, words: list
 
 
 @pytest.mark.parametrize(
-    "words", ["precision=bf16 use_amp=false", "precision=half amp_dtype=bfloat16", "precision=fp32 use_amp=true", "precision=no amp_dtype=bf16"]
+    "words",
+    [
+        "precision=bf16 use_amp=false",
+        "precision=half amp_dtype=bfloat16",
+        "precision=fp32 use_amp=true",
+        "precision=no amp_dtype=bf16",
+        "precision=fp8 use_amp=false",
+        "precision=fp16 use_amp=0",
+        "precision=tf32 use_amp=true",
+        "precision=bf16 amp_dtype=fp16",
+    ],
 )
 def test_words_that_contradict_a_precision_beside_them_are_refused(desk: Desk, words: str) -> None:
     (line,) = desk.refused(*words.split())
