@@ -224,6 +224,8 @@ def _mounts(job: Job, script: Script) -> list[str]:
             raise RenderError(f"CONTAINER_MOUNTS: {mount!r} has a comma, at which {job.container_runtime} cuts a mount in two; give one mount per item.")
     # A script that lies outside of the working tree is not frozen, and runs from where it is.
     outside = [str(Path(job.entry).parent)] if job.entry and job.entry.startswith("/") else []
+    if any("," in folder or ":" in folder for folder in outside):
+        raise RenderError(f"ENTRY: {outside[0]!r} has a comma or colon, at which {job.container_runtime} cuts a mount in two; move the script.")
     return [mount if ":" in mount else f"{mount}:{mount}" for mount in (path, *outside, *job.container_mounts)]
 
 

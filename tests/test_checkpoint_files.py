@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +176,21 @@ def test_what_was_verified_ahead_is_not_read_again_and_what_came_since_is(tmp_pa
     hash_files = ckpt_format.hash_files
     monkeypatch.setattr(ckpt_format, "hash_files", lambda path, names: read.append(path) or hash_files(path, names))
     ahead = ckpt_format.Ahead(tmp_path)
-    assert ckpt_format.newest_verified(tmp_path, 2, ahead) == (first, []) and read == [first]
+    ahead._thread.join()
+    assert read == [first], "nobody has asked yet"
+    assert ckpt_format.newest_verified(tmp_path, 2, ahead) == (first, []) and ahead.verify(first).step == 10 and read == [first]
     second = saved(tmp_path, 20)
     assert ckpt_format.newest_verified(tmp_path, 2, ahead) == (second, []) and read == [first, second]
     assert ckpt_format.Ahead(tmp_path / "none").verify(first).step == 10
+
+
+def test_whoever_asks_while_it_is_still_being_verified_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, read = saved(tmp_path, 10), []
+    hash_files, asked = ckpt_format.hash_files, threading.Event()
+    monkeypatch.setattr(ckpt_format, "hash_files", lambda path, names: asked.wait(30) and not read.append(path) and hash_files(path, names))
+    ahead = ckpt_format.Ahead(tmp_path)
+    threading.Timer(0.2, asked.set).start()
+    assert ahead.verify(first).step == 10 and read == [first]
 
 
 def test_what_fails_ahead_for_another_reason_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

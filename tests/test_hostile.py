@@ -182,7 +182,8 @@ folder_name = line.map(lambda text: text.translate(str.maketrans("/\\,:", "----"
 @given(
     values=st.fixed_dictionaries(
         {
-            "entry": st.none() | line.filter(lambda text: not text.startswith("-m ")), "entry_args": st.lists(line, max_size=3),
+            # A script outside of the working tree is mounted into a container, by its folder.
+            "entry": st.none() | line.filter(lambda text: not text.startswith("-m ") and not (text.startswith("/") and set(",:") & set(text))), "entry_args": st.lists(line, max_size=3),
             "container_image": st.none() | line, "container_runtime": st.sampled_from(["apptainer", "pyxis"]), "container_python": line,
             "container_mounts": st.lists(line.map(lambda text: text.replace(",", "-")), max_size=2), "modules": st.lists(line, max_size=2),
             "node_env": st.dictionaries(st.from_regex(r"V_[A-Z]{1,4}", fullmatch=True), line, max_size=2),
@@ -219,7 +220,8 @@ def test_nothing_in_a_script_is_executed_and_every_value_arrives(
     assert stage.words("module") == [word for name in job.modules for word in ("load", name)]
     assert stage.words("end")[:3] == ["-m", "launcher.attempt", "end"]
 
-    mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in (str(run.path), *job.container_mounts)]
+    outside = [str(Path(job.entry).parent)] if job.entry and job.entry.startswith("/") else []
+    mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in (str(run.path), *outside, *job.container_mounts)]
     task = ["-u", job.entry, *job.entry_args] if job.entry else ["-u", "-m", "train", "--run-dir", environment["HOLDFAST_RUN_DIR"]]
     srun = stage.words("srun")
     assert srun[srun.index("rank") - 3 : srun.index("rank") - 1] == ["bash", "-c"]

@@ -184,6 +184,13 @@ def test_a_mount_that_the_container_would_cut_in_two_is_refused(runtime: str, pa
         script(Job(container_image="i", container_runtime=runtime, container_mounts=mounts), RunDir(Path(path)))
 
 
+@pytest.mark.parametrize("entry", ["/home/a,b/train.py", "/home/a:b/train.py"])
+def test_a_script_whose_folder_the_container_would_cut_in_two_is_refused(entry: str) -> None:
+    with pytest.raises(RenderError, match="ENTRY: .* cuts a mount in two; move the script"):
+        script(Job(container_image="i", container_runtime="pyxis", entry=entry), RunDir(Path("/shared/x")))
+    assert entry in script(Job(entry=entry), RunDir(Path("/shared/x")))
+
+
 def test_a_run_directory_with_a_comma_is_fine_where_nothing_is_mounted() -> None:
     assert "export HOLDFAST_RUN_DIR=/shared/a,b/x\n" in script(Job(), RunDir(Path("/shared/a,b/x")))
 
