@@ -37,8 +37,8 @@ test: $(READY)  ## all tests; the ones on a real Slurm wherever it can be had
 	@launcher/setup.sh slurm || true
 	@.venv/bin/python -m pytest $(BY_FILE) -m "not slow and not gpu" $(TESTS)
 
-test-fast: $(READY)  ## the tests that start no Slurm and no training and load no torch: about a minute
-	@.venv/bin/python -m pytest --fast -n 2 --dist worksteal $(TESTS)
+test-fast: $(READY)  ## the tests that start no Slurm and no training and load no torch: under a minute
+	@.venv/bin/python -m pytest --fast -n 3 --dist worksteal $(TESTS)
 
 test-slow: $(READY)  ## the tests that take long: more seeds, more kills, compilation
 	@.venv/bin/python -m pytest -m "slow and not gpu" $(TESTS)

@@ -71,6 +71,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="only tests that start no Slurm and no training, and load no torch")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fast"):
+        os.environ.setdefault("HYPOTHESIS_EXAMPLES", "15")  # of histories that Slurm may write: half a second each
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Not even read: importing torch takes as long as a hundred tests of the others."""
     return True if config.getoption("--fast") and collection_path.suffix == ".py" and _LONG_IMPORTS.search(collection_path.read_text()) else None
