@@ -17,19 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hardware import available
+from benchmarks.hardware import PRECISIONS, available
 from jobs.memory import estimate
 from jobs.settings import Job
 from jobs.yaml_text import dump_yaml
 from launcher.prepare import resolve_here
 
-PRECISIONS: dict[str, list[str]] = {
-    "bf16": ["PRECISION=bf16", "AMP_OPT_LEVEL=O2"],
-    "fp16": ["PRECISION=fp16", "AMP_OPT_LEVEL=O2"],
-    "fp8 te current": ["PRECISION=fp8", "FP8_BACKEND=te", "AMP_OPT_LEVEL=O2"],
-    "fp8 torchao tensorwise": ["PRECISION=fp8", "FP8_BACKEND=torchao", "AMP_OPT_LEVEL=O2"],
-    "fp32": ["PRECISION=fp32"],
-}
+_NAMES = ("bf16 O2", "fp16 O2", "fp8 te current", "fp8 torchao tensorwise", "fp32")
 _SHAPE = ["SEQ_LEN=2048", "DATA=synthetic", "COMPILE=true", "DEVICE=cuda", "NODES=1", "GPUS_PER_NODE=1", "SITE=generic"]
 # Sequences of the first try: enough that what does not grow with them is little beside what does.
 _FIRST = {"1b": 4, "3b": 2, "8b": 1}
@@ -44,6 +38,7 @@ def cell(model: str, precision: str, recompute: bool, folder: Path) -> dict[str,
         f"BATCH_SIZE={first}",
         f"MICRO_BATCH_SIZE={first}",
         *PRECISIONS[precision],
+        *(["AMP_OPT_LEVEL=O2"] if precision.startswith("fp8") else []),
         f"GRAD_CHECKPOINTING={str(recompute).lower()}",
     ]
     job = resolve_here(words, os.environ, Path.cwd()).job
@@ -73,7 +68,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="precisions whose name has one of these texts, separated by semicolons")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    names = available([name for name in PRECISIONS if not args.only or any(word in name for word in args.only.split(";"))])
+    names = available([name for name in _NAMES if not args.only or any(word in name for word in args.only.split(";"))])
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="hf-largest-") as folder:
         for model in args.models.split(","):

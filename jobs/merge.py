@@ -92,7 +92,8 @@ def merge_amp_words(values: dict[str, Any], origins: dict[str, str], rank: dict[
         given, meant = ALIASES.get(given, given), ALIASES.get(dtype, dtype)
         other = given in ("bf16", "fp16") and "amp_dtype" in found and given != meant
         if other or given in (("bf16", "fp16", "fp8") if off else ("fp32", "tf32")):
-            faults.append(f"PRECISION={given} and {' and '.join(word.upper() for word in found)} ({where}) contradict each other; PRECISION alone says it all.")
+            said = " and ".join(f"{word.upper()}={use if word == 'use_amp' else dtype}" for word in found)
+            faults.append(f"PRECISION={given} and {said} ({where}) contradict each other; PRECISION alone says it all.")
 
 
 def plain(given: Given) -> Any:

@@ -279,7 +279,7 @@ def test_use_amp_and_amp_dtype_together_mean_a_precision(desk: Desk, words: list
 )
 def test_words_that_contradict_a_precision_beside_them_are_refused(desk: Desk, words: str) -> None:
     (line,) = desk.refused(*words.split())
-    assert "contradict each other" in line and "PRECISION=" in line
+    assert "contradict each other" in line and "PRECISION=" in line and words.split()[1].partition("=")[2] in line
 
 
 def test_yes_is_no_number_of_a_schedule(desk: Desk) -> None:

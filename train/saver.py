@@ -101,7 +101,7 @@ class Saver:
         self.failures = 0
 
     def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Takes the memory before the first save needs it, while training goes on: pinning 15 GB takes 6 s."""
+        """Takes the memory before the first save needs it, while training goes on: pinning some GB takes seconds."""
         if not self._writes:
             return
         wanted = [
