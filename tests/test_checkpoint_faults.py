@@ -1,21 +1,24 @@
 """Damaged checkpoints, disks that refuse, and saves in the background: nothing false is loaded, nothing is swallowed."""
 
+import errno
 import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import weights_sha
+from conftest import REPOSITORY, weights_sha
 from torch import nn
 from training import Farm, at_step, curve, events, farm, logs, result, saved
 
 from jobs import ckpt_format
 from jobs.contract import Exit
 from jobs.errors import CheckpointError
+from jobs.rundir import RunDir
 from train import checkpoint
 from train.checkpoint import State
 from train.commit import Commit
@@ -249,6 +252,19 @@ def test_a_folder_removed_during_the_run_is_made_again_by_the_next_save(farm: Fa
 
     assert farm.train(run, remove) == Exit.DONE, logs(run)
     assert ckpt_format.verify(ckpt_format.complete(run.checkpoints)[0]).step == 40
+
+
+def test_a_folder_that_cannot_be_listed_is_written_down_as_a_fault_of_the_storage(tmp_path: Path) -> None:
+    # A link to itself, in the place of a stale handle; listing it is the first thing that is done with the run, before torch is imported.
+    (tmp_path / "checkpoints").symlink_to("checkpoints")
+    done = subprocess.run(
+        [sys.executable, "-m", "train", "--run-dir", str(tmp_path)],
+        cwd=REPOSITORY,
+        env=os.environ | {"RANK": "0", "HOLDFAST_ATTEMPT": "1"},
+        capture_output=True,
+    )
+    marker = json.loads(RunDir(tmp_path).attempt(1).marker(0).read_text())
+    assert (done.returncode, marker["reason"], marker["errno"]) == (Exit.FAILED, "error", errno.ELOOP), done.stderr
 
 
 def test_a_clock_set_back_by_a_year_changes_nothing(farm: Farm) -> None:

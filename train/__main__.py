@@ -35,8 +35,8 @@ def main() -> int:
     clock = Clock.of_rank(attempt.clock, rank)
     answer_when_asked(attempt.stacks(rank), attempt.collectives(rank))
     flag.leave_unless_busy(lambda number: _leave(attempt, rank, clock, number))
-    ahead = ckpt_format.Ahead(run.checkpoints) if rank == 0 else None
     try:
+        ahead = ckpt_format.Ahead(run.checkpoints) if rank == 0 else None
         job = load(run.job_yaml)
         # OpenMP reads this once, when torch is loaded. On a CPU the number of threads is part of the arithmetic.
         os.environ["OMP_NUM_THREADS"] = str(job.cpu_threads)
