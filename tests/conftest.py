@@ -54,11 +54,11 @@ def pytest_report_header() -> str:
     return f"Slurm tests: left out, this machine lacks {', '.join(missing)}" if missing else "Slurm tests: on real private clusters"
 
 
-# Files of a quarter of a minute and more, the longest first.
+# Files of ten seconds and more, the longest first.
 _LONGEST = (
-    "slurm_runs", "commands", "survival", "resume", "checkpoint_faults", "training_kinds", "examples", "precision_command", "kernels", "lab", "hostile",
-    "precision", "checkpoint_export", "autocast", "rerun", "sweep_slurm", "verdict", "goodput", "data_workers", "docs", "on_device", "checkpoint_commit",
-    "sweep", "clean", "house", "trackers", "sites",
+    "slurm_runs", "commands", "survival", "resume", "checkpoint_faults", "training_kinds", "examples", "autocast", "on_device", "precision_command",
+    "lab", "checkpoint_export", "hostile", "verdict", "kernels", "docs", "precision", "sweep_slurm", "checkpoint_commit", "sweep", "clean", "rerun",
+    "goodput", "data_workers", "models", "entry", "watch", "notify", "house", "trackers", "secrets", "report", "sites",
 )  # fmt: skip
 
 # What `make test-fast` leaves out: whole files that load one of these packages, and tests with one of these markers or fixtures.

@@ -73,6 +73,12 @@ def jobs_of(of: Lab) -> list[lab_proc.Process]:
     return [p for group in lab_proc.of_lab(of.root).jobs.values() for p in group]
 
 
+def command_of(process: lab_proc.Process) -> bytes:
+    with suppress(OSError):
+        return Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    return b""
+
+
 def with_slurm_conf(conf: Path) -> list[int]:
     pids = (int(e) for e in os.listdir("/proc") if e.isdigit())
     return [p for p in pids if lab_proc.look_up(p) and lab_proc.environment(p).get("SLURM_CONF") == str(conf)]
@@ -371,8 +377,14 @@ def test_stop_leaves_no_process_but_those_it_did_not_start(room: Path, controlle
     # A batch script that ignores its end, and a child of it that no environment gives away.
     number = submit(cluster, "trap '' TERM; env -i sleep 86399 & while :; do sleep 0.1; done")
     until(lambda: job(cluster, number)["JobState"] == "RUNNING")
-    until(lambda: any(p.name == "sleep" for p in jobs_of(cluster)))
-    sleepers = [p for p in jobs_of(cluster) if not lab_proc.environment(p.pid).get("SLURM_CONF")]
+    sleepers: list[lab_proc.Process] = []
+
+    def is_stripped() -> bool:
+        # Between fork and exec it still has the environment of its shell.
+        sleepers[:] = [p for p in jobs_of(cluster) if b"86399" in command_of(p) and p.name == "sleep" and not lab_proc.environment(p.pid)]
+        return bool(sleepers)
+
+    until(is_stripped)
     with subprocess.Popen(["sleep", "60"], env={**os.environ, **cluster.env()}) as shell:  # somebody's own terminal
         if controller == "dead":
             cluster.kill_controller()
