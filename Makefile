@@ -11,9 +11,8 @@ READY := .venv/.ready
 HOLDFAST := .venv/bin/holdfast
 JOB_TARGETS := run render explain precision submit sweep status watch logs cancel resume rerun diff doctor drill report
 
-# Three at a time on two cores, a file to each: most of a Slurm test is waiting. In the order of tests/conftest.py, the longest first:
-# left alone, the plugin begins with the files of the most tests, and a few long ones are left for the end.
-BY_FILE := -n 3 --dist loadfile --no-loadscope-reorder
+# Three at a time on two cores, a file to each: most of a Slurm test is waiting.
+BY_FILE := -n 3 --dist loadfile
 
 # What belongs to the project, as a list with NUL between its names.
 FILES := git ls-files -z --cached --others --exclude-standard
