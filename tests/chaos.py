@@ -107,7 +107,7 @@ class Stage:
                         return progress.stat().st_mtime
             return None
 
-        return float(until(made, seconds, f"a step after attempt {after} of {run.id}\n{self.cluster.logs(run)}"))
+        return float(until(made, seconds, lambda: f"a step after attempt {after} of {run.id}\n{self.cluster.logs(run)}"))
 
     def survived(self, row: Row, run: RunDir, fault_at: float, seconds: float = 150, after: int = 1, **settings: str) -> Row:
         """Fills in a row whose run comes back and finishes."""
@@ -126,7 +126,7 @@ class Stage:
         until(
             lambda: len([known for known in ledger.attempts(ledger.read(run.ledger)) if known.cause]) >= attempts,
             seconds,
-            f"the end of {run.id}\n{self.cluster.logs(run)}",
+            lambda: f"the end of {run.id}\n{self.cluster.logs(run)}",
         )
         until(lambda: not self.queued(run), 60, f"{run.id} to leave the queue")
         time.sleep(8)  # longer than a requeued job waits
@@ -226,7 +226,7 @@ def _time_limit(stage: Stage, fault: str, **more: str) -> tuple[Row, RunDir]:
     settings = {"TIME_LIMIT": "1", "STOP_LEAD_S": "45", "CHECKPOINT_EVERY": "1000", **more}
     node_env = settings.pop("node_env", "")
     run = stage.submit(node_env=node_env, **settings)
-    until(lambda: any(e["event"] == Event.STOP for e in ledger.read(run.ledger)), 90, f"the warning\n{stage.cluster.logs(run)}")
+    until(lambda: any(e["event"] == Event.STOP for e in ledger.read(run.ledger)), 90, lambda: f"the warning\n{stage.cluster.logs(run)}")
     row = stage.survived(Row(fault, "time_limit"), run, time.time(), seconds=250, **{k: v for k, v in more.items() if k != "node_env"})
     return row, run
 

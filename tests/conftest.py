@@ -137,7 +137,7 @@ class Cluster:
             except (OSError, ValueError):
                 return False
 
-        until(reached, seconds, lambda: f"step {step} of attempt {attempt} of {run.id}; logs:\n{self.logs(run)}\n{self.slurm('squeue', '--all')}")
+        until(reached, seconds, lambda: f"step {step} of attempt {attempt} of {run.id}; logs:\n{self.logs(run)}")
 
     def finished(self, run: RunDir, seconds: float = 120) -> list[ledger.Attempt]:
         """Waits for the end of a run and returns its attempts; shows the logs when it does not end well."""
@@ -146,16 +146,15 @@ class Cluster:
             attempts = ledger.attempts(ledger.read(run.ledger))
             return bool(attempts) and attempts[-1].cause is not None and attempts[-1].cause.value == "finished"
 
-        limit = time.monotonic() + PATIENCE * seconds
-        while not over():
-            if time.monotonic() > limit:
-                pytest.fail(f"{run.id} did not finish within {seconds:.0f} s\n{self.logs(run)}")
-            time.sleep(0.1)
+        until(over, seconds, lambda: f"the end of {run.id}; logs:\n{self.logs(run)}")
         return ledger.attempts(ledger.read(run.ledger))
 
     def logs(self, run: RunDir) -> str:
+        """What there is to read of a run, and what Slurm says of its jobs, if it answers."""
+        queue = subprocess.run(["squeue", "--all"], env=self.env, capture_output=True, text=True, timeout=60)
         files = [run.ledger, *sorted(run.logs.glob("*.batch.out")), *sorted(run.logs.glob("*.0.out"))]
-        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in files if path.exists())
+        texts = [f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in files if path.exists()]
+        return "\n".join([*texts, f"--- squeue\n{queue.stdout}{queue.stderr}"])
 
 
 def weights_sha(run: RunDir) -> str:

@@ -254,7 +254,7 @@ def test_a_folder_removed_during_the_run_is_made_again_by_the_next_save(farm: Fa
     assert ckpt_format.verify(ckpt_format.complete(run.checkpoints)[0]).step == 40
 
 
-def test_a_folder_that_cannot_be_listed_is_written_down_as_a_fault_of_the_storage(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_listed_is_written_down_with_what_the_disk_said(tmp_path: Path) -> None:
     # A link to itself, in the place of a stale handle; listing it is the first thing that is done with the run, before torch is imported.
     (tmp_path / "checkpoints").symlink_to("checkpoints")
     done = subprocess.run(

@@ -56,7 +56,7 @@ def test_modules_are_loaded_and_ranks_in_a_container_see_and_hear_everything(clu
     run = RunDir(Path(json.loads(cluster.holdfast("submit", "--json", *words, **env).stdout)["path"]))
     job_id = cluster.job_id(run)
     logs = [run.log(job_id, rank) for rank in (0, 1)]
-    until(lambda: all(log.exists() and log.read_text().count("\n") for log in logs), 120, f"the first words of both ranks\n{cluster.logs(run)}")
+    until(lambda: all(log.exists() and log.read_text().count("\n") for log in logs), 120, lambda: f"the first words of both ranks\n{cluster.logs(run)}")
     for rank, log in enumerate(logs):
         seen = json.loads(log.read_text().splitlines()[0])
         assert seen["RANK"] == seen["LOCAL_RANK"] == str(rank) and seen["WORLD_SIZE"] == seen["LOCAL_WORLD_SIZE"] == "2"
