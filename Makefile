@@ -12,7 +12,7 @@ HOLDFAST := .venv/bin/holdfast
 JOB_TARGETS := run render explain precision submit sweep status watch logs cancel resume rerun diff doctor drill report
 
 # Three at a time on two cores, a file to each: most of a Slurm test is waiting.
-BY_FILE := -n 3 --dist loadfile
+BY_FILE := -n 3 --dist loadfile --no-loadscope-reorder
 
 # What belongs to the project, as a list with NUL between its names.
 FILES := git ls-files -z --cached --others --exclude-standard

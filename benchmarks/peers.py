@@ -9,12 +9,14 @@ Beside them: the most memory that torch had allocated, and for `holdfast run` wh
 from the start of its process to the end of the first step.
 
 Peers: transformers.Trainer; a plain PyTorch loop over the same Llama of transformers, eager and compiled, also with torchao's float8;
-Accelerate's own fp8. What is not installed, or cannot run on this machine, is named and left out.
+Accelerate's own fp8, and its DDP on two GPUs. What is not installed, or cannot run on this machine, is named and left out.
+Rows on two GPUs have the batch of one on each; their tokens per second are those of both, their share of the peak is that of each.
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -189,17 +192,46 @@ def accelerate_fp8(shape: Shape, steps: int) -> Figures:
     return measured(windows.median())
 
 
+def accelerate_ddp(shape: Shape, steps: int) -> Figures:
+    """Accelerate's DDP in bf16, the model compiled before it is wrapped; called in each of the processes. Rates of all together."""
+    import torch
+    from accelerate import Accelerator
+
+    gpu = device() == "cuda"
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    accelerator = Accelerator(mixed_precision="bf16", cpu=not gpu)
+    model = llama(shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=gpu)
+    model, optimizer = accelerator.prepare(torch.compile(model) if gpu else model, optimizer)
+    windows = Windows(shape.batch * shape.seq_len * accelerator.num_processes)
+    for _ in range(steps):
+        windows.step()
+        tokens = torch.randint(0, shape.vocab, (shape.batch, shape.seq_len), device=accelerator.device)
+        accelerator.backward(model(input_ids=tokens, labels=tokens).loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    windows.step()
+    figures = measured(windows.median())
+    accelerator.end_training()
+    return figures
+
+
 # -------------------------------------------------------------------------------------------------------------- holdfast
 
 
-def words_of(shape: Shape, precision: list[str], folder: str) -> list[str]:
+def words_of(shape: Shape, precision: list[str], folder: str, gpus: int = 1) -> list[str]:
     options = [] if shape.preset != "nano" else [f"MODEL_OPTIONS=d_model={shape.d},n_layers={shape.layers},n_heads={shape.heads},d_ff={shape.ff}"]
     on = ["DEVICE=cuda", "COMPILE=true"] if device() == "cuda" else ["DEVICE=cpu"]
     return [
         f"MODEL={shape.preset}",
         *options,
         f"SEQ_LEN={shape.seq_len}",
-        f"BATCH_SIZE={shape.batch}",
+        f"BATCH_SIZE={shape.batch * gpus}",
+        "NODES=1",
+        f"GPUS_PER_NODE={gpus}",
+        "SITE=generic",
         f"MICRO_BATCH_SIZE={shape.batch}",
         f"DATA=tokens:{folder}/tokens.bin",
         *on,
@@ -207,14 +239,14 @@ def words_of(shape: Shape, precision: list[str], folder: str) -> list[str]:
     ]
 
 
-def token_file(shape: Shape, folder: Path, steps: int) -> None:
+def token_file(shape: Shape, folder: Path, steps: int, gpus: int = 1) -> None:
     from train.data.tokens import write_tokens
 
-    count = (steps + 64) * shape.batch * shape.seq_len + shape.seq_len
+    count = (steps + 64) * gpus * shape.batch * shape.seq_len + shape.seq_len
     write_tokens(folder / "tokens.bin", np.random.default_rng(0).integers(0, shape.vocab, int(count * 1.1)), shape.vocab)
 
 
-def ordinary_run(shape: Shape, steps: int, *precision: str) -> Figures:
+def ordinary_run(shape: Shape, steps: int, *precision: str, gpus: int = 1) -> Figures:
     """`holdfast run`, with everything on: the median of the last half of its metrics."""
     from benchmarks.hardware import train
     from jobs import ledger, metrics
@@ -222,14 +254,14 @@ def ordinary_run(shape: Shape, steps: int, *precision: str) -> Figures:
     from jobs.sources import load
 
     with tempfile.TemporaryDirectory(prefix="hf-peers-") as folder:
-        token_file(shape, Path(folder), steps)
+        token_file(shape, Path(folder), steps, gpus)
         # One checkpoint on its way beside the one before it: where the disk has no room for two, only the last is written.
         room = shutil.disk_usage(folder).free > 2.2 * shape.checkpoint_bytes
-        shared = ["NODES=1", "GPUS_PER_NODE=1", "SITE=generic", "LOG_EVERY=5", "EVAL_EVERY=0", "EVAL_SAMPLES=16", "KEEP_LAST=1"]
+        shared = ["LOG_EVERY=5", "EVAL_EVERY=0", "EVAL_SAMPLES=16", "KEEP_LAST=1"]
         run = train(
             Path(folder),
             "peer",
-            [*words_of(shape, [*precision], folder), *shared, f"MAX_STEPS={steps}", f"CHECKPOINT_EVERY={max(steps // 2, 1) if room else steps}"],
+            [*words_of(shape, [*precision], folder, gpus), *shared, f"MAX_STEPS={steps}", f"CHECKPOINT_EVERY={max(steps // 2, 1) if room else steps}"],
             timeout=900,
         )
         lines = metrics.read(run.metrics)
@@ -244,53 +276,73 @@ def ordinary_run(shape: Shape, steps: int, *precision: str) -> Figures:
 
 def bare_loop(shape: Shape, steps: int, *precision: str) -> Figures:
     """The same step function without loop, logging and checkpoints: what the loop costs is the difference."""
-    import os
-
     from launcher.prepare import resolve_here
     from train.bench import measure
 
     with tempfile.TemporaryDirectory(prefix="hf-peers-") as folder:
         token_file(shape, Path(folder), steps)
-        job = resolve_here(
-            [*words_of(shape, [*precision], folder), "NODES=1", "GPUS_PER_NODE=1", "SITE=generic", f"MAX_STEPS={steps}"], os.environ, Path.cwd()
-        ).job
+        job = resolve_here([*words_of(shape, [*precision], folder), f"MAX_STEPS={steps}"], os.environ, Path.cwd()).job
         found, _ = measure(job, steps, steps // 2)
     return measured(shape.batch * shape.seq_len * 1000 / found.step_ms)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measurement, the modules that it imports, whether it needs a GPU, and how many processes it has: a GPU each, where there are any.
+    `spawned`: the measurement wants to be called in each of them."""
+
+    measure: Callable[[Shape, int], Figures]
+    needs: tuple[str, ...] = ()
+    gpu: bool = False
+    processes: int = 1
+    spawned: bool = False
+
+
+def of_holdfast(*words: str, needs: tuple[str, ...] = (), gpu: bool = False, processes: int = 1) -> Row:
+    return Row(lambda shape, steps: ordinary_run(shape, steps, *words, gpus=processes), needs, gpu, processes)
 
 
 # As jobs/gpt_1b_h100.yaml has it.
 O2 = "AMP_OPT_LEVEL=O2"
 BF16, FP16, TE, AO = ["PRECISION=bf16", O2], ["PRECISION=fp16", O2], ["PRECISION=fp8", "FP8_BACKEND=te", O2], ["PRECISION=fp8", "FP8_BACKEND=torchao", O2]
-# name: (measurement, modules it needs, whether it needs a GPU)
+# Sharded weights are fp32 by themselves, with working copies in 16 bits: no O2.
+SHARDED = ["PRECISION=bf16", "PARALLEL=fsdp"]
+FAST = "FP8_FAST_ACCUM=grad_input"
+_HF, _ENGINE, _AO = ("transformers",), ("transformer_engine",), ("torchao",)
 # In the order in which they are measured: what matters most first, for a machine that is had for a short time.
-ROWS: dict[str, tuple[Callable[[Shape, int], Figures], tuple[str, ...], bool]] = {
-    "transformers Trainer, bf16, compiled": (trainer, ("transformers",), False),
-    "holdfast run, bf16": (lambda s, n: ordinary_run(s, n, *BF16), (), False),
-    "holdfast run, fp8 te current": (lambda s, n: ordinary_run(s, n, *TE), ("transformer_engine",), True),
-    "holdfast run, fp8 te current, fast input gradients": (lambda s, n: ordinary_run(s, n, *TE, "FP8_FAST_ACCUM=grad_input"), ("transformer_engine",), True),
-    "holdfast step alone, bf16": (lambda s, n: bare_loop(s, n, *BF16), (), False),
-    "holdfast step alone, fp8 te current, fast input gradients": (
-        lambda s, n: bare_loop(s, n, *TE, "FP8_FAST_ACCUM=grad_input"),
-        ("transformer_engine",),
-        True,
-    ),
-    "plain loop, bf16, compiled": (lambda s, n: plain_loop(s, n, "bfloat16", compiled=True), ("transformers",), True),
-    "Accelerate fp8 (Transformer Engine), eager": (accelerate_fp8, ("transformers", "transformer_engine"), True),
-    "holdfast run, fp16": (lambda s, n: ordinary_run(s, n, *FP16), (), True),
-    "holdfast run, fp8 torchao tensorwise": (lambda s, n: ordinary_run(s, n, *AO), ("torchao",), True),
-    "plain loop, torchao tensorwise, compiled": (lambda s, n: plain_loop(s, n, "bfloat16", True, "tensorwise"), ("transformers", "torchao"), True),
-    "plain loop, torchao rowwise, compiled": (lambda s, n: plain_loop(s, n, "bfloat16", True, "rowwise"), ("transformers", "torchao"), True),
-    "plain loop, fp16, compiled": (lambda s, n: plain_loop(s, n, "float16", compiled=True), ("transformers",), True),
-    "plain loop, bf16, eager": (lambda s, n: plain_loop(s, n, "bfloat16"), ("transformers",), False),
+ROWS: dict[str, Row] = {
+    "transformers Trainer, bf16, compiled": Row(trainer, _HF),
+    "holdfast run, bf16": of_holdfast(*BF16),
+    "holdfast run, fp8 te current": of_holdfast(*TE, needs=_ENGINE, gpu=True),
+    "holdfast run, fp8 te current, fast input gradients": of_holdfast(*TE, FAST, needs=_ENGINE, gpu=True),
+    "holdfast run, bf16, 2 GPUs, DDP": of_holdfast(*BF16, processes=2),
+    "holdfast run, bf16, fp32 weights": of_holdfast("PRECISION=bf16"),
+    "holdfast run, bf16, fp32 weights, 2 GPUs, FSDP2": of_holdfast(*SHARDED, processes=2),
+    "holdfast run, fp8 te current, 2 GPUs, DDP": of_holdfast(*TE, needs=_ENGINE, gpu=True, processes=2),
+    "Accelerate DDP, bf16, compiled, 2 GPUs": Row(accelerate_ddp, _HF, processes=2, spawned=True),
+    "holdfast step alone, bf16": Row(lambda s, n: bare_loop(s, n, *BF16)),
+    "holdfast step alone, fp8 te current, fast input gradients": Row(lambda s, n: bare_loop(s, n, *TE, FAST), _ENGINE, gpu=True),
+    "plain loop, bf16, compiled": Row(lambda s, n: plain_loop(s, n, "bfloat16", compiled=True), _HF, gpu=True),
+    "Accelerate fp8 (Transformer Engine), eager": Row(accelerate_fp8, _HF + _ENGINE, gpu=True),
+    "holdfast run, fp16": of_holdfast(*FP16, gpu=True),
+    "holdfast run, fp8 torchao tensorwise": of_holdfast(*AO, needs=_AO, gpu=True),
+    "plain loop, torchao tensorwise, compiled": Row(lambda s, n: plain_loop(s, n, "bfloat16", True, "tensorwise"), _HF + _AO, gpu=True),
+    "plain loop, torchao rowwise, compiled": Row(lambda s, n: plain_loop(s, n, "bfloat16", True, "rowwise"), _HF + _AO, gpu=True),
+    "plain loop, fp16, compiled": Row(lambda s, n: plain_loop(s, n, "float16", compiled=True), _HF, gpu=True),
+    "plain loop, bf16, eager": Row(lambda s, n: plain_loop(s, n, "bfloat16"), _HF),
 }
 
 
-def missing(needs: tuple[str, ...], gpu: bool) -> str:
+def missing(row: Row) -> str:
     """Why a row cannot be measured here, or an empty text."""
-    lacks = [module for module in needs if importlib.util.find_spec(module) is None]
+    lacks = [module for module in row.needs if importlib.util.find_spec(module) is None]
     if lacks:
         return f"{', '.join(lacks)} is not installed"
-    return "needs a GPU" if gpu and device() == "cpu" else ""
+    if device() == "cpu":
+        return "needs a GPU" if row.gpu else ""
+    import torch
+
+    return f"needs {row.processes} GPUs" if row.processes > torch.cuda.device_count() else ""
 
 
 def table(shape: Shape, figures: dict[str, Figures], left_out: dict[str, str], head: str, card: str) -> str:
@@ -299,14 +351,16 @@ def table(shape: Shape, figures: dict[str, Figures], left_out: dict[str, str], h
     lines = [
         head,
         "",
-        f"| what | tokens/s | % of {f'{peak.tflops:g} TFLOP/s' if peak else 'peak'} | peak memory, GB | expected, GB | first step after, s |",
-        "|---|---|---|---|---|---|",
+        f"| what | tokens/s | % of {f'{peak.tflops:g} TFLOP/s' if peak else 'peak'} | of n times one GPU, % | peak memory, GB | expected, GB | first step after, s |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, found in figures.items():
-        rate = found["tokens_per_s"]
-        share = f"{100 * rate * shape.flops / (peak.tflops * 1e12):.1f}" if peak else "-"
+        rate, processes = found["tokens_per_s"], ROWS[name].processes
+        share = f"{100 * rate / processes * shape.flops / (peak.tflops * 1e12):.1f}" if peak else "-"
+        one = figures.get(name.partition(", 2 GPUs")[0]) if processes > 1 else None
+        scaling = f"{100 * rate / processes / one['tokens_per_s']:.1f}" if one else "-"
         rest = [f"{found[key]:.1f}" if key in found else "-" for key in ("memory_gb", "expected_gb", "first_step_s")]
-        lines.append(f"| {name} | {rate:,.0f} | {share} | " + " | ".join(rest) + " |")
+        lines.append(f"| {name} | {rate:,.0f} | {share} | {scaling} | " + " | ".join(rest) + " |")
     return "\n".join([*lines, *(f"\nLeft out: {name}: {why}." for name, why in left_out.items()), ""])
 
 
@@ -321,7 +375,13 @@ def main() -> int:
     args = parser.parse_args()
     shape = SHAPES[args.shape]
     if args.row:
-        print("\n" + json.dumps(ROWS[args.row][0](shape, args.steps)))
+        row = ROWS[args.row]
+        if row.spawned and "LOCAL_RANK" not in os.environ:
+            launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(row.processes), "-m", "benchmarks.peers", *sys.argv[1:]]
+            return subprocess.run([sys.executable, "-m", *launch], timeout=900).returncode
+        found = row.measure(shape, args.steps)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("\n" + json.dumps(found), flush=True)
         return 0
     import torch
 
@@ -330,10 +390,10 @@ def main() -> int:
     head = f"`{command}`, {time.strftime('%Y-%m-%d')}, {card}, torch {torch.__version__}, Python {platform.python_version()}; {shape.batch} x {shape.seq_len} random tokens per step."
     figures: dict[str, Figures] = {}
     left_out: dict[str, str] = {}
-    for name, (_, needs, gpu) in ROWS.items():
+    for name, row in ROWS.items():
         if args.only and not any(word in name for word in args.only.split(";")):
             continue
-        why = missing(needs, gpu) or _measure(name, args, figures)
+        why = missing(row) or _measure(name, args, figures)
         if why:
             left_out[name] = why
             print(f"{name:55} left out: {why}", flush=True)

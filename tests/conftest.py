@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,14 @@ def pytest_report_header() -> str:
     return f"Slurm tests: left out, this machine lacks {', '.join(missing)}" if missing else "Slurm tests: on real private clusters"
 
 
-# Files of a quarter of a minute and more, the longest first; for one process alone, and among files of as many tests. Several processes
-# begin with the files of the most tests, which leaves the long runs on Slurm for the end, when they have the cores to themselves. In this
-# order throughout it was no faster (804 s against 656 to 771), and a run of four ranks was not at its step 25 after three minutes.
+# Mostly waits, for a time limit: begun first, it leaves the processors to the others.
+_FIRST = "test_slurm_ends.py"
+# Files of a quarter of a minute and more, the longest first: the order among files of as many tests. Those of the most tests come first, which
+# leaves the long runs on Slurm for the end, when they have the cores to themselves. In the order of their length throughout it was no
+# faster (804 s against 656 to 771), and a run of four ranks was not at its step 25 after three minutes.
 _LONGEST = (
-    "slurm_runs", "commands", "survival", "resume", "checkpoint_faults", "training_kinds", "examples", "precision_command", "kernels", "lab", "hostile",
-    "precision", "checkpoint_export", "autocast", "rerun", "sweep_slurm", "verdict", "goodput", "data_workers", "docs", "on_device", "checkpoint_commit",
+    "slurm_runs", "commands", "survival", "resume", "checkpoint_faults", "training_kinds", "examples", "precision_command", "kernels", "lab",
+    "hostile", "precision", "checkpoint_export", "autocast", "rerun", "sweep_slurm", "verdict", "goodput", "data_workers", "docs", "on_device", "checkpoint_commit",
     "sweep", "clean", "house", "trackers", "sites",
 )  # fmt: skip
 
@@ -84,9 +87,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The files that take longest go first, where the plugin that shares them out leaves their order alone."""
+    """The order of files, for one process and for several (`--no-loadscope-reorder` lets it stand)."""
     longest = {f"test_{name}.py": place - len(_LONGEST) for place, name in enumerate(_LONGEST)}
-    items.sort(key=lambda item: longest.get(item.path.name, 0))
+    tests = Counter(item.path.name for item in items)
+    items.sort(key=lambda item: (item.path.name != _FIRST, -tests[item.path.name], longest.get(item.path.name, 0), item.path.name))
     if config.getoption("--fast"):
         long = [item for item in items if any(map(item.get_closest_marker, _LONG_MARKERS)) or _LONG_FIXTURES & set(getattr(item, "fixturenames", ()))]
         config.hook.pytest_deselected(items=long)
@@ -149,6 +153,12 @@ class Cluster:
         until(over, seconds, lambda: f"the end of {run.id}; logs:\n{self.logs(run)}")
         return ledger.attempts(ledger.read(run.ledger))
 
+    def straight(self, **settings: str) -> RunDir:
+        """A run from its first step to its last in one attempt: what the others must end with."""
+        run = self.submit(**settings)
+        assert len(self.finished(run)) == 1, self.logs(run)
+        return run
+
     def logs(self, run: RunDir) -> str:
         """What there is to read of a run, and what Slurm says of its jobs, if it answers."""
         queue = subprocess.run(["squeue", "--all"], env=self.env, capture_output=True, text=True, timeout=60)
@@ -167,6 +177,11 @@ def weights_sha(run: RunDir) -> str:
 def losses(run: RunDir) -> list[tuple[int, float, float | None]]:
     """(step, loss, validation loss) of every line of metrics, bit for bit."""
     return [(line["step"], line["loss"], line.get("val_loss")) for line in map(json.loads, run.metrics.read_text().splitlines())]
+
+
+def assert_same_result(run: RunDir, reference: RunDir) -> None:
+    assert weights_sha(run) == weights_sha(reference)
+    assert losses(run) == losses(reference)
 
 
 @pytest.fixture(scope="session")
