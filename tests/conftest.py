@@ -25,6 +25,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # A shell gives what it starts in the background a Ctrl-C that is ignored, and so would every process of a test that presses it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Arithmetic of tests in their own process, and of what they start: threads of OpenMP wait by turning, and three processes of two threads on
+# two cores do little else (297 seconds of the processor instead of 382 in the files that import torch). Read when torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # How fast examples are made says something about the machine and its other users, nothing about the code.
 settings.register_profile("holdfast", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("holdfast")
