@@ -1,0 +1,152 @@
+"""What spreading a step over GPUs costs, by the way it is spread: the step alone on every GPU at once, then with gradients reduced.
+
+    python -m benchmarks.scaling [--gpus 2] [--shape 1b] [--steps 15] [--json figures.json] [KEY=value ...]
+
+One process a GPU. Each builds the model of the job once; every variant wraps it anew and trains some steps of the loop's own step function
+after a warm-up. Milliseconds are medians of the slowest rank, by the GPU's own events. `alone` reduces nothing but three numbers, so it is what one GPU
+does while its neighbours are as busy; the others are given as a share of it. With PARALLEL=fsdp the weights are sharded, which is one variant, and `alone`
+has to be taken from a call without it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peer_loops import SHAPES
+
+_WARM_UP = 8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How gradients travel. bucket_mb: of DDP. ctas: programs that NCCL may run at once. first: its stream before that of the products."""
+
+    name: str
+    reduce: bool = True
+    bucket_mb: int = 25
+    ctas: int | None = None
+    first: bool = False
+    static: bool = False
+
+
+VARIANTS = (
+    Variant("alone", reduce=False),
+    Variant("DDP"),
+    Variant("DDP, buckets of 100 MB", bucket_mb=100),
+    Variant("DDP, buckets of 400 MB", bucket_mb=400),
+    Variant("DDP, 8 programs", ctas=8),
+    Variant("DDP, 4 programs", ctas=4),
+    Variant("DDP, high priority", first=True),
+    Variant("DDP, 8 programs, high priority, 100 MB", bucket_mb=100, ctas=8, first=True),
+    Variant("DDP, static graph, 100 MB", bucket_mb=100, static=True),
+    Variant("alone, again", reduce=False),
+)
+
+
+def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """In each of the processes. The rows of rank 0 are those of all."""
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from benchmarks.peers import words_of
+    from launcher.prepare import resolve_here
+    from train import optim, runtime, switches
+    from train.build import build, open_split
+    from train.feed import Feed
+    from train.numerics import LossScale
+    from train.parallel import is_sharded
+    from train.seeds import seed_everything
+    from train.step import Stepper
+
+    shape = SHAPES[args.shape]
+    job = resolve_here([*words_of(shape, args.words, args.folder, args.gpus), "DATA=synthetic", "MAX_STEPS=1000"], os.environ, Path.cwd()).job
+    rt = runtime.start(job)
+    gpu = rt.device.type == "cuda"
+    seed_everything(job.seed, step=0)
+    data = open_split(job, "train")
+    inner, context = build(job, data, rt, lambda text: None)
+    switches.apply(job, inner, data, rt.device)
+    optimizer = optim.build(job, inner)
+    feed = Feed(job, rt, data)
+    inner.train()
+    batch = feed.first(0)
+    step = 0
+
+    def group(variant: Variant) -> Any:
+        if not gpu or (variant.ctas is None and not variant.first):
+            return None
+        options = dist.ProcessGroupNCCL.Options()
+        options.is_high_priority_stream = variant.first
+        if variant.ctas is not None:
+            options.config.max_ctas = variant.ctas
+        return dist.new_group(backend="nccl", pg_options=options)
+
+    rows = []
+    for variant in (Variant("FSDP2"),) if is_sharded(inner) else VARIANTS:
+        model = inner
+        if variant.reduce and not is_sharded(inner):
+            model = DistributedDataParallel(
+                inner, device_ids=[rt.device.index] if gpu else None, broadcast_buffers=False, gradient_as_bucket_view=True,
+                bucket_cap_mb=variant.bucket_mb, process_group=group(variant), static_graph=variant.static,
+            )  # fmt: skip
+        stepper = Stepper(job, rt, model, inner, optimizer, context, LossScale.of(job))
+        if not variant.static:
+            stepper.settle(batch)
+        events = []
+        for _ in range(_WARM_UP + args.steps):
+            optim.set_lr(optimizer, 1e-5)
+            if gpu:
+                events.append(torch.cuda.Event(enable_timing=True))
+                events[-1].record()
+            stepper.run(feed.of_step(step))
+            step += 1
+        found = [0.0]
+        if gpu:
+            torch.cuda.synchronize()
+            found = [begin.elapsed_time(end) for begin, end in zip(events[_WARM_UP:-1], events[_WARM_UP + 1 :], strict=True)]
+        slowest = torch.tensor(statistics.median(found), device=rt.device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        rows.append({"variant": variant.name, "step_ms": round(slowest.item(), 2)})
+        if rt.is_main:
+            print(json.dumps(rows[-1]), flush=True)
+        del model, stepper
+        inner.zero_grad(set_to_none=True)
+    feed.close()
+    dist.destroy_process_group()
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("words", nargs="*", help="of the job: PRECISION=bf16 AMP_OPT_LEVEL=O2 when there are none")
+    args = parser.parse_args()
+    args.words = args.words or ["PRECISION=bf16", "AMP_OPT_LEVEL=O2"]
+    if "LOCAL_RANK" not in os.environ:
+        with tempfile.TemporaryDirectory(prefix="hf-scaling-") as folder:
+            launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(args.gpus), "-m", "benchmarks.scaling", "--folder", folder]
+            return subprocess.run([sys.executable, "-m", *launch, *sys.argv[1:]], timeout=900).returncode
+    rows = ranks(args)
+    if os.environ["LOCAL_RANK"] == "0":
+        alone = next((row["step_ms"] for row in rows if row["variant"] == "alone"), None)
+        for row in rows:
+            print(f"{row['variant']:42} {row['step_ms']:8.2f} ms" + (f"  {100 * alone / row['step_ms']:5.1f} %" if alone and row["step_ms"] else ""))
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
