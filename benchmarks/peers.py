@@ -182,7 +182,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--only", default="", help="rows whose name has one of these texts, separated by semicolons")
+    parser.add_argument("--only", default="", help="rows that have one of these names, or one of these texts in their name; separated by semicolons")
     parser.add_argument("--row", choices=ROWS, help="measure this row in this process and print the figure")
     parser.add_argument("--out", type=Path, help="file for the table, as Markdown")
     parser.add_argument("--json", type=Path)
@@ -205,7 +205,7 @@ def main() -> int:
     figures: dict[str, Figures] = {}
     left_out: dict[str, str] = {}
     for name, row in ROWS.items():
-        if args.only and not any(word in name for word in args.only.split(";")):
+        if args.only and not any(chosen(word, name) for word in args.only.split(";")):
             continue
         why = missing(row) or _measure(name, args, figures)
         if why:
@@ -219,6 +219,11 @@ def main() -> int:
             args.json.write_text(json.dumps({"card": card, "torch": torch.__version__, "figures": figures, "left_out": left_out}, indent=1))
     print("\n" + text)
     return 0
+
+
+def chosen(word: str, name: str) -> bool:
+    """The whole name of a row means that row; any other text all rows that have it in their name."""
+    return word == name if word in ROWS else word in name
 
 
 def _measure(name: str, args: argparse.Namespace, figures: dict[str, Figures]) -> str:

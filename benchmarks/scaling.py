@@ -1,6 +1,6 @@
 """What spreading a step over GPUs costs, by the way it is spread: the step alone on every GPU at once, then with gradients reduced.
 
-    python -m benchmarks.scaling [--gpus 2] [--shape 1b] [--steps 15] [--json figures.json] [KEY=value ...]
+    python -m benchmarks.scaling [--gpus 2] [--shape 1b] [--steps 15] [--only alone] [--json figures.json] [KEY=value ...]
 
 One process a GPU. Each builds the model of the job once; every variant wraps it anew and trains some steps of the loop's own step function
 after a warm-up. Milliseconds are medians of the slowest rank, by the GPU's own events. `alone` reduces nothing but three numbers, so it is what one GPU
@@ -91,6 +91,8 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     rows = []
     for variant in (Variant("FSDP2"),) if is_sharded(inner) else VARIANTS:
+        if args.only and not any(word in variant.name for word in args.only.split(";")):
+            continue
         model = inner
         if variant.reduce and not is_sharded(inner):
             model = DistributedDataParallel(
@@ -129,6 +131,7 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--only", default="", help="variants whose name has one of these texts, separated by semicolons")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help="of the job: PRECISION=bf16 AMP_OPT_LEVEL=O2 when there are none")
