@@ -1,6 +1,6 @@
 """What spreading a step over GPUs costs, by the way it is spread: the step alone on every GPU at once, then with gradients reduced.
 
-    python -m benchmarks.scaling [--gpus 2] [--shape 1b] [--steps 15] [--only alone] [--json figures.json] [KEY=value ...]
+    python -m benchmarks.scaling [--gpus 2] [--shape 1b] [--steps 15] [--batch 14] [--only alone] [--json figures.json] [KEY=value ...]
 
 One process a GPU. Each builds the model of the job once; every variant wraps it anew and trains some steps of the loop's own step function
 after a warm-up. Milliseconds are medians of the slowest rank, by the GPU's own events. `alone` reduces nothing but three numbers, so it is what one GPU
@@ -9,6 +9,7 @@ has to be taken from a call without it.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -19,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import train  # noqa: F401  before torch, for which it chooses how memory is taken
 from benchmarks.peer_loops import SHAPES
 
-_WARM_UP = 8
+_WARM_UP = 6
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ VARIANTS = (
     Variant("DDP"),
     Variant("DDP, buckets of 100 MB", bucket_mb=100),
     Variant("DDP, buckets of 400 MB", bucket_mb=400),
+    Variant("DDP, buckets of 2 GB", bucket_mb=2000),
     Variant("DDP, 8 programs", ctas=8),
     Variant("DDP, 4 programs", ctas=4),
     Variant("DDP, high priority", first=True),
@@ -67,6 +70,7 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
     from train.step import Stepper
 
     shape = SHAPES[args.shape]
+    shape.batch = args.batch or shape.batch
     job = resolve_here([*words_of(shape, args.words, args.folder, args.gpus), "DATA=synthetic", "MAX_STEPS=1000"], os.environ, Path.cwd()).job
     rt = runtime.start(job)
     gpu = rt.device.type == "cuda"
@@ -117,10 +121,15 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
         slowest = torch.tensor(statistics.median(found), device=rt.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         rows.append({"variant": variant.name, "step_ms": round(slowest.item(), 2)})
+        if gpu:
+            rows[-1] |= {"allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1), "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 1)}
         if rt.is_main:
             print(json.dumps(rows[-1]), flush=True)
         del model, stepper
+        gc.collect()
         inner.zero_grad(set_to_none=True)
+        if gpu:
+            torch.cuda.empty_cache()  # NCCL takes what a group needs beside torch's
     feed.close()
     dist.destroy_process_group()
     return rows
@@ -130,6 +139,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--batch", type=int, help="sequences a GPU: fewer where the memory does not do")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--only", default="", help="variants whose name has one of these texts, separated by semicolons")
     parser.add_argument("--json", type=Path)

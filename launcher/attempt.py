@@ -76,7 +76,7 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> dict[
     values = {
         RankEnv.ATTEMPT.value: str(number),
         RankEnv.MASTER_ADDR.value: address,
-        RankEnv.MASTER_PORT.value: str(free_port(job_id, restarts)),
+        RankEnv.MASTER_PORT.value: str(free_port(run.path, job_id, restarts)),
         "HOLDFAST_JOB_ID": job_id,
         "HOLDFAST_RANK_LOG": pattern(run.logs) + f"/{job_id}.%t.out",
         LOG_OFFSET: str(batch_log.stat().st_size if batch_log.exists() else 0),

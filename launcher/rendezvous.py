@@ -2,6 +2,7 @@
 
 import ipaddress
 import socket
+import zlib
 from pathlib import Path
 
 from jobs.contract import RENDEZVOUS_PORTS
@@ -11,24 +12,31 @@ from slurm.client import Slurm, parse_scontrol
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
-def free_port(job_id: str, restarts: int) -> int:
-    """A port that is free on this machine, the first of a row that starts at a place of its own for each job and restart.
+def free_port(run: Path, job_id: str, restarts: int) -> int:
+    """A port that is free on this machine, as is the one after it (for the all-reduce before an attempt): the first such pair of a row
+    that starts at a place of its own for each run, job and restart.
 
-    Two jobs on one node look for it from different places, and a restarted job does not wait for its old port to time out.
+    The ranks take it seconds later, after their imports. So two jobs on one node must not look from the same place, also when
+    they are jobs of two clusters, whose numbers both begin at 1; and a restarted job does not wait for its old port to time out.
     Ports that this machine hands out to whoever connects somewhere are left out: one may be taken between here and the ranks."""
-    digits = int("".join(c for c in job_id if c.isdigit()) or "0")
     low, high = _ephemeral()
-    ports = [port for port in RENDEZVOUS_PORTS if not low <= port <= high] or list(RENDEZVOUS_PORTS)
-    first = (digits * 7 + restarts * 101) % len(ports)
+    pairs = RENDEZVOUS_PORTS[::2]
+    ports = [port for port in pairs if port + 1 < low or port > high] or list(pairs)
+    first = zlib.crc32(f"{run} {job_id} {restarts}".encode())
     for offset in range(min(500, len(ports))):
         port = ports[(first + offset) % len(ports)]
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
+        if _is_free(port) and _is_free(port + 1):
             return port
     raise SubmitError(f"no free port for the rendezvous between {RENDEZVOUS_PORTS.start} and {RENDEZVOUS_PORTS.stop} on {socket.gethostname()}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def _ephemeral() -> tuple[int, int]:

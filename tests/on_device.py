@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -169,7 +170,9 @@ def gradient_job(device: str, world: int, parallel: str = "ddp") -> Job:
 
 
 def gradients_of(job: Job, rt: Any, case: str) -> dict[str, torch.Tensor]:
-    """The gradients of one step over a global batch, divided by all of its targets: whole, on the CPU, on every rank."""
+    """The gradients of one step over a global batch, divided by all of its targets: whole, on the CPU, on every rank.
+
+    As the update takes them: what lies in `grad` afterwards is scaled by one optimizer and not by another."""
     data = open_data("synthetic", seq_len=LENGTH, split="train", vocab_size=256)
     seed_everything(0, 0)
     torch.set_float32_matmul_precision(MODES[Precision.FP32].matmul_precision)
@@ -178,11 +181,20 @@ def gradients_of(job: Job, rt: Any, case: str) -> dict[str, torch.Tensor]:
     stepper = Stepper(job, rt, model, inner, optim.build(job, inner), context, None)
     batch = global_batch(case)
     assert job.micro_batch_size is not None
-    done = stepper.run(
-        [{name: tensor[piece].to(rt.device) for name, tensor in batch.items()} for piece in rank_slice(GLOBAL_BATCH, job.micro_batch_size, rt.world, rt.rank)]
-    )
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(optimizer: torch.optim.Optimizer, model: nn.Module, factor: torch.Tensor, bad: torch.Tensor) -> None:
+        found.update({name: (whole(p.grad) * factor).cpu() for name, p in model.named_parameters() if p.grad is not None})
+
+    with mock.patch.object(optim, "scale_and_step", keep):
+        done = stepper.run(
+            [
+                {name: tensor[piece].to(rt.device) for name, tensor in batch.items()}
+                for piece in rank_slice(GLOBAL_BATCH, job.micro_batch_size, rt.world, rt.rank)
+            ]
+        )
     assert float(rt.total(done.targets.clone())) == int((batch["targets"] != -100).sum())
-    return {name: whole(p.grad).cpu() for name, p in inner.named_parameters() if p.grad is not None}
+    return found
 
 
 def gradients_over_ranks(world: int, device: str, folder: Path, timeout: float = 150) -> dict[str, dict[str, torch.Tensor]]:
@@ -194,7 +206,7 @@ def gradients_over_ranks(world: int, device: str, folder: Path, timeout: float =
     ranks = []
     for rank in range(world):
         env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-               "PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1"}  # fmt: skip
+               "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")])), "OMP_NUM_THREADS": "1"}  # fmt: skip
         log = open(folder / f"{rank}.log", "wb")
         ranks.append(subprocess.Popen([sys.executable, __file__, device, str(world), str(folder)], env=env, stdout=log, stderr=subprocess.STDOUT))
         log.close()

@@ -43,7 +43,7 @@ def start(folder: Path, script: str, per_node: int) -> "subprocess.Popen[str]":
         "HOLDFAST_RUN_DIR": str(folder),
         "HOLDFAST_ATTEMPT": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port(str(os.getpid()), per_node)),
+        "MASTER_PORT": str(free_port(Path.cwd(), str(os.getpid()), per_node)),
         "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
     }

@@ -233,6 +233,19 @@ def test_the_first_line_of_a_run_describes_this_gpu() -> None:
     assert gpu.name in said and f"sm_{gpu.major}{gpu.minor}" in said and f"{gpu.total_memory / 2**30:.0f} GiB" in said
 
 
+def test_memory_is_taken_in_segments_that_grow() -> None:
+    """In a process of its own: this one has allocated before."""
+    code = (
+        "import torch; from on_device import gradient_job; from train import runtime\n"
+        "torch.empty(1000, device=runtime.start(gradient_job('cuda', 1)).device)\n"
+        "print([segment['is_expandable'] for segment in torch.cuda.memory_snapshot()])"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    env["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), env.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
+    assert done.stdout.splitlines()[-1:] == ["[True]"], done.stderr[-2000:]
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs two CUDA devices, this machine has {torch.cuda.device_count()}")
 def test_gradients_of_two_gpus_under_ddp_and_fsdp_equal_those_of_one(tmp_path: Path) -> None:
     """fp32 without TF32; kernels add in no fixed order, so 1e-4 of the largest gradient of a weight."""

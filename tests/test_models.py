@@ -505,6 +505,30 @@ def test_compiled_model_gives_the_same_loss_and_gradients(way: str) -> None:
     torch.testing.assert_close(model(**batch), small(n_kv_heads=2)(**batch), rtol=1e-5, atol=0)
 
 
+def test_blocks_stay_whole_under_ddp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With buckets smaller than a block, as in the real models, where torch by itself cuts each block in pieces."""
+    import torch.distributed as dist
+    from torch._dynamo import config as dynamo
+    from torch.nn.parallel import DistributedDataParallel
+
+    def graphs(wrap: bool) -> int:
+        found: list[object] = []
+        torch._dynamo.reset()
+        monkeypatch.setattr(dynamo, "optimize_ddp", True)
+        model = small(n_layers=3)
+        model.compile_regions(backend=lambda graph, inputs: found.append(graph) or graph.forward)
+        forward = DistributedDataParallel(model, bucket_cap_mb=0.01) if wrap else model  # type: ignore[arg-type]
+        forward(**tokens_of()).sum().backward()
+        return len(found)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert graphs(wrap=True) == graphs(wrap=False) > 0
+    finally:
+        dist.destroy_process_group()
+        torch._dynamo.reset()
+
+
 def test_a_model_for_a_checkpoint_draws_no_weights_and_has_its_tables() -> None:
     from types import SimpleNamespace
 

@@ -343,10 +343,10 @@ def test_bad_nodes_are_avoided_for_a_time_and_a_suspect_of_a_hang_from_the_secon
 
 
 def test_ports_differ_between_jobs_and_restarts_and_lie_outside_what_the_kernel_hands_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    ports = {rendezvous.free_port(job, restarts) for job in ("7", "8", "9_1") for restarts in range(3)}
-    assert len(ports) == 9
+    ports = {rendezvous.free_port(Path(run), job, restarts) for run in ("/a/runs/x", "/b/runs/x") for job in ("7", "8", "9_1") for restarts in range(3)}
+    assert len(ports) == 18  # also for one number in two clusters
     monkeypatch.setattr(rendezvous, "_ephemeral", lambda: (16_000, 29_000))
-    assert all(29_000 < rendezvous.free_port(str(job), 0) < 30_000 for job in range(20))
+    assert all(29_000 < rendezvous.free_port(Path("/runs/x"), str(job), 0) < 30_000 for job in range(20))
 
 
 class Nodes(Slurm):

@@ -238,8 +238,13 @@ class GPT(nn.Module):
     def compile_regions(self, **options: Any) -> None:
         """torch.compile each block and the loss of a chunk, in place; weight names stay as they are.
 
-        Regions and not the whole: all blocks share one compilation, and DDP cannot cut through it."""
+        Regions and not the whole: all blocks share one compilation, and gradients travel while the blocks before are at work."""
         options.setdefault("dynamic", False)
+        # Made for models compiled as a whole: it cuts what is compiled inside DDP where a bucket ends, here every block into four
+        # (torch/_dynamo/backends/distributed.py).
+        from torch._dynamo import config as dynamo
+
+        dynamo.optimize_ddp = False
         for block in self.blocks:
             block.compile(**options)
         if self._terms is chunk_terms:
