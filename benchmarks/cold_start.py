@@ -29,8 +29,15 @@ _EVERY = 8
 _ATTEMPTS = ("no cache", "another node: caches emptied", "the same node")
 
 
+def first_step_s(run: RunDir, number: int) -> float:
+    """From the START line of an attempt to the line of its first step in metrics.jsonl, seconds."""
+    attempt = next(one for one in ledger.attempts(ledger.read(run.ledger)) if one.number == number)
+    return float(next(line["time"] for line in metrics.read(run.metrics) if line["attempt"] == number)) - attempt.started
+
+
 def _kill(run: RunDir, caches: Path, limit_s: float = 500) -> None:
-    """Kills rank 0 when its attempt has saved, at the end of each but the last attempt; empties the caches the first time."""
+    """Kills rank 0 when its attempt has saved, at the end of each but the last attempt, and says what is known by then; empties the
+    caches the first time."""
     end = time.monotonic() + limit_s
     for attempt in range(1, len(_ATTEMPTS)):
         newest = _EVERY * attempt
@@ -38,6 +45,7 @@ def _kill(run: RunDir, caches: Path, limit_s: float = 500) -> None:
             if time.monotonic() > end:
                 return
             time.sleep(0.05)
+        print(f"{_ATTEMPTS[attempt - 1]:32} first step after {first_step_s(run, attempt):.1f} s", flush=True)
         pid = pid_of_rank(run, 0)
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
@@ -68,7 +76,7 @@ def measure(precision: list[str], words: list[str]) -> list[dict[str, object]]:
         for what, attempt in zip(_ATTEMPTS, ledger.attempts(ledger.read(run.ledger)), strict=True):
             first = next(line for line in lines if line["attempt"] == attempt.number)
             clock = json.loads(run.attempt(attempt.number).clock.read_text()) if run.attempt(attempt.number).clock.exists() else {}
-            rows.append({"what": what, "first step after, s": round(first["time"] - attempt.started, 1), "step": first["step"], "clock": clock})
+            rows.append({"what": what, "first step after, s": round(first_step_s(run, attempt.number), 1), "step": first["step"], "clock": clock})
         return rows
 
 

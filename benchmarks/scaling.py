@@ -1,21 +1,23 @@
 """What spreading a step over GPUs costs, by the way it is spread: the step alone on every GPU at once, then with gradients reduced.
 
-    python -m benchmarks.scaling [--gpus 2] [--shape 1b] [--steps 15] [--batch 14] [--only alone] [--json figures.json] [KEY=value ...]
+    python -m benchmarks.scaling [--gpus 2] [--shape 1b] [--steps 15] [--batch 14] [--only DDP] [--json figures.json] [KEY=value ...]
 
 One process a GPU. Each builds the model of the job once; every variant wraps it anew and trains some steps of the loop's own step function
-after a warm-up. Milliseconds are medians of the slowest rank, by the GPU's own events. `alone` reduces nothing but three numbers, so it is what one GPU
-does while its neighbours are as busy; the others are given as a share of it. With PARALLEL=fsdp the weights are sharded, which is one variant, and `alone`
-has to be taken from a call without it.
+after a warm-up. Milliseconds are medians of the slowest rank, by the GPU's own events. Alone, a step reduces nothing but three numbers: that is what one GPU
+does while its neighbours are as busy. It is measured before and after every variant, since cards grow warm, and the share is that of the mean of the two. With
+PARALLEL=fsdp the weights are sharded: one variant, with nothing to compare in the same call; `--only none` without it says what these weights take alone.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,6 @@ class Variant:
     """How gradients travel. bucket_mb: of DDP. ctas: programs that NCCL may run at once. first: its stream before that of the products."""
 
     name: str
-    reduce: bool = True
     bucket_mb: int = 25
     ctas: int | None = None
     first: bool = False
@@ -39,7 +40,6 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("alone", reduce=False),
     Variant("DDP"),
     Variant("DDP, buckets of 100 MB", bucket_mb=100),
     Variant("DDP, buckets of 400 MB", bucket_mb=400),
@@ -49,7 +49,6 @@ VARIANTS = (
     Variant("DDP, high priority", first=True),
     Variant("DDP, 8 programs, high priority, 100 MB", bucket_mb=100, ctas=8, first=True),
     Variant("DDP, static graph, 100 MB", bucket_mb=100, static=True),
-    Variant("alone, again", reduce=False),
 )
 
 
@@ -93,43 +92,57 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
             options.config.max_ctas = variant.ctas
         return dist.new_group(backend="nccl", pg_options=options)
 
-    rows = []
-    for variant in (Variant("FSDP2"),) if is_sharded(inner) else VARIANTS:
-        if args.only and not any(word in variant.name for word in args.only.split(";")):
-            continue
-        model = inner
-        if variant.reduce and not is_sharded(inner):
-            model = DistributedDataParallel(
-                inner, device_ids=[rt.device.index] if gpu else None, broadcast_buffers=False, gradient_as_bucket_view=True,
-                bucket_cap_mb=variant.bucket_mb, process_group=group(variant), static_graph=variant.static,
-            )  # fmt: skip
+    def step_ms(model: Any, settle: bool = True) -> float:
+        nonlocal step
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
         stepper = Stepper(job, rt, model, inner, optimizer, context, LossScale.of(job))
-        if not variant.static:
+        if settle:
             stepper.settle(batch)
-        events = []
-        for _ in range(_WARM_UP + args.steps):
+        events, begun = [], time.perf_counter()
+        for number in range(_WARM_UP + args.steps):
+            begun = time.perf_counter() if number == _WARM_UP else begun
             optim.set_lr(optimizer, 1e-5)
+            stepper.run(feed.of_step(step))
+            step += 1
             if gpu:
                 events.append(torch.cuda.Event(enable_timing=True))
                 events[-1].record()
-            stepper.run(feed.of_step(step))
-            step += 1
-        found = [0.0]
+        found = [1000 * (time.perf_counter() - begun) / args.steps]
         if gpu:
             torch.cuda.synchronize()
-            found = [begin.elapsed_time(end) for begin, end in zip(events[_WARM_UP:-1], events[_WARM_UP + 1 :], strict=True)]
+            found = [begin.elapsed_time(end) for begin, end in itertools.pairwise(events[_WARM_UP - 1 :])]
         slowest = torch.tensor(statistics.median(found), device=rt.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        rows.append({"variant": variant.name, "step_ms": round(slowest.item(), 2)})
-        if gpu:
-            rows[-1] |= {"allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1), "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 1)}
-        if rt.is_main:
-            print(json.dumps(rows[-1]), flush=True)
-        del model, stepper
-        gc.collect()
         inner.zero_grad(set_to_none=True)
+        return round(slowest.item(), 2)
+
+    def say(row: dict[str, Any]) -> None:
         if gpu:
-            torch.cuda.empty_cache()  # NCCL takes what a group needs beside torch's
+            row |= {"allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1), "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 1)}
+        rows.append(row)
+        if rt.is_main:
+            print(json.dumps(row), flush=True)
+
+    rows: list[dict[str, Any]] = []
+    if is_sharded(inner):
+        say({"variant": "FSDP2", "step_ms": step_ms(inner)})
+    else:
+        say({"variant": "alone", "step_ms": step_ms(inner)})
+        for variant in [one for one in VARIANTS if any(word in one.name for word in args.only.split(";"))]:
+            before = rows[-1]["step_ms"]
+            wrapped = DistributedDataParallel(
+                inner, device_ids=[rt.device.index] if gpu else None, broadcast_buffers=False, gradient_as_bucket_view=True,
+                bucket_cap_mb=variant.bucket_mb, process_group=group(variant), static_graph=variant.static,
+            )  # fmt: skip
+            row = {"variant": variant.name, "step_ms": step_ms(wrapped, settle=not variant.static)}
+            del wrapped
+            gc.collect()
+            if gpu:
+                torch.cuda.empty_cache()  # NCCL takes what a group needs beside torch's
+            after = step_ms(inner)
+            say(row | {"of_alone_pct": round(50 * (before + after) / row["step_ms"], 1)})
+            say({"variant": "alone", "step_ms": after})
     feed.close()
     dist.destroy_process_group()
     return rows
@@ -153,9 +166,8 @@ def main() -> int:
             return subprocess.run([sys.executable, "-m", *launch, *sys.argv[1:]], timeout=900).returncode
     rows = ranks(args)
     if os.environ["LOCAL_RANK"] == "0":
-        alone = next((row["step_ms"] for row in rows if row["variant"] == "alone"), None)
         for row in rows:
-            print(f"{row['variant']:42} {row['step_ms']:8.2f} ms" + (f"  {100 * alone / row['step_ms']:5.1f} %" if alone and row["step_ms"] else ""))
+            print(f"{row['variant']:42} {row['step_ms']:8.2f} ms" + (f"  {row['of_alone_pct']:5.1f} %" if "of_alone_pct" in row else ""))
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1))
     return 0
