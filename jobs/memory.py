@@ -3,7 +3,8 @@
 What is held is exact: weights, moments, gradients, and what the forward pass keeps for the backward pass when nothing is
 compiled (a test compares all of it with what torch holds). What is estimated: what fp8 libraries copy, and that nothing else is
 alive at the peak. docs/hardware.md compares it with what a GPU held; `python -m benchmarks.hardware memory` does so for more
-shapes. The allocator's gaps (4 to 8 %) and what CUDA takes for itself (about 1.5 GB, NCCL 1 GB more) come on top.
+shapes. On top come the allocator's gaps (0.3 to 0.7 GB of 67 to 82, in segments that grow) and what CUDA and NCCL take for
+themselves (1.7 GB on an H100).
 """
 
 from dataclasses import dataclass

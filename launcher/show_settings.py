@@ -45,7 +45,7 @@ def explain(resolved: Resolved, as_json: bool) -> None:
     show(table)
     expected = memory.estimate(job)
     if expected:
-        print(f"\n{expected.line()} (an estimate; jobs/memory.py says of what)")
+        print(f"\n{expected.line()} (an estimate; jobs/memory.py says of what, and CUDA and NCCL take about 2 GB besides)")
 
 
 def not_default(resolved: Resolved) -> str:
