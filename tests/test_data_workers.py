@@ -16,12 +16,13 @@ import torch
 from conftest import until
 from training import Farm, at_step, events, farm, logs, result
 
-from jobs.contract import Exit, RankEnv
+from jobs.contract import STOP_SIGNALS, Exit, RankEnv
 from jobs.errors import DataWorkerError, SettingError
 from jobs.rundir import RunDir
 from jobs.settings import Job
 from launcher.local import pids_of_ranks
 from train import switches
+from train.data import workers
 from train.data.synthetic import AffineTokens, Digits
 from train.data.windows import TokenWindows
 from train.feed import Feed, ValidationFeed
@@ -198,6 +199,21 @@ def test_a_stop_that_reaches_the_workers_too_is_as_polite_as_without(farm: Farm)
     stops = events(run, "stop")
     assert stops and stops[0]["signal"] == "TERM" and stops[0]["step"] >= 9, logs(run)
     assert not list(run.path.glob("attempts/*/error.*")), logs(run)
+
+
+def test_a_stop_that_reaches_a_worker_before_it_is_one_does_not_end_it(feeds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the moment after its fork in which torch's own handler for TERM is in place, of which a worker dies."""
+    become = workers._become_worker
+
+    def stopped_first(number: int) -> None:
+        for name in STOP_SIGNALS:
+            os.kill(os.getpid(), name)
+        become(number)
+
+    monkeypatch.setattr(workers, "_become_worker", stopped_first)
+    feed = feeds(Feed, job_of(num_workers=2), Rt(), Augmented())
+    assert len(read(feed, range(3))) == 12
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
 def children(pid: int) -> list[int]:

@@ -14,7 +14,7 @@ import multiprocessing.connection
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ Batch = dict[str, torch.Tensor]
 # Dropout draws from stream `rank`; samples must not draw the same numbers.
 _STREAMS_OF_DATA = 1 << 32
 _PR_SET_PDEATHSIG = 1
+_NOT_FOR_WORKERS = (*STOP_SIGNALS, signal.SIGINT)
 # Seconds that a worker may take to be dead when its connection already is.
 _GRACE_S = 2.0
 
@@ -65,13 +66,13 @@ class Workers:
             self._loader = DataLoader(
                 self._data, sampler=self._order, batch_size=None, num_workers=self._job.num_workers, prefetch_factor=self._job.prefetch_factor,
                 persistent_workers=self._persistent, worker_init_fn=_become_worker,
-                # fork: a memory map is shared and not copied, a data set need not be picklable, and our signal handlers are
-                # in place from the first moment. Workers never touch the GPU.
+                # fork: a memory map is shared and not copied, and a data set need not be picklable. Workers never touch the GPU.
                 multiprocessing_context="fork",
                 # Its own: DataLoader would draw a number from the generator that dropout draws from.
                 generator=torch.Generator(),
             )  # fmt: skip
-        self._batches = iter(self._loader)
+        with _signals_held():
+            self._batches = iter(self._loader)
 
     def next(self) -> Batch:
         """The next batch. Raises what reading it raised, DataWorkerError when a worker is gone."""
@@ -122,10 +123,22 @@ class _Reading(torch.utils.data.Dataset[Any]):
             return err  # as it is: DataLoader would wrap its message into a traceback
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """What is forked meanwhile is told to stop only when it has become a worker: before that torch gives a worker a handler of its own
+    for TERM, of which it dies. This process still hears everything, in its main thread."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _become_worker(number: int) -> None:
     # Slurm tells every process of a step to stop. The rank does, at the end of a step for which it needs us.
-    for name in (*STOP_SIGNALS, signal.SIGINT):
+    for name in _NOT_FOR_WORKERS:
         signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOT_FOR_WORKERS)
     # The stacks that the watchdog asks for are those of ranks.
     faulthandler.unregister(STACKS_SIGNAL)
     if sys.platform == "linux":
