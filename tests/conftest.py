@@ -60,11 +60,13 @@ def pytest_report_header() -> str:
 
 # Mostly waits, for a time limit: begun first, it leaves the processors to the others.
 _FIRST = "test_slurm_ends.py"
+# Takes four minutes: begun among the files of ten tests, it ends with the others and not two minutes after them.
+_AS_IF_OF = {"test_slurm_runs.py": 10}
 # Files of a quarter of a minute and more, the longest first: the order among files of as many tests. Those of the most tests come first, which
 # leaves the long runs on Slurm for the end, when they have the cores to themselves. In the order of their length throughout it was no
 # faster (804 s against 656 to 771), and a run of four ranks was not at its step 25 after three minutes.
 _LONGEST = (
-    "slurm_runs", "commands", "survival", "resume", "checkpoint_faults", "training_kinds", "examples", "precision_command", "kernels", "lab",
+    "commands", "survival", "resume", "checkpoint_faults", "training_kinds", "examples", "precision_command", "kernels", "lab",
     "hostile", "precision", "checkpoint_export", "autocast", "rerun", "sweep_slurm", "verdict", "goodput", "data_workers", "docs", "on_device", "checkpoint_commit",
     "sweep", "clean", "house", "trackers", "sites",
 )  # fmt: skip
@@ -92,7 +94,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The order of files, for one process and for several (`--no-loadscope-reorder` lets it stand)."""
     longest = {f"test_{name}.py": place - len(_LONGEST) for place, name in enumerate(_LONGEST)}
-    tests = Counter(item.path.name for item in items)
+    tests = {**Counter(item.path.name for item in items), **_AS_IF_OF}
     items.sort(key=lambda item: (item.path.name != _FIRST, -tests[item.path.name], longest.get(item.path.name, 0), item.path.name))
     if config.getoption("--fast"):
         long = [item for item in items if any(map(item.get_closest_marker, _LONG_MARKERS)) or _LONG_FIXTURES & set(getattr(item, "fixturenames", ()))]
