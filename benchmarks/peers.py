@@ -4,7 +4,7 @@
 
 Every row is a process of its own, on the same shape, the same kind of random tokens and the same optimizer. Figures are
 tokens per second: the median over windows of five steps that end with a synchronisation, after a warm-up that is not counted. For
-`holdfast run` they are what its own metrics.jsonl says, with the loop, logging every tenth step as is the default, data from token files and checkpoints on.
+`holdfast run` they are what its own metrics.jsonl says, with the loop, logging every tenth step as the job file does, data from token files and checkpoints on.
 Beside them: the most memory that torch had allocated, and for `holdfast run` what `holdfast explain` expected, and the seconds
 from the start of its process to the end of the first step.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    # The last two are what training imports by its first step and first line: a second of each rank.
+    # The first two are what training imports by its first step and first line: a second of each rank.
     import torch._dynamo
     import torch.utils.tensorboard  # noqa: F401
 
