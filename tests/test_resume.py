@@ -86,6 +86,9 @@ def through_worlds(farm: Farm, worlds: list[int], seed: int, **settings: str) ->
             assert at_step(run, 0, attempt)
             begun = int(run.attempt(attempt).progress.read_text())
             at_step(run, begun + rng.randint(9, 12), attempt)
+            # Saves run behind training: a slow one may not be whole yet, and then the next world would begin at zero instead of going on.
+            every = int(TINY["CHECKPOINT_EVERY"])
+            assert saved(run, begun // every * every + every)
             farm.kill_all()
 
         # A new job id, as another job would have: the budget of kills is used up on purpose.
