@@ -161,10 +161,15 @@ def test_the_scripts_of_other_shells_are_whole(shell: str) -> None:
         assert checked.returncode == 0, checked.stderr
 
 
+def _seconds_of_a_processor(*words: str) -> float:
+    """What one start takes. Neighbours on the machine only add to it (caches, shared cores): the least of several is the program's own."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(words, capture_output=True, timeout=60, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def test_a_tab_costs_little_and_loads_nothing_heavy() -> None:
     heavy = "import sys; from launcher import completion as c; from pathlib import Path; c.words('holdfast submit PREC', {}, Path.cwd()); print([m for m in ('torch', 'submitit', 'numpy', 'rich.table') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", heavy], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True).stdout == "[]\n"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([HOLDFAST, "completion", "--line", "holdfast submit PREC"], capture_output=True, timeout=60, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5  # 0.2 s of a processor
+    assert min(_seconds_of_a_processor(HOLDFAST, "completion", "--line", "holdfast submit PREC") for _ in range(5)) < 0.5  # 0.2 s of a processor
