@@ -1,24 +1,16 @@
 """`holdfast completion SHELL`: a script for the shell, and the words that the script asks for at each Tab.
 
-Every word comes from where it is at home: commands and options from the command line itself, names and values of settings
-from `jobs.settings`, sites, job files and runs from their folders. Nothing heavy is imported and Slurm is not asked.
+Commands, options, names and values of settings come from `launcher.vocabulary`, job files and runs from their folders.
+Little is imported, and Slurm is not asked: a Tab is answered before a person notices.
 """
 
-import inspect
 import os
 import shlex
 import sys
-import typing
 from collections.abc import Iterator, Mapping
-from enum import EnumType
 from pathlib import Path
-from typing import Any
 
-from jobs import run_folders
-from jobs.job_files import shipped_jobs
-from jobs.rundir import RunDir
-from jobs.settings import JOB_WORD, Job, help_of, names
-from slurm import sitefile
+from launcher.vocabulary import Vocabulary, vocabulary
 
 # A word and what it means; bash shows the word only.
 Word = tuple[str, str]
@@ -96,83 +88,59 @@ def _split(line: str) -> tuple[list[str], str]:
 
 
 def _candidates(before: list[str], current: str, environ: Mapping[str, str], cwd: Path) -> Iterator[Word]:
-    from typer.main import get_command
-
-    from launcher.cli import app
-
-    command: Any = get_command(app)
+    known = vocabulary()
+    command = known["root"]
     rest = list(before)
-    while hasattr(command, "commands") and rest and rest[0] in command.commands:
-        command = command.commands[rest.pop(0)]
-    if hasattr(command, "commands"):
+    while command["commands"] is not None and rest and rest[0] in command["commands"]:
+        command = command["commands"][rest.pop(0)]
+    if command["commands"] is not None:
         if not rest:
-            yield from ((name, _first_sentence(inner.help)) for name, inner in command.commands.items() if not inner.hidden)
+            yield from ((name, _first_sentence(inner["help"])) for name, inner in command["commands"].items() if not inner["hidden"])
         return
-    options = {option: parameter for parameter in command.params for option in parameter.opts if option.startswith("--")}
-    kinds = typing.get_type_hints(inspect.unwrap(command.callback))
+    options = command["options"]
     last = rest[-1] if rest else ""
-    if last in options and not options[last].is_flag:
-        yield from ((value, "") for value in _VALUES.get(last) or _closed(kinds.get(options[last].name)))
+    if last in options and not options[last]["is_flag"]:
+        yield from ((value, "") for value in _VALUES.get(last) or options[last]["values"])
         return
     if current.startswith("-"):
-        yield from ((option, parameter.help or "") for option, parameter in options.items() if not parameter.hidden)
+        yield from ((name, option["help"]) for name, option in options.items() if not option["hidden"])
         return
-    for parameter in command.params:
-        if not parameter.opts[0].startswith("-"):
-            yield from ((value, "") for value in _closed(kinds.get(parameter.name)))
-    takes = command.options_metavar or ""
+    yield from ((value, "") for value in command["values"])
+    takes = command["takes"]
     is_run = "[RUN" in takes
     key, equals, _ = current.partition("=")
     if equals:
         if "KEY=value" in takes or is_run:
-            yield from ((f"{key}={value}", "") for value in _values(key, rest, environ, cwd))
+            yield from ((f"{key}={value}", "") for value in _values(known, key, rest, environ, cwd))
         return
     if is_run:
-        yield from _runs(current, rest, environ, cwd)
-        yield from (("RUN=", "which run"), ("RUNS_DIR=", help_of("runs_dir")))
+        yield from _runs(known, current, rest, environ, cwd)
+        yield from (("RUN=", "which run"), ("RUNS_DIR=", known["settings"]["runs_dir"]["help"]))
     if "[JOB]" in takes:
-        yield from ((file, "job file") for file in _job_files(current, cwd))
+        yield from ((file, "job file") for file in _job_files(known, current, cwd))
         yield "JOB=", "job file"
     if "KEY=value" in takes:
         given = {word.partition("=")[0].lower() for word in rest if "=" in word}
-        for name in names():
+        for name, setting in known["settings"].items():
             if name not in given:
                 # As the person writes: batch_si is answered with batch_size=.
-                yield f"{name if current and current == current.lower() else name.upper()}=", help_of(name)
+                yield f"{name if current and current == current.lower() else name.upper()}=", setting["help"]
 
 
-def _values(key: str, rest: list[str], environ: Mapping[str, str], cwd: Path) -> list[str]:
+def _values(known: Vocabulary, key: str, rest: list[str], environ: Mapping[str, str], cwd: Path) -> list[str]:
     name = key.lower().replace("-", "_")
-    if name == JOB_WORD:
-        return [*_job_files("", cwd)]
+    if name == known["job_word"]:
+        return [*_job_files(known, "", cwd)]
     if name == "site":
-        return sitefile.shipped()
+        return known["sites"]
     if name == "run":
-        return [word for word, _ in _runs("", rest, environ, cwd)]
-    if name in Job.model_fields:
-        return list(dict.fromkeys(_closed(Job.model_fields[name].annotation)))
-    return []
+        return [word for word, _ in _runs(known, "", rest, environ, cwd)]
+    return known["settings"][name]["values"] if name in known["settings"] else []
 
 
-def _closed(annotation: Any) -> Iterator[str]:
-    """The words of a type, where it is a closed set of words."""
-    if annotation is bool:
-        yield from ("true", "false")
-    elif isinstance(annotation, EnumType):
-        members: dict[str, Any] = dict(annotation.__members__)
-        yield from (str(item.value) for item in members.values())
-    elif typing.get_origin(annotation) is typing.Literal:
-        yield from (item for item in typing.get_args(annotation) if isinstance(item, str))
-    elif typing.get_origin(annotation) is typing.Annotated:
-        yield from _closed(typing.get_args(annotation)[0])
-    elif typing.get_args(annotation) and typing.get_origin(annotation) not in (dict, tuple):
-        for kind in typing.get_args(annotation):
-            yield from _closed(kind)
-
-
-def _job_files(current: str, cwd: Path) -> Iterator[str]:
+def _job_files(known: Vocabulary, current: str, cwd: Path) -> Iterator[str]:
     """Job files that come with holdfast, YAML files in the folder that is being written, and folders on the way to them."""
-    yield from (f"jobs/{name}.yaml" for name in shipped_jobs())
+    yield from (f"jobs/{name}.yaml" for name in known["jobs"])
     folder, _, begin = current.rpartition("/")
     try:
         found = sorted(os.scandir(cwd / folder if folder or not current.startswith("/") else "/"), key=lambda entry: entry.name)
@@ -188,10 +156,13 @@ def _job_files(current: str, cwd: Path) -> Iterator[str]:
             yield f"{shown}/"
 
 
-def _runs(current: str, rest: list[str], environ: Mapping[str, str], cwd: Path) -> Iterator[Word]:
+def _runs(known: Vocabulary, current: str, rest: list[str], environ: Mapping[str, str], cwd: Path) -> Iterator[Word]:
     """Ids of the runs in the runs directory; tasks of an array once its own id is written."""
+    from jobs import run_folders
+    from jobs.rundir import RunDir
+
     given = [word.partition("=")[2] for word in rest if word.upper().startswith("RUNS_DIR=")]
-    folder = cwd / (given[-1] if given else environ.get("HOLDFAST_RUNS_DIR") or environ.get("RUNS_DIR") or str(Job.model_fields["runs_dir"].default))
+    folder = cwd / (given[-1] if given else environ.get("HOLDFAST_RUNS_DIR") or environ.get("RUNS_DIR") or known["runs_dir"])
     array, dot, _ = current.rpartition(".")
     try:
         for entry in os.scandir(folder):
@@ -206,8 +177,8 @@ def _runs(current: str, rest: list[str], environ: Mapping[str, str], cwd: Path) 
         return
 
 
-def _first_sentence(text: str | None) -> str:
-    return (text or "").partition("\n")[0].partition(";")[0]
+def _first_sentence(text: str) -> str:
+    return text.partition("\n")[0].partition(";")[0]
 
 
 def answer(line: str) -> None:
