@@ -110,7 +110,8 @@ def write_settings(run: RunDir, resolved: Resolved) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     run.logs.mkdir()
     run.job_yaml.write_text(dump_yaml(resolved.job.model_dump(mode="json")))
-    run.origins.write_text(json.dumps(resolved.origins, indent=1) + "\n")
+    # As indent=1 writes it, which JSON does in Python and a piece at a time.
+    run.origins.write_text(json.dumps(resolved.origins, separators=(",\n ", ": ")).replace("{", "{\n ", 1)[:-1] + "\n}\n")
 
 
 def freeze_tree(run: RunDir, job: Job, cwd: Path) -> None:

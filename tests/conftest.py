@@ -1,5 +1,6 @@
 """A real Slurm for the tests that need one, and the few verbs that they have in common."""
 
+import gc
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -86,6 +88,16 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("HYPOTHESIS_EXAMPLES", "15")  # of histories that Slurm may write: half a second each
 
 
+def pytest_sessionstart() -> None:
+    """Until all files are read: looking for garbage among what torch makes while it is imported takes seconds, and finds none."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Not even read: importing torch takes as long as a hundred tests of the others."""
     return True if config.getoption("--fast") and collection_path.suffix == ".py" and _LONG_IMPORTS.search(collection_path.read_text()) else None
@@ -112,6 +124,24 @@ def until(condition: Callable[[], Any], seconds: float, what: str | Callable[[],
         if time.monotonic() > limit:
             pytest.fail(f"waited {PATIENCE * seconds:.0f} s for {what if isinstance(what, str) else what()}")
         time.sleep(0.05)
+
+
+def calls_of(do: Callable[[], Any]) -> int:
+    """How many functions are called, those of C and of other threads included: work that a slow or busy machine does not make more of."""
+    count = 0
+
+    def note(frame: Any, event: str, arg: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        do()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    return count
 
 
 class Cluster:
@@ -204,3 +234,13 @@ def cluster() -> Iterator[Cluster]:
     finally:
         here.stop()
         shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Any]:
+    """For `farm` of tests/training.py: importing torch and training takes three seconds of a processor, so the files of one process share it."""
+    from training import Zygote
+
+    process = Zygote()
+    yield process
+    process.close()

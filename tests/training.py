@@ -44,18 +44,15 @@ class Rank:
         self.send_signal(signal.SIGKILL)
 
 
-class Farm:
-    """The process that ranks are forked from, and the runs that live in one folder."""
+class Zygote:
+    """The process that ranks are forked from: `tests/zygote.py`, which has imported what training needs."""
 
-    def __init__(self, root: Path):
-        self.root = root
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def __init__(self) -> None:
+        self.environ = {**os.environ, "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("zygote.py"))], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(Path(__file__).with_name("zygote.py"))], env=self.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._lock = threading.Lock()
-        self.ranks: list[Rank] = []
-        self.before: str | None = None
 
     def ask(self, request: dict[str, Any]) -> Any:
         with self._lock:
@@ -65,11 +62,29 @@ class Farm:
             return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
-        for rank in self.ranks:
-            rank.kill()
         assert self._process.stdin
         self._process.stdin.close()
         self._process.wait(10)
+
+
+class Farm:
+    """Runs that live in one folder, whose ranks are forked. Without a zygote it makes one of its own."""
+
+    def __init__(self, root: Path, zygote: Zygote | None = None):
+        self.root = root
+        self._zygote = zygote or Zygote()
+        self._is_own = zygote is None
+        self.ranks: list[Rank] = []
+        self.before: str | None = None
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        return self._zygote.ask(request)
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+        if self._is_own:
+            self._zygote.close()
 
     def spawn(self, job: Any, run: RunDir, environ: dict[str, str], foreground: bool) -> list[Rank]:
         """In place of launcher.local.spawn."""
@@ -83,8 +98,8 @@ class Farm:
                 RankEnv.LOCAL_WORLD_SIZE: str(job.world_size),
                 "MASTER_ADDR": "127.0.0.1",
             }
-            # Only what differs from the parent's environment, which the fork has already.
-            env = {name: value for name, value in env.items() if os.environ.get(name) != value}
+            # Only what differs from the environment that the fork has already.
+            env = {name: value for name, value in env.items() if self._zygote.environ.get(name) != value}
             log = str(run.log(environ["HOLDFAST_JOB_ID"], rank))
             self.ranks.append(Rank(self, self.ask({"spawn": {"env": env, "cwd": str(REPOSITORY), "log": log, "before": self.before}})))
         return self.ranks
@@ -166,8 +181,8 @@ def result(run: RunDir) -> tuple[str, list[tuple[int, float, float | None]]]:
 
 
 @pytest.fixture(scope="module")
-def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
-    here = Farm(tmp_path_factory.mktemp("runs"))
+def farm(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Iterator[Farm]:
+    here = Farm(tmp_path_factory.mktemp("runs"), zygote)
     before = local.spawn
     local.spawn = here.spawn  # type: ignore[assignment]
     try:

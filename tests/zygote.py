@@ -14,12 +14,15 @@ from pathlib import Path
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    # The first two are what training imports by its first step and first line: a second of each rank.
-    import torch._dynamo
-    import torch.utils.tensorboard  # noqa: F401
-
     import train.__main__
-    import train.loop
+    from train.imports import without_collections
+
+    with without_collections():
+        # The first two are what training imports by its first step and first line: a second of each rank.
+        import torch._dynamo
+        import torch.utils.tensorboard  # noqa: F401
+
+        import train.loop
 
     ended: dict[int, int] = {}
     for line in sys.stdin:

@@ -16,6 +16,7 @@ from jobs.rundir import AttemptDir, RunDir
 from jobs.sources import load
 from jobs.stop import StopFlag, leave_marker, name_of
 from train.clock import Clock
+from train.imports import without_collections
 from train.recorder import answer_when_asked
 
 
@@ -40,7 +41,11 @@ def main() -> int:
         job = load(run.job_yaml)
         # OpenMP reads this once, when torch is loaded. On a CPU the number of threads is part of the arithmetic.
         os.environ["OMP_NUM_THREADS"] = str(job.cpu_threads)
-        from train.loop import train
+        with without_collections():
+            # The first optimizer does, whether anything is compiled or not.
+            import torch._dynamo  # noqa: F401
+
+            from train.loop import train
 
         outcome = train(job, run, flag, clock, ahead)
     except BaseException as err:  # whatever it is, the attempt's end must be able to read why this rank left
