@@ -85,7 +85,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--fast"):
-        os.environ.setdefault("HYPOTHESIS_EXAMPLES", "15")  # of histories that Slurm may write: half a second each
+        os.environ.setdefault("HYPOTHESIS_EXAMPLES", "50")  # of histories that Slurm may write
 
 
 def pytest_sessionstart() -> None:

@@ -81,7 +81,7 @@ def walk(folder: Path) -> None:
 
     def begin() -> dict[str, str]:
         job.state, job.started = "RUNNING", time.time()
-        return attempt.begin(run, {"SLURM_JOB_ID": job.id, "SLURM_RESTART_COUNT": str(job.restarts), "SLURM_JOB_NODELIST": "node1"}, slurm)
+        return attempt.begin(run, {"SLURM_JOB_ID": job.id, "SLURM_RESTART_COUNT": str(job.restarts), "SLURM_JOB_NODELIST": "localhost"}, slurm)
 
     values = begin()
     code = ranks(run, values, stop_at=3)
