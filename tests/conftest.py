@@ -88,14 +88,15 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("HYPOTHESIS_EXAMPLES", "50")  # of histories that Slurm may write
 
 
-def pytest_sessionstart() -> None:
-    """Until all files are read: looking for garbage among what torch makes while it is imported takes seconds, and finds none."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Files are read without garbage collections: looking for garbage among what torch makes while it is imported takes seconds, and finds none."""
     gc.disable()
-
-
-def pytest_collection_finish() -> None:
-    gc.freeze()
-    gc.enable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

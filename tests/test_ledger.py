@@ -113,13 +113,15 @@ def test_a_disk_that_is_full_is_an_error_and_harms_no_other_line(tmp_path: Path,
 
 
 def test_a_lock_that_cannot_be_had_does_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
     def refuse(fd: int, how: int) -> None:
+        asked.append(how)
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("jobs.ledger.fcntl.lockf", refuse)
-    begun = time.monotonic()
     write(tmp_path / "ledger.jsonl", 1)
-    assert time.monotonic() - begun < 1
+    assert len(asked) == 1  # asking again would not help
     assert len(ledger.read(tmp_path / "ledger.jsonl")) == 1
 
 
