@@ -79,7 +79,7 @@ class Evidence:
 def classify(seen: Evidence) -> tuple[Cause, str]:
     """The cause, and the evidence for it in words."""
     reasons = {marker.get("reason") for marker in seen.markers.values()}
-    if seen.code == 0 and reasons == {"finished"} and len(seen.markers) == seen.world:
+    if seen.code == 0 and reasons == {"finished"} and set(seen.markers) == set(range(seen.world)):
         return Cause.FINISHED, "every rank finished"
     if not seen.own_script and seen.markers.get(0, {}).get("reason") == "finished":
         # Rank 0 says so behind the last save and a barrier of all ranks: whoever was then too slow to leave (a machine under load,

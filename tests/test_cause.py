@@ -5,7 +5,7 @@ The texts are as Slurm 22.05.8 wrote them; docs/preemption.md has the table."""
 import copy
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from jobs.contract import Cause
@@ -275,6 +275,7 @@ def test_classifying_is_pure_and_total(seen: Evidence) -> None:
 
 
 @given(_evidence)
+@example(Evidence(code=0, world=1, markers={1: {"reason": "finished"}}))  # of a rank that there is not
 def test_a_run_is_finished_only_when_rank_0_says_so_behind_the_barrier_of_all(seen: Evidence) -> None:
     if classify(seen)[0] is Cause.FINISHED and not (seen.own_script and seen.code == 0):
         assert seen.markers[0].get("reason") == "finished" and not seen.own_script
