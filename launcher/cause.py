@@ -53,6 +53,7 @@ class Evidence:
     brought_back: Slurm started the job again, and nobody of this attempt had lived to write its end.
     put_back: Slurm has put the job back into the queue by itself, while this attempt still came to its end.
     gone: the job is over by now, and this is another one.
+    unanswered: there is a Slurm, and it did not say what became of the job.
     stop_file: what the stop file says; "" when it is empty or absent.
     own_script: the ranks run a person's script (`entry`), whose exit code is all that it says."""
 
@@ -72,6 +73,7 @@ class Evidence:
     brought_back: bool = False
     put_back: bool = False
     gone: bool = False
+    unanswered: bool = False
     stop_file: str = ""
     own_script: bool = False
 
@@ -127,6 +129,9 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
         return Cause.CODE_ERROR, f"your script ended with {seen.code}"
     if seen.put_back and missing:
         return Cause.NODE_FAILURE, f"Slurm had taken the job back by itself, and rank {_numbers(missing)} left no marker"
+    if seen.unanswered and missing and (errors or seen.code > 128):
+        # A process that was killed looks like this, and so does a node that Slurm has given up while it cannot be asked.
+        return Cause.UNKNOWN, f"exit code {seen.code}, rank {_numbers(missing)} left no marker, and Slurm did not say what became of the job"
     if missing and errors:
         return Cause.KILLED, f"rank {_numbers(missing)} is gone without a word, the others lost the connection to it"
     if seen.code > 128:

@@ -30,8 +30,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Arithmetic of tests in their own process, and of what they start: threads of OpenMP wait by turning, and three processes of two threads on
 # two cores do little else (297 seconds of the processor instead of 382 in the files that import torch). Read when torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# How often a property is tried is asked for here: EXAMPLES_TIMES=10 make test-fast tries each ten times as often.
+_EXAMPLES_TIMES = int(os.environ.get("EXAMPLES_TIMES", "1"))
 # How fast examples are made says something about the machine and its other users, nothing about the code.
-settings.register_profile("holdfast", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("holdfast", max_examples=100 * _EXAMPLES_TIMES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("holdfast")
 # A run that takes a few seconds on two busy cores and still has steps, validations and checkpoints to interrupt.
 SMALL = {
@@ -83,11 +85,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="only tests that start no Slurm and no training, and load no torch")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--fast"):
-        os.environ.setdefault("HYPOTHESIS_EXAMPLES", "50")  # of histories that Slurm may write
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """Files are read without garbage collections: looking for garbage among what torch makes while it is imported takes seconds, and finds none."""
@@ -125,6 +122,11 @@ def until(condition: Callable[[], Any], seconds: float, what: str | Callable[[],
         if time.monotonic() > limit:
             pytest.fail(f"waited {PATIENCE * seconds:.0f} s for {what if isinstance(what, str) else what()}")
         time.sleep(0.05)
+
+
+def examples(count: int) -> settings:
+    """How many examples of a property are tried, where 100 are too many or too few: `@examples(40)` below `@given`."""
+    return settings(max_examples=count * _EXAMPLES_TIMES)
 
 
 def calls_of(do: Callable[[], Any]) -> int:

@@ -3,9 +3,11 @@
 The texts are as Slurm 22.05.8 wrote them; docs/preemption.md has the table."""
 
 import copy
+from dataclasses import replace
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jobs.contract import Cause
@@ -254,6 +256,7 @@ _evidence = st.builds(
     brought_back=st.booleans(),
     put_back=st.booleans(),
     gone=st.booleans(),
+    unanswered=st.booleans(),
     own_script=st.booleans(),
     stop_file=st.sampled_from(["", "lunch", "pruned at step 40"]),
 )
@@ -265,8 +268,17 @@ def test_what_srun_says_of_a_step_that_could_not_be_made_stands_in_the_evidence(
     assert cause is Cause.UNKNOWN and "Unable to create step" in evidence
 
 
+@pytest.mark.parametrize("lost", [{}, {1: {"rank": 1, "reason": "error", "kind": "DistNetworkError", "message": "Connection closed by peer"}}])
+def test_what_is_gone_without_a_word_was_killed_unless_slurm_could_not_be_asked(lost: dict[int, dict[str, Any]]) -> None:
+    seen = Evidence(code=137, world=2, markers=lost)
+    assert classify(seen)[0] is Cause.KILLED
+    cause, evidence = classify(replace(seen, unanswered=True))
+    assert cause is Cause.UNKNOWN and "Slurm did not say" in evidence and f"rank {'0' if lost else '0, 1'} left" in evidence
+    # What the log says needs no answer.
+    assert classify(replace(seen, unanswered=True, log=PREEMPTION))[0] is Cause.PREEMPTED
+
+
 @given(_evidence)
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_classifying_is_pure_and_total(seen: Evidence) -> None:
     before = copy.deepcopy(seen)
     first = classify(seen)

@@ -4,7 +4,8 @@ Run: pytest tests/test_data_order.py"""
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from train.data.order import permuted, rank_slice, sample_ids, shard
@@ -26,13 +27,13 @@ def epoch_ids(num_samples: int, seed: int, epoch: int = 0) -> np.ndarray:
     return permuted(index, np.full_like(index, epoch), num_samples, seed)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(num_samples=st.integers(1, 3000), seed=st.integers(-(2**70), 2**70), epoch=st.integers(0, 10**6))
 def test_each_epoch_is_a_permutation_of_all_samples(num_samples: int, seed: int, epoch: int) -> None:
     assert np.array_equal(np.sort(epoch_ids(num_samples, seed, epoch)), np.arange(num_samples))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(num_samples=st.integers(1, 200), batch=st.integers(1, 300), seed=st.integers(0, 2**63 - 1))
 def test_every_sample_comes_once_per_epoch_across_step_boundaries(num_samples: int, batch: int, seed: int) -> None:
     steps = -(-3 * num_samples // batch)
@@ -91,7 +92,7 @@ def test_a_far_step_of_huge_data_costs_no_memory() -> None:
     assert ids.min() >= 0 and ids.max() < 2**40 + 12345
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(batch=st.integers(1, 200), micro=st.integers(1, 32), world=st.integers(1, 9))
 def test_processes_cut_a_batch_without_gap_or_overlap(batch: int, micro: int, world: int) -> None:
     slots = np.arange(batch)
@@ -114,7 +115,7 @@ def test_a_batch_is_the_same_set_of_samples_at_any_world_size() -> None:
         assert sorted(np.concatenate(parts)) == sorted(ids)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(num_samples=st.integers(0, 500), world=st.integers(1, 17))
 def test_evaluation_counts_every_sample_once(num_samples: int, world: int) -> None:
     shards = [shard(num_samples, world, rank) for rank in range(world)]

@@ -8,8 +8,8 @@ import typing
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Cluster
-from hypothesis import example, given, settings
+from conftest import REPOSITORY, Cluster, examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -85,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @example(value="a\nb")
 @example(value="\ud800")
 @example(value="😀 " * 3000)
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_a_text_is_refused_in_a_clear_line_or_arrives_unchanged(folder: Path, name: str, value: str) -> None:
     try:
         arrived = carried(folder, name, value)
@@ -98,7 +98,7 @@ def test_a_text_is_refused_in_a_clear_line_or_arrives_unchanged(folder: Path, na
 
 @pytest.mark.parametrize("name", LISTS)
 @given(value=st.lists(anything, max_size=3))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_a_list_is_refused_in_a_clear_line_or_arrives_unchanged(folder: Path, name: str, value: list[str]) -> None:
     try:
         arrived = carried(folder, name, value)
@@ -110,7 +110,7 @@ def test_a_list_is_refused_in_a_clear_line_or_arrives_unchanged(folder: Path, na
 
 @pytest.mark.parametrize("name", MAPPINGS)
 @given(value=st.dictionaries(st.sampled_from(["A", "B_2"]) | anything, anything, max_size=3))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_a_mapping_is_refused_in_a_clear_line_or_arrives_unchanged(folder: Path, name: str, value: dict[str, str]) -> None:
     try:
         arrived = carried(folder, name, value)
@@ -121,7 +121,7 @@ def test_a_mapping_is_refused_in_a_clear_line_or_arrives_unchanged(folder: Path,
 
 
 @given(value=anything)
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_text_that_an_environment_can_hold_arrives_from_there_unchanged(folder: Path, value: str) -> None:
     environ = {"NOTE": value, "HOLDFAST_DATA": value}
     try:
@@ -194,7 +194,7 @@ folder_name = line.map(lambda text: text.translate(str.maketrans("/\\,:", "----"
     ),
     parent=folder_name, tools=folder_name, array=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_nothing_in_a_script_is_executed_and_every_value_arrives(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, object], parent: str, tools: str, array: bool
 ) -> None:
@@ -247,7 +247,7 @@ def test_the_recording_stage_would_notice_a_payload(tmp_path: Path) -> None:
 
 
 @given(text=anything)
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_a_directive_is_one_line_whatever_stands_in_it(text: str) -> None:
     try:
         job = Job(partition=text, account=text, sbatch_options={"licenses": text})
@@ -260,7 +260,7 @@ def test_a_directive_is_one_line_whatever_stands_in_it(text: str) -> None:
 
 
 @given(parent=folder_name)
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_variables_of_an_attempt_are_sourced_as_they_are(tmp_path_factory: pytest.TempPathFactory, parent: str) -> None:
     run = RunDir(tmp_path_factory.mktemp("begin") / parent / "a-b")
     run.path.mkdir(parents=True)

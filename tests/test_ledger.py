@@ -13,7 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import ledger
@@ -27,7 +28,7 @@ def write(path: Path, count: int, event: Event = Event.CHECKPOINT) -> None:
 
 
 @given(cut=st.integers(1, 200))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_a_torn_last_line_costs_itself_and_nothing_else(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     path = tmp_path_factory.mktemp("torn") / "ledger.jsonl"
     write(path, 3)

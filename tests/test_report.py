@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
-from hypothesis import given, settings
+from conftest import REPOSITORY, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from written_runs import BEGAN, written_run
 
@@ -100,7 +100,7 @@ def charts(dom: str) -> dict[str, int]:
 
 
 @given(values=st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=400), points=st.integers(8, 60))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_a_thinned_curve_keeps_its_ends_and_its_extremes(values: list[float], points: int) -> None:
     kept = thinned(values, points)
     assert kept == sorted(set(kept)) and len(kept) <= max(points, 8)

@@ -7,7 +7,8 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler as torch_lr
 
@@ -132,7 +133,7 @@ def test_wsd_is_the_same_for_any_horizon_until_decay_begins() -> None:
     assert all(lr_at(short, step) == lr_at(long, step) for step in range(400))
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     kind=st.sampled_from(KINDS), total=st.integers(1, 400), pct=st.floats(0, 1), T_0=st.none() | st.integers(1, 300),
     T_mult=st.integers(1, 3), cycles=st.none() | st.integers(1, 5), step=st.integers(0, 1000),

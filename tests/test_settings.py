@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -157,7 +158,7 @@ _small = st.integers(1, 64)
 
 
 @given(nodes=st.integers(1, 6), gpus=st.integers(1, 9), batch=st.integers(1, 600), micro=st.none() | _small, accum=st.none() | _small)
-@settings(max_examples=400, deadline=None)
+@examples(400)
 def test_whatever_batch_is_accepted_adds_up_and_what_is_refused_does_not(nodes: int, gpus: int, batch: int, micro: int | None, accum: int | None) -> None:
     job = Job(nodes=nodes, gpus_per_node=gpus, batch_size=batch, micro_batch_size=micro, grad_accum_steps=accum)
     problems, derived = rules.check(job, {})
@@ -174,7 +175,7 @@ def test_whatever_batch_is_accepted_adds_up_and_what_is_refused_does_not(nodes: 
 
 
 @given(nodes=st.integers(1, 6), gpus=st.integers(1, 9), batch=st.integers(1, 600), micro=st.none() | _small, accum=st.none() | _small)
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_every_near_value_that_is_offered_is_accepted(nodes: int, gpus: int, batch: int, micro: int | None, accum: int | None) -> None:
     job = Job(nodes=nodes, gpus_per_node=gpus, batch_size=batch, micro_batch_size=micro, grad_accum_steps=accum)
     problems, _ = rules.check(job, {})

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs import advice
@@ -640,7 +641,7 @@ anything = st.text(st.characters(codec=None, exclude_categories=())) | st.text(s
 
 
 @given(st.dictionaries(st.sampled_from(["note", "data", "model"]), anything))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_any_text_comes_back_from_a_job_file_as_it_went_in(tmp_path_factory: pytest.TempPathFactory, values: dict[str, str]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(dump_yaml(values), "ascii")
@@ -655,7 +656,7 @@ trees = st.recursive(
 
 
 @given(st.dictionaries(anything, trees, max_size=4))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_any_tree_of_options_comes_back_from_a_job_file_as_it_went_in(tmp_path_factory: pytest.TempPathFactory, options: dict[str, object]) -> None:
     path = tmp_path_factory.getbasetemp() / "tree.yaml"
     path.write_text(dump_yaml({"model_options": options}), "ascii")

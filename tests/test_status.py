@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, calls_of
-from hypothesis import given, settings
+from conftest import REPOSITORY, calls_of, examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import many_runs
@@ -122,7 +122,7 @@ def test_json_has_the_fields_that_are_documented(thousand: Path) -> None:
 _TORN = [b'{"step": 7, "lo', b"", b"[1, 2]", b"null", b"\xff\xfe\x00", b'{"loss": 1.0}', b"x" * 5000]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(lines=st.lists(st.one_of(st.integers(1, 10**6), st.sampled_from(_TORN)), max_size=60), count=st.integers(1, 9), ends=st.booleans())
 def test_the_tail_is_the_end_of_the_whole_however_torn_the_file_is(tmp_path_factory: pytest.TempPathFactory, lines: list[Any], count: int, ends: bool) -> None:
     path = tmp_path_factory.mktemp("tail") / "metrics.jsonl"
@@ -151,7 +151,7 @@ def by_yaml(text: str) -> Any:
     return yaml_text.parse(text)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.dictionaries(st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True), _VALUE, max_size=5))
 def test_what_is_read_quickly_is_what_yaml_reads(values: dict[str, Any]) -> None:
     text = yaml_text.dump_yaml(values)
@@ -160,7 +160,7 @@ def test_what_is_read_quickly_is_what_yaml_reads(values: dict[str, Any]) -> None
         assert (quick or None) == by_yaml(text) and repr(quick or None) == repr(by_yaml(text))
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     st.lists(
         st.sampled_from(

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from unittest import mock
 
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -573,9 +574,7 @@ class Histories(RuleBasedStateMachine):
         assert row.state in ("finished", "cancelled") or row.note, row
 
 
-Histories.TestCase.settings = settings(
-    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "100")), stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
-)
+Histories.TestCase.settings = settings(examples(100), stateful_step_count=25, suppress_health_check=list(HealthCheck))
 TestHistories = Histories.TestCase
 
 
