@@ -43,7 +43,7 @@ from launcher.ownership import own
 from launcher.rendezvous import address_of, free_port
 from launcher.requeue import send_back
 from slurm.allocation import job_id_of, local_time, restarts_of
-from slurm.client import JobInfo, Slurm, expand_nodelist
+from slurm.client import JobInfo, Slurm, expand_nodelist, unreachable
 
 # Seconds to wait for a controller that is just being restarted, for a fact about a job.
 _ASK_PATIENCE_S = 20.0
@@ -120,7 +120,7 @@ def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int,
     if is_ghost(run, number):
         print(f"holdfast: attempt {number} was closed by a later one; nothing is written and nothing requeued", flush=True)
         return Verdict(True, "a later attempt has taken over"), Cause.UNKNOWN
-    info = _ask(slurm, job_id, _ASK_PATIENCE_S)
+    info, unanswered = _ask(slurm, job_id, _ASK_PATIENCE_S)
     if info is not None and info.preempted_at and local_time(info.preempted_at) < started_at(run, number) - 1:
         info = replace(info, preempted_at=None)  # of an earlier attempt
     seen = replace(
@@ -129,7 +129,7 @@ def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int,
         signals=signals,
         job=info,
         put_back=info is not None and info.restarts > restarts_of(environ),
-        unanswered=slurm is not None and info is None,
+        unanswered=unanswered,
         seconds_to_limit=seconds_to_limit(run, number, job, info, environ) if slurm else None,
         lead_s=job.stop_lead_s,
         own_script=job.entry is not None,
@@ -180,14 +180,16 @@ def _notify(run: RunDir, job: Job, verdict: Verdict, cause: Cause, evidence: str
     tell(run, job, verdict, cause, evidence, environ)
 
 
-def _ask(slurm: Slurm | None, job_id: str, patience_s: float = 0.0) -> JobInfo | None:
-    """What slurmctld knows; None when it knows nothing, or could not be asked: for evidence that is the same."""
+def _ask(slurm: Slurm | None, job_id: str, patience_s: float = 0.0) -> tuple[JobInfo | None, bool]:
+    """What slurmctld knows of a job, and whether it did not answer or knows no such job. A node without scontrol cannot ask
+    at all: there the other evidence must do."""
     if slurm is None:
-        return None
+        return None, False
     try:
-        return slurm.patiently(lambda: slurm.job(job_id), patience_s)
-    except SubmitError:
-        return None
+        info = slurm.patiently(lambda: slurm.job(job_id), patience_s)
+    except SubmitError as err:
+        return None, unreachable(err)
+    return info, info is None
 
 
 def adopt(environ: Mapping[str, str], cwd: Path) -> Path:
@@ -198,7 +200,7 @@ def adopt(environ: Mapping[str, str], cwd: Path) -> Path:
     allocation: dict[str, object] = {"run_id": f"j{job_id}", "nodes": int(environ.get("SLURM_JOB_NUM_NODES", "1"))}
     nodes = int(environ.get("SLURM_JOB_NUM_NODES", "1"))
     allocation["gpus_per_node"] = int(environ.get("SLURM_NTASKS_PER_NODE") or max(int(environ.get("SLURM_NTASKS", "1")) // nodes, 1))
-    info = _ask(Slurm(environ), job_id_of(environ))
+    info, _ = _ask(Slurm(environ), job_id_of(environ))
     if info is not None:
         try:
             allocation["time_limit"] = parse_minutes(info.time_limit)

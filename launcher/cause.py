@@ -53,7 +53,7 @@ class Evidence:
     brought_back: Slurm started the job again, and nobody of this attempt had lived to write its end.
     put_back: Slurm has put the job back into the queue by itself, while this attempt still came to its end.
     gone: the job is over by now, and this is another one.
-    unanswered: there is a Slurm, and it did not say what became of the job.
+    unanswered: slurmctld did not answer, or knows no such job.
     stop_file: what the stop file says; "" when it is empty or absent.
     own_script: the ranks run a person's script (`entry`), whose exit code is all that it says."""
 

@@ -50,12 +50,7 @@ def keep(words: list[str], names: list[str], files: list[str], answer: str) -> N
         parts = ["\n".join(names), "\n".join(files), stamp, answer]
         if any(_SEPARATOR in part for part in parts) or any("\n" in name for name in (*names, *files)):
             return
-        place = _place(words)
-        os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
-        aside = f"{place}.{os.getpid()}"
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8", newline="") as file:
-            file.write(_SEPARATOR.join([*parts, "end"]))
-        os.replace(aside, place)
+        keep_text(_place(words), _SEPARATOR.join([*parts, "end"]))
     except (OSError, ValueError):
         return
 
@@ -64,6 +59,16 @@ def in_cache(*names: str) -> str:
     """A place in our part of the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(cache, "holdfast", *names)
+
+
+def keep_text(place: str, text: str) -> None:
+    """Writes a file of the cache folder, whole or not at all, for the user's eyes only. Raises OSError and UnicodeEncodeError."""
+    from pathlib import Path
+
+    from jobs.whole_file import replace_file
+
+    os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
+    replace_file(Path(place), text, mode=0o600, flush=False)
 
 
 def _place(words: list[str]) -> str:

@@ -110,8 +110,8 @@ def write_settings(run: RunDir, resolved: Resolved) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     run.logs.mkdir()
     run.job_yaml.write_text(dump_yaml(resolved.job.model_dump(mode="json")))
-    # As indent=1 writes it, which JSON does in Python and a piece at a time.
-    run.origins.write_text(json.dumps(resolved.origins, separators=(",\n ", ": ")).replace("{", "{\n ", 1)[:-1] + "\n}\n")
+    # A line for each, as indent=1 makes it; but with that JSON's encoder is the one in Python, which an array notices.
+    run.origins.write_text(json.dumps(resolved.origins, separators=(",\n ", ": ")) + "\n")
 
 
 def freeze_tree(run: RunDir, job: Job, cwd: Path) -> None:

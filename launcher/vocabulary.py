@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
-from launcher.entry import in_cache
+from launcher.entry import in_cache, keep_text
 
 _HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Where words come from; a file that is new, gone or changed in one of these makes the kept ones stale.
@@ -71,13 +71,8 @@ def vocabulary() -> Vocabulary:
 
 
 def _keep(stamp: str, gathered: Vocabulary) -> None:
-    place = in_cache("words.json")
-    aside = f"{place}.{os.getpid()}"
     try:
-        os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            json.dump({"stamp": stamp, "words": gathered}, file)
-        os.replace(aside, place)
+        keep_text(in_cache("words.json"), json.dumps({"stamp": stamp, "words": gathered}))
     except OSError:
         return
 

@@ -1,6 +1,5 @@
 """A real Slurm for the tests that need one, and the few verbs that they have in common."""
 
-import gc
 import json
 import os
 import re
@@ -9,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from jobs import ledger
+from jobs.imports import without_collections
 from jobs.rundir import RunDir
 from slurm import lab
 
@@ -88,12 +87,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """Files are read without garbage collections: looking for garbage among what torch makes while it is imported takes seconds, and finds none."""
-    gc.disable()
-    try:
+    with without_collections():
         return (yield)
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -127,24 +122,6 @@ def until(condition: Callable[[], Any], seconds: float, what: str | Callable[[],
 def examples(count: int) -> settings:
     """How many examples of a property are tried, where 100 are too many or too few: `@examples(40)` below `@given`."""
     return settings(max_examples=count * _EXAMPLES_TIMES)
-
-
-def calls_of(do: Callable[[], Any]) -> int:
-    """How many functions are called, those of C and of other threads included: work that a slow or busy machine does not make more of."""
-    count = 0
-
-    def note(frame: Any, event: str, arg: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    threading.setprofile(note)
-    sys.setprofile(note)
-    try:
-        do()
-    finally:
-        sys.setprofile(None)
-        threading.setprofile(None)
-    return count
 
 
 class Cluster:

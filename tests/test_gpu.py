@@ -26,6 +26,7 @@ from train.data.synthetic import AffineTokens
 from train.feed import Feed
 from train.fp8 import load_early
 from train.models.convnet import ConvNet
+from train.seeds import seed_everything
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"), pytest.mark.timeout(900)]
 GPU = torch.device("cuda")
@@ -323,3 +324,14 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_under_the_kernels(tmp_p
     optim.scale_and_step(run.optimizer, run.model, torch.ones((), device=GPU), torch.ones((), device=GPU))
     assert all(torch.equal(tensor, before[key]) for key, tensor in run.weights().items())
     assert steps == [float(state["step"]) for state in run.optimizer.state.values()]
+
+
+def test_the_gpu_draws_the_numbers_of_its_step() -> None:
+    def drawn(step: int) -> torch.Tensor:
+        seed_everything(7, step, 1)
+        return torch.rand(8, device=GPU)
+
+    first, second = drawn(3), drawn(4)
+    assert torch.equal(drawn(3), first) and not torch.equal(first, second)
+    torch.manual_seed(torch.initial_seed())
+    assert torch.equal(torch.rand(8, device=GPU), first)

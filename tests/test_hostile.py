@@ -240,6 +240,17 @@ def test_nothing_in_a_script_is_executed_and_every_value_arrives(
         assert stage.words("python") == [str(python), *task] and srun[srun.index("rank") + 1 :] == [str(python), *task]
 
 
+def test_a_python_in_a_container_whose_name_begins_with_a_dash_is_started(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    (stage.bin / "-a").write_text('#!/bin/bash\nprintf "%s\\0" "$@" > "$RECORD/dash"\n')
+    (stage.bin / "-a").chmod(0o755)
+    run = RunDir(tmp_path / "runs" / "a-b")
+    run.code.mkdir(parents=True)
+    job = Job(container_image="image", container_runtime="pyxis", container_python="-a")
+    done = stage.run(render_script(job, Script(run, str(stage.bin / "python"), None)))
+    assert done.returncode == 0 and stage.words("dash") == ["-u", "-m", "train", "--run-dir", str(run.path)], done.stderr
+
+
 def test_the_recording_stage_would_notice_a_payload(tmp_path: Path) -> None:
     stage = Stage(tmp_path / "stage")
     stage.run("echo $(touch x)")

@@ -632,3 +632,28 @@ def test_a_job_gives_way_when_slurm_cannot_say_whether_the_owner_lives(tmp_path:
         attempt.begin(run, {"SLURM_JOB_ID": second.id, "SLURM_JOB_NODELIST": HERE}, slurm)
     slurm.reachable, first.state = True, "GONE"
     assert attempt.begin(run, {"SLURM_JOB_ID": second.id, "SLURM_JOB_NODELIST": HERE}, slurm)["HOLDFAST_ATTEMPT"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("scontrol: Unable to contact slurm controller (connect failure)", "unknown"),
+        ("scontrol: slurm_load_jobs error: Invalid job id specified", "unknown"),
+        # A node that has no clients of Slurm: then nobody was asked, and the exit code says it.
+        ("scontrol is not on this machine; is this a login node of the cluster?", "killed"),
+    ],
+)
+def test_ranks_killed_without_a_word_are_called_so_where_slurm_did_not_fail_to_answer(tmp_path: Path, said: str, cause: str) -> None:
+    run, _ = made_run(tmp_path)
+    slurm = FakeSlurm()
+    job = slurm.new()
+    job.state = "RUNNING"
+    environ = {"SLURM_JOB_ID": job.id, "SLURM_JOB_NODELIST": HERE}
+    environ |= attempt.begin(run, environ, slurm)
+
+    def refuse(*_: str, **__: Any) -> str:
+        raise SubmitError(said)
+
+    with mock.patch.object(slurm, "run", refuse):
+        attempt.end(run, environ, slurm, 137, [])
+    assert ledger.attempts(ledger.read(run.ledger))[0].cause == cause

@@ -15,7 +15,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import train.__main__
-    from train.imports import without_collections
+    from jobs.imports import without_collections
 
     with without_collections():
         # The first two are what training imports by its first step and first line: a second of each rank.

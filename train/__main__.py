@@ -12,11 +12,11 @@ from pathlib import Path
 from jobs import access, ckpt_format
 from jobs.contract import Exit, RankEnv
 from jobs.errors import HoldfastError
+from jobs.imports import without_collections
 from jobs.rundir import AttemptDir, RunDir
 from jobs.sources import load
 from jobs.stop import StopFlag, leave_marker, name_of
 from train.clock import Clock
-from train.imports import without_collections
 from train.recorder import answer_when_asked
 
 
@@ -42,9 +42,6 @@ def main() -> int:
         # OpenMP reads this once, when torch is loaded. On a CPU the number of threads is part of the arithmetic.
         os.environ["OMP_NUM_THREADS"] = str(job.cpu_threads)
         with without_collections():
-            # The first optimizer does, whether anything is compiled or not.
-            import torch._dynamo  # noqa: F401
-
             from train.loop import train
 
         outcome = train(job, run, flag, clock, ahead)
