@@ -24,6 +24,7 @@ from train.autocast import TOLERANCE
 from train.data.sources import open_data
 from train.data.synthetic import AffineTokens
 from train.feed import Feed
+from train.filling import Filling
 from train.fp8 import load_early
 from train.models.convnet import ConvNet
 from train.seeds import seed_everything
@@ -170,6 +171,21 @@ def test_a_save_in_the_background_goes_through_pinned_memory_and_holds_its_step(
     other = training(tmp_path / "other", "bf16")
     other.load(run)
     assert other.step == 3 and all(torch.equal(tensor, before[name]) for name, tensor in other.weights().items())
+
+
+def test_tensors_of_every_kind_are_filled_through_blocks_that_are_used_again() -> None:
+    here = torch.Generator().manual_seed(0)
+    sources = [torch.randn(shape, generator=here) for shape in [(), (0, 3), (1,), (255,), (257, 3), (300, 1024), (5000, 7)]]
+    sources += [torch.arange(1000), torch.rand(333, generator=here) < 0.5, torch.randn(64, 32, generator=here).t()]
+    with torch.cuda.stream(torch.cuda.Stream()), Filling(threads=3, block=1024) as filling:
+        filled = [filling.new(source, torch.device("cuda")) for source in sources]
+        weight = torch.nn.Parameter(torch.zeros(300, 1024, dtype=torch.bfloat16, device="cuda"))
+        filling.add(weight, sources[5])
+        turned = torch.zeros(7, 5000, device="cuda").t()
+        filling.add(turned, sources[6])
+    torch.cuda.synchronize()
+    assert all(torch.equal(there.cpu(), source) for there, source in zip(filled, sources, strict=True))
+    assert torch.equal(weight.cpu(), sources[5].bfloat16()) and torch.equal(turned.cpu(), sources[6])
 
 
 @pytest.mark.parametrize("pinned", [True, False])

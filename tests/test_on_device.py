@@ -10,6 +10,7 @@ import torch
 from on_device import CASES, SMALL_SHAPE, One, Training, falls, gradient_job, gradients_of, gradients_over_ranks, job_of, largest_gap
 
 from train.autocast import TOLERANCE
+from train.filling import Filling
 
 CPU = torch.device("cpu")
 
@@ -41,6 +42,13 @@ def test_fp16_that_overflows_is_recorded_step_by_step_and_survived(tmp_path: Pat
 def test_a_policy_of_fallback_goes_on_in_bf16_without_a_scale(tmp_path: Path) -> None:
     run = training(tmp_path / "fp16", "fp16", grad_scaler_init=2.0**60, on_overflow="fallback", max_overflows=2).train(3)
     assert run.stepper.scale is None and len(run.overflows()) == 3 and any("going on in bf16" in line for line in run.said)
+
+
+def test_a_tensor_of_another_shape_fills_nothing() -> None:
+    target = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"\(2,\) does not fit into \(3,\)"), Filling() as filling:
+        filling.add(target, torch.ones(2))
+    assert not target.any() and torch.equal(Filling().new(torch.ones(2), CPU), torch.ones(2))
 
 
 MODES_HERE = [("fp32", {}), ("bf16", {}), ("bf16", {"amp_opt_level": "O2"}), ("fp16", {})]

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 from jobs.ckpt_format import MANIFEST, MODEL, OPTIMIZER, complete, few, read_manifest, verify
 from jobs.errors import CheckpointError
 from jobs.rundir import RunDir
+from train.filling import Filling
 from train.optim import fp32_of, load_state_by_name, masters_to_parameters, state_by_name
 
 # What safetensors calls the types.
@@ -124,14 +125,15 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) 
         for name, tensor in tensors.items():
             if tuple(tensor.shape) != weights.shapes[name]:
                 raise CheckpointError(f"{path.name}: {name} is {weights.shapes[name]}, this model has {tuple(tensor.shape)}")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-                local.copy_(weights.rows_of(name, tensor))
-        masters_to_parameters(model)
         remarks = []
+        with Filling() as filling:
+            for name, tensor in tensors.items():
+                filling.add(tensor.to_local() if isinstance(tensor, DTensor) else tensor, weights.rows_of(name, tensor))
+            if optimizer is not None:
+                fresh, dropped = _load_moments(Saved(path, manifest.of_kind(OPTIMIZER)), model, optimizer, filling)
+        with torch.no_grad():
+            masters_to_parameters(model)
         if optimizer is not None:
-            fresh, dropped = _load_moments(Saved(path, manifest.of_kind(OPTIMIZER)), model, optimizer)
             if fresh:
                 remarks.append(f"no optimizer state for {few(fresh)}: they start fresh")
             if dropped:
@@ -204,8 +206,8 @@ class Saved:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _load_moments(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[str], list[str]]:
-    """Names of parameters without moments, and of saved moments without a parameter."""
+def _load_moments(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer, filling: Filling) -> tuple[list[str], list[str]]:
+    """Names of parameters without moments, and of saved moments without a parameter. The moments are there when `filling` is done."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moments: dict[str, torch.Tensor] = {}
     dropped = []
@@ -214,12 +216,15 @@ def _load_moments(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimiz
         if parameter is None:
             dropped.append(key)
         elif isinstance(parameter, DTensor) and shape == tuple(parameter.shape):
-            local = saved.rows_of(key, parameter).to(parameter.device)
+            local = filling.new(saved.rows_of(key, parameter), parameter.device)
             moments[key] = DTensor.from_local(
                 local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
             )
+        elif shape:
+            moments[key] = filling.new(saved.whole(key), parameter.device)
         else:
-            moments[key] = saved.whole(key)
+            # A counter: where it belongs is known where it is put back. A copy, as what is read is a view of the file.
+            moments[key] = saved.whole(key).clone()
     return load_state_by_name(optimizer, model, moments), sorted({key.rpartition("/")[0] for key in dropped})
 
 

@@ -316,6 +316,7 @@ def _resume(
 ) -> checkpoint.State | None:
     """Loads the newest checkpoint that verifies. Returns its state, None when there is none."""
     chosen: str | None = None
+    asked = time.monotonic()
     if rt.is_main:
         ckpt_format.clear_leftovers(run.checkpoints)
         path, damaged = ckpt_format.newest_verified(run.checkpoints, rt.attempt, ahead)
@@ -336,7 +337,8 @@ def _resume(
         remarks += [f"{name} was {then}, now {now}" for name, (then, now) in changed.items()]
         if job.precision is Precision.FP8 and job.fp8_recipe == "delayed":
             remarks.append("WARNING: the history of scales of FP8_RECIPE=delayed starts anew, so losses will be close and not identical")
-        say(f"  resumed at step {state.step:,} ({chosen} verified, {time.monotonic() - begun:.1f} s)" + "".join(f"; {remark}" for remark in remarks))
+        took = f"waited {begun - asked:.1f} s for its sums, loaded in {time.monotonic() - begun:.1f} s"
+        say(f"  resumed at step {state.step:,} ({chosen}, {took})" + "".join(f"; {remark}" for remark in remarks))
     if rt.is_main:
         ledger.append(run.ledger, Event.RESUMED, attempt=rt.attempt, job_id=rt.job_id, step=state.step if state else 0)
     return state

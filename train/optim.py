@@ -91,7 +91,8 @@ def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
-    """Puts named moments back. Returns the names of parameters for which there were none; those start fresh."""
+    """Puts named moments back: themselves where they lie on the device of their parameter. Returns the names of parameters for which
+    there were none; those start fresh."""
     missing = []
     by_parameter: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state.items():
@@ -106,7 +107,7 @@ def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state
             continue
         optimizer.state[fp32_of(p)] = {
             # The step counter stays where AdamW keeps it: on the CPU, unless the fused kernel wants it beside the weights.
-            moment: tensor.to(p.device if tensor.ndim or optimizer.defaults.get("fused") else "cpu", copy=True)
+            moment: tensor.to(p.device if tensor.ndim or optimizer.defaults.get("fused") else "cpu")
             for moment, tensor in moments.items()
         }
     return missing
