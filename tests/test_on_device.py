@@ -2,6 +2,8 @@
 
 Run: pytest tests/test_on_device.py"""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import on_device
@@ -42,6 +44,22 @@ def test_fp16_that_overflows_is_recorded_step_by_step_and_survived(tmp_path: Pat
 def test_a_policy_of_fallback_goes_on_in_bf16_without_a_scale(tmp_path: Path) -> None:
     run = training(tmp_path / "fp16", "fp16", grad_scaler_init=2.0**60, on_overflow="fallback", max_overflows=2).train(3)
     assert run.stepper.scale is None and len(run.overflows()) == 3 and any("going on in bf16" in line for line in run.said)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputing_activations_changes_no_loss_and_is_done_in_its_contexts(tmp_path: Path, precision: str) -> None:
+    kept = training(tmp_path / "kept", precision).train(3)
+    again, entered = training(tmp_path / "again", precision, grad_checkpointing=True), []
+
+    @contextmanager
+    def told(what: str) -> Iterator[None]:
+        entered.append(what)
+        yield
+
+    again.model.recomputing = lambda: (told("first"), told("again"))
+    again.train(3)
+    assert largest_gap(again, kept) <= TOLERANCE[again.job.precision]
+    assert entered == ["first", "again"] * 3, "one block"
 
 
 def test_a_tensor_of_another_shape_fills_nothing() -> None:

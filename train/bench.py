@@ -135,12 +135,22 @@ def measure(job: Job, steps: int, warm_up: int) -> tuple[Measurement, "np.ndarra
 
 def fits(job: Job) -> bool:
     """Whether two steps of this job fit into the memory of the GPU."""
-    torch.cuda.empty_cache()
+    forget()
     try:
         measure(job, steps=2, warm_up=1)
     except torch.OutOfMemoryError:
         return False
     return True
+
+
+def forget() -> None:
+    """Frees what earlier measurements in this process left: models are cycles of references, and `measure` takes what there is
+    after its first step out of the garbage collector's sight."""
+    gc.unfreeze()
+    # What was compiled holds on to the model it was compiled for, and would make the next size a dynamic one.
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def weights_of(model: nn.Module) -> list[torch.Tensor]:

@@ -1,5 +1,6 @@
 """From settings to what is trained: the model as the precision wants it, and the data."""
 
+import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,7 @@ from jobs.precision import Precision
 from jobs.settings import Job
 from train import optim
 from train.data.sources import Dataset, open_data
-from train.fp8 import convert
+from train.fp8 import Recomputing, convert
 from train.kernels import usable
 from train.models.gpt import GPT
 from train.models.registry import PRESETS, build_model
@@ -38,18 +39,17 @@ def build(
     if isinstance(model, GPT) and model.cos.is_meta:
         model.to_empty(device=rt.device)
         model.fill_tables()
-    if job.grad_checkpointing and job.model not in PRESETS:
-        enable = getattr(getattr(model, "model", model), "gradient_checkpointing_enable", None)
-        if enable is None:
-            raise SettingError(f"GRAD_CHECKPOINTING: {job.model} has no gradient_checkpointing_enable(); recompute inside your own model instead.")
-        enable()
     model.to(rt.device)
-    fp8 = None
+    fp8, recomputing = None, None
     if job.precision is Precision.FP8:
         converted = convert(model, job)
-        fp8 = converted.context
+        fp8, recomputing = converted.context, converted.recompute
         for line in converted.lines():
             say("  " + line)
+    if isinstance(model, GPT):
+        model.recomputing = recomputing or model.recomputing
+    if job.grad_checkpointing and job.model not in PRESETS:
+        _recompute(model, job, recomputing)
     if job.amp_opt_level == "O2":
         optim.use_16_bit_parameters(job, model)
     if job.fused_kernels and hasattr(model, "use_kernels"):
@@ -65,6 +65,22 @@ def build(
         regions = getattr(model, "compile_regions", model.compile)
         regions()
     return model, forward_context(job.precision, rt.device, fp8)
+
+
+def _recompute(model: nn.Module, job: Job, recomputing: Recomputing | None) -> None:
+    """Has a model that is not ours recompute its activations, as models of transformers offer it. Raises SettingError where it cannot."""
+    enable = getattr(getattr(model, "model", model), "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise SettingError(f"GRAD_CHECKPOINTING: {job.model} has no gradient_checkpointing_enable(); recompute inside your own model instead.")
+    options = {"use_reentrant": False} | ({"context_fn": recomputing} if recomputing else {})
+    if "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters:
+        enable(gradient_checkpointing_kwargs=options)
+    elif recomputing:
+        raise SettingError(
+            f"GRAD_CHECKPOINTING: {job.model} takes no gradient_checkpointing_kwargs in its gradient_checkpointing_enable(), and Transformer Engine has to know when its layers are recomputed. FP8_BACKEND=torchao needs no such word."
+        )
+    else:
+        enable()
 
 
 def open_split(job: Job, split: Any) -> Dataset:

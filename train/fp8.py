@@ -25,6 +25,7 @@ from jobs.settings import Job
 ALIGNMENT = 16
 # torch's own order on Hopper; with another cuDNN loaded beside it, it takes the second one first.
 _ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+Recomputing = Callable[[], tuple[AbstractContextManager[object], AbstractContextManager[object]]]
 # Logits decide the loss directly; every recipe known to converge keeps this layer in bf16.
 _HEADS = ("lm_head", "head", "classifier", "score", "output", "out_proj_head", "decoder", "predictions")
 

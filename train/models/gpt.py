@@ -8,6 +8,7 @@ Linears that read the same input are one (QKV; gate and up): fewer and wider pro
 
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from jobs.errors import SettingError
 from jobs.presets import LOSS_CHUNK_TOKENS
@@ -155,6 +156,8 @@ class GPT(nn.Module):
                 self.register_buffer(name, torch.empty(config.seq_len, config.channels // 2), persistent=False)
         self._terms: Terms = chunk_terms
         self._ops = PLAIN
+        # The contexts of a block whose activations are recomputed, and of doing so (train/fp8.py).
+        self.recomputing: Callable[[], tuple[Any, Any]] = noop_context_fn
         if device.type != "meta":
             self.to_empty(device=device)
             self.init_weights()
@@ -212,7 +215,8 @@ class GPT(nn.Module):
         for block in self.blocks:
             if self.config.checkpoint_blocks and torch.is_grad_enabled():
                 # One tensor is kept for a block, not two. No dropout anywhere: there is no random state to bring back.
-                x, delta = checkpoint(block, x + delta, nothing, cos, sin, dtype, use_reentrant=False, preserve_rng_state=False)
+                options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self.recomputing}
+                x, delta = checkpoint(block, x + delta, nothing, cos, sin, dtype, **options)
             else:
                 x, delta = block(x, delta, cos, sin, dtype)
         return self._ops.add_norm(x, delta, self.norm.weight, self.norm.eps, dtype)[1]
