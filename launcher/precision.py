@@ -223,7 +223,7 @@ def _measure(row: Row, job: Job, folder: Path, cwd: Path, steps: int, largest: b
         return
     seconds = found["step_ms"] / 1000
     row.per_s = found["samples"] * found["targets_per_sample"] / seconds
-    row.step_ms, row.step_ms_p95, row.first_step_s = round(found["step_ms"], 2), round(found["step_ms_p95"], 2), found["first_step_s"]
+    row.step_ms, row.step_ms_p95, row.first_step_s = round(found["step_ms"], 4), round(found["step_ms_p95"], 4), found["first_step_s"]
     row.tflops = found["flops_per_sample"] * found["samples"] / seconds / 1e12 or None
     peak = peak_of(found["device"], Precision(found["precision"]))
     row.peak_share = row.tflops / peak.tflops if row.tflops and peak else None

@@ -4,7 +4,10 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +16,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from jobs import ledger, sources
-from jobs.errors import ImpossibleJobError
+from jobs.errors import ImpossibleJobError, SettingError
 from jobs.precision import MODES, Precision, nearest_that_runs, runs_on
 from jobs.rundir import RunDir
 from jobs.settings import Job
-from train import fp8, optim
+from train import build, fp8, optim
+from train.data.sources import open_data
 from train.models.registry import build_model
 from train.numerics import GradientOverflow, LossScale, OverflowGuard, first_bad, forward_context
 from train.step import Stepper
@@ -258,6 +262,110 @@ def test_te_conversion_keeps_names_weights_and_ties() -> None:
     assert model.tied.weight is model.embedding.weight
     report = "\n".join(converted.lines())
     assert "2 of 5 linear layers" in report and "odd" in report and "tied weight" in report
+
+
+class Engine:
+    """In place of Transformer Engine, which needs a GPU: what a forward pass does depends on whether it is inside of the autocast, and it
+    notes in which phases it was entered. tests/test_gpu.py has the real one."""
+
+    def __init__(self) -> None:
+        self.on, self.phases = False, []
+
+    @contextmanager
+    def autocast(self, *, enabled: bool, recipe: object) -> Iterator[None]:
+        was, self.on = self.on, enabled
+        try:
+            yield
+        finally:
+            self.on = was
+
+    @contextmanager
+    def activation_recompute_forward(self, *, activation_recompute: bool, recompute_phase: bool) -> Iterator[None]:
+        self.phases.append("again" if recompute_phase else "first")
+        yield
+
+    def Linear(self, width: int, to: int, *, bias: bool, params_dtype: torch.dtype) -> nn.Module:
+        engine = self
+
+        class Layer(nn.Linear):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return nn.functional.linear(x.to(torch.float8_e4m3fn).to(x.dtype), self.weight) if engine.on else super().forward(x)
+
+        return Layer(width, to, bias=bias, dtype=params_dtype)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        modules = {name: ModuleType(name) for name in (
+            "transformer_engine", "transformer_engine.common", "transformer_engine.common.recipe",
+            "transformer_engine.pytorch", "transformer_engine.pytorch.distributed",
+        )}  # fmt: skip
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+            parent, _, child = name.rpartition(".")
+            if parent:
+                setattr(modules[parent], child, module)
+        vars(modules["transformer_engine.pytorch"]).update(autocast=self.autocast, Linear=self.Linear)
+        vars(modules["transformer_engine.common.recipe"]).update(
+            dict.fromkeys(("MMParams", "Float8CurrentScaling"), lambda **_: None), Float8BlockScaling=None, MXFP8BlockScaling=None
+        )
+        vars(modules["transformer_engine.pytorch.distributed"]).update(activation_recompute_forward=self.activation_recompute_forward)
+
+
+@pytest.mark.parametrize("model", ["nano", "hf"])
+def test_activations_are_recomputed_inside_of_the_context_of_fp8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str) -> None:
+    engine = Engine()
+    engine.install(monkeypatch)
+    found = []
+    for recompute in (False, True):
+        settings = {"precision": "fp8", "fp8_backend": "te", "grad_checkpointing": recompute, "compile": False, "amp_opt_level": None}
+        if model == "hf":
+            settings |= {"model": f"hf:{small_llama(tmp_path)}", "model_options": {}}
+        torch.manual_seed(0)
+        job = job_of(**settings)
+        net, context = build.build(
+            job, open_data("synthetic", seq_len=32, split="train", vocab_size=256), SimpleNamespace(device=torch.device("cpu"), world=1), lambda text: None
+        )
+        net.train()
+        tokens = torch.randint(256, (8, 32), generator=torch.Generator().manual_seed(0))
+        with context():
+            loss = net(tokens, tokens)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
+    assert engine.phases and engine.phases.count("first") == engine.phases.count("again")
+    assert not engine.on and len(found[0]) == len(found[1]) and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("takes", "engine", "said"),
+    [(True, True, None), (True, False, None), (False, False, None), (False, True, "no gradient_checkpointing_kwargs"), (None, False, "has no gradient")],
+)
+def test_a_model_of_ones_own_is_told_how_to_recompute_where_it_can_be(takes: bool | None, engine: bool, said: str | None) -> None:
+    class Own(nn.Module):
+        told: dict[str, object] | None = None
+
+    def with_words(gradient_checkpointing_kwargs: dict[str, object]) -> None:
+        model.told = gradient_checkpointing_kwargs
+
+    def without() -> None:
+        model.told = {}
+
+    model = Own()
+    if takes is not None:
+        model.gradient_checkpointing_enable = with_words if takes else without
+    contexts = (lambda: (nullcontext(), nullcontext())) if engine else None
+    with pytest.raises(SettingError, match=said) if said else nullcontext():
+        build._recompute(model, job_of(model="own:make"), contexts)
+    wanted = {"use_reentrant": False} | ({"context_fn": contexts} if engine else {})
+    assert model.told == (None if said else wanted if takes else {})
+
+
+def small_llama(folder: Path) -> Path:
+    """A folder with the configuration of a model of transformers."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, attention_dropout=0.0
+    ).save_pretrained(folder)
+    return folder
 
 
 def test_torchao_conversion_trains_with_fp8_rounding_and_unchanged_names() -> None:

@@ -52,7 +52,7 @@ def build(
         _recompute(model, job, recomputing)
     if job.amp_opt_level == "O2":
         optim.use_16_bit_parameters(job, model)
-    if job.fused_kernels and hasattr(model, "use_kernels"):
+    if job.fused_kernels and isinstance(model, GPT):
         reason = usable(rt.device)
         if reason is None:
             model.use_kernels()
@@ -69,18 +69,25 @@ def build(
 
 def _recompute(model: nn.Module, job: Job, recomputing: Recomputing | None) -> None:
     """Has a model that is not ours recompute its activations, as models of transformers offer it. Raises SettingError where it cannot."""
-    enable = getattr(getattr(model, "model", model), "gradient_checkpointing_enable", None)
-    if enable is None:
-        raise SettingError(f"GRAD_CHECKPOINTING: {job.model} has no gradient_checkpointing_enable(); recompute inside your own model instead.")
-    options = {"use_reentrant": False} | ({"context_fn": recomputing} if recomputing else {})
-    if "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters:
-        enable(gradient_checkpointing_kwargs=options)
-    elif recomputing:
-        raise SettingError(
-            f"GRAD_CHECKPOINTING: {job.model} takes no gradient_checkpointing_kwargs in its gradient_checkpointing_enable(), and Transformer Engine has to know when its layers are recomputed. FP8_BACKEND=torchao needs no such word."
-        )
-    else:
-        enable()
+    owner = getattr(model, "model", model)
+    # The first is the name of the second from transformers 6 on.
+    for method, argument in (
+        ("activation_checkpointing_enable", "activation_checkpointing_kwargs"),
+        ("gradient_checkpointing_enable", "gradient_checkpointing_kwargs"),
+    ):
+        enable = getattr(owner, method, None)
+        if enable is None:
+            continue
+        if argument in inspect.signature(enable).parameters:
+            enable(**{argument: {"use_reentrant": False} | ({"context_fn": recomputing} if recomputing else {})})
+        elif recomputing:
+            raise SettingError(
+                f"GRAD_CHECKPOINTING: {method}() of {job.model} takes no {argument}, and Transformer Engine has to know when its layers are computed again. FP8_BACKEND=torchao need not."
+            )
+        else:
+            enable()
+        return
+    raise SettingError(f"GRAD_CHECKPOINTING: {job.model} has no gradient_checkpointing_enable(); recompute inside your own model instead.")
 
 
 def open_split(job: Job, split: Any) -> Dataset:

@@ -106,7 +106,7 @@ def safetensors_parts(tensors: Mapping[str, Rows], about: Mapping[str, str] | No
         header["__metadata__"] = {**(about or {}), **({"rows": json.dumps(rows)} if rows else {})}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    bodies = [memoryview(tensors[name].tensor.reshape(-1).view(torch.uint8).numpy()) for name in order]
+    bodies = [tensors[name].tensor.reshape(-1).view(torch.uint8).numpy().data for name in order]
     return [len(text).to_bytes(8, "little") + text, *bodies]
 
 
@@ -242,8 +242,9 @@ def _mine(tensor: torch.Tensor, rank: int) -> Rows | None:
 
 def _span(tensor: DTensor) -> tuple[int, int]:
     """First row and number of rows of what this process holds. FSDP2 cuts the first dimension as torch.chunk does."""
-    sharded = [dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Shard)]
-    if len(sharded) > 1 or any(tensor.placements[dim].dim != 0 for dim in sharded):
+    shards = {dim: placement for dim, placement in enumerate(tensor.placements) if isinstance(placement, Shard)}
+    sharded = list(shards)
+    if len(sharded) > 1 or any(placement.dim != 0 for placement in shards.values()):
         raise CheckpointError(f"a tensor laid out as {tensor.placements} cannot be saved or loaded: only shards of the first dimension are known")
     rows = tensor.to_local().shape[0]
     if not sharded:

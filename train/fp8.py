@@ -8,8 +8,8 @@ import ctypes
 import glob
 import importlib.util
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +45,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Converted:
-    """The context that forward passes run in, and what became of each Linear."""
+    """The context that forward passes run in, and what became of each Linear. `recompute`: the contexts of a forward pass whose
+    activations will be computed again, and of doing so, as torch.utils.checkpoint wants them; None where it needs none."""
 
     context: Callable[[], AbstractContextManager[object]] | None
     layers: tuple[Layer, ...]
     recipe: str
+    recompute: Recomputing | None = None
 
     def lines(self) -> list[str]:
         """For the start-up report: how many, and the reasons of the others."""
@@ -117,7 +119,7 @@ def convert(model: nn.Module, job: Job, *, emulate: bool = False, make_linear: C
             old = getattr(owner, child)
             assert isinstance(old, nn.Linear)
             setattr(owner, child, _same_weights(old, make(old)))
-    return Converted(context, tuple(layers), f"{job.fp8_backend} {recipe}")
+    return Converted(context, tuple(layers), f"{job.fp8_backend} {recipe}", _recomputing(context) if context else None)
 
 
 def plan(model: nn.Module) -> list[Layer]:
@@ -190,6 +192,22 @@ def _transformer_engine(recipe: str, fast: str) -> tuple[Callable[[nn.Linear], n
         return layer
 
     return make, context
+
+
+def _recomputing(context: Callable[[], AbstractContextManager[object]]) -> Recomputing:
+    """What Transformer Engine wants to know where activations are recomputed: the backward pass, in which that happens, is outside of
+    the context of fp8, and the scales of `delayed` have to be those of the first time."""
+    from transformer_engine.pytorch.distributed import activation_recompute_forward
+
+    def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+        @contextmanager
+        def again() -> Iterator[None]:
+            with activation_recompute_forward(activation_recompute=True, recompute_phase=True), context():
+                yield
+
+        return activation_recompute_forward(activation_recompute=True, recompute_phase=False), again()
+
+    return contexts
 
 
 def _convert_torchao(model: nn.Module, chosen: set[str], recipe: str, fast: str, emulate: bool) -> None:

@@ -65,8 +65,8 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
     say("  " + runtime.describe(job, rt, origins(run).get("precision", "default")))
 
     schedule = schedule_of(job)
-    for line in describe(schedule):
-        say("  " + line)
+    for text in describe(schedule):
+        say("  " + text)
     # A backward function that makes a NaN is then named with the line of its forward; far too slow to leave on.
     torch.autograd.set_detect_anomaly(job.debug, check_nan=True)
     seed_everything(job.seed, step=0)
@@ -76,8 +76,8 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
     compiled = CompileCache(job, run, rt, say)
     compiled.load()
     inner, context = build(job, data, rt, say, drawn=begins)
-    for line in switches.apply(job, inner, data, rt.device):
-        say("  " + line)
+    for text in switches.apply(job, inner, data, rt.device):
+        say("  " + text)
     optimizer = optim.build(job, inner)
     scale = LossScale.of(job)
     guard = OverflowGuard(job, scale)

@@ -30,8 +30,7 @@ def shard(model: nn.Module, job: Job, rt: Runtime) -> None:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a model: the members of its longest ModuleList."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    return max((list(module) for module in model.modules() if isinstance(module, nn.ModuleList)), key=len, default=[])
 
 
 @contextmanager

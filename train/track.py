@@ -11,6 +11,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from jobs import secret
@@ -72,13 +73,13 @@ class Trackers:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         living: dict[str, Any] = {}
         for name in self._names:
-            self._try(living, name, lambda name=name: living.__setitem__(name, self._start(name)))
+            self._try(living, name, partial(lambda name: living.__setitem__(name, self._start(name)), name))
         while living and (line := self._lines.get()) is not None:
             values = {key: value for key, value in line.items() if key not in _NOT_TRACKED}
             for name in list(living):
-                self._try(living, name, lambda name=name, line=line, values=values: living[name].log(values, step=int(line["step"])))
+                self._try(living, name, partial(living[name].log, values, step=int(line["step"])))
         for name in list(living):
-            self._try(living, name, lambda name=name: living[name].finish())
+            self._try(living, name, living[name].finish)
 
     def _try(self, living: dict[str, Any], name: str, act: Callable[[], None]) -> None:
         try:

@@ -141,7 +141,7 @@ def write_npy(path: Path, array: NDArray[np.generic]) -> None:
         raise
 
 
-def byte_entropy(array: NDArray[np.uint8]) -> float:
+def byte_entropy(array: NDArray[np.integer]) -> float:
     """Bits per byte of a model that knows only how often each byte occurs: the number validation has to beat."""
     counts = np.zeros(BYTE_VOCAB, dtype=np.int64)
     for start in range(0, len(array), 1 << 22):  # bincount widens its input to int64: keep that to 32 MB

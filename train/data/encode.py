@@ -31,7 +31,9 @@ class Encoder(Protocol):
 class Bytes:
     """A byte is a token. A zero byte ends a text, as in the other byte-level data."""
 
-    name, vocab_size, end = "bytes", BYTE_VOCAB, 0
+    name = "bytes"
+    vocab_size = BYTE_VOCAB
+    end: int | None = 0
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
         return [np.frombuffer(text.encode() + b"\0", dtype=np.uint8) for text in texts]

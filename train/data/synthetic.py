@@ -59,7 +59,7 @@ class Digits:
 
     def __init__(self, *, split: str) -> None:
         try:
-            from sklearn.datasets import load_digits  # type: ignore[import-not-found,unused-ignore]
+            from sklearn.datasets import load_digits  # type: ignore[import-not-found,import-untyped,unused-ignore]
         except ImportError as err:
             raise SettingError("data 'digits' is part of scikit-learn, which is not installed") from err
         found = load_digits()

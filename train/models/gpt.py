@@ -237,6 +237,7 @@ class GPT(nn.Module):
 
         self._ops, self._terms = fused(self.config.channels), terms
         for block in self.blocks:
+            assert isinstance(block, Block)
             block.ops = self._ops
 
     def compile_regions(self, **options: Any) -> None:
