@@ -8,7 +8,8 @@
     checkpoints/.trash-...                being deleted
     checkpoints/.damaged-step-00001200-4  did not verify when attempt 4 wanted it; kept for a person to look at
 
-A sharded run has one file per process, model.00000-of-00002.safetensors, each with its own rows of every tensor.
+A sharded run has files for each process, model.00000-of-00002.safetensors, with its own rows of every tensor. What is larger than 2 GiB
+lies in several files, so that several processors write, hash and verify it.
 A directory under a step's name is complete by definition: train/commit.py is the protocol that makes that true.
 """
 
@@ -68,7 +69,7 @@ class Manifest:
         return json.dumps({**body, "sum": _sum_of(body)}, indent=1) + "\n"
 
     def of_kind(self, kind: str) -> list[str]:
-        """Names of the files that hold `model` or `optimizer`, one per process that wrote."""
+        """Names of the files that hold `model` or `optimizer`, at least one per process that wrote."""
         return sorted(name for name in self.files if name.startswith(f"{kind}."))
 
     @property
@@ -80,8 +81,8 @@ def _sum_of(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def file_name(kind: str, rank: int = 0, writers: int = 1) -> str:
-    return f"{kind}.safetensors" if writers == 1 else f"{kind}.{rank:05d}-of-{writers:05d}.safetensors"
+def file_name(kind: str, number: int = 0, files: int = 1) -> str:
+    return f"{kind}.safetensors" if files == 1 else f"{kind}.{number:05d}-of-{files:05d}.safetensors"
 
 
 def path_of(folder: Path, step: int) -> Path:

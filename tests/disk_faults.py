@@ -115,3 +115,10 @@ def slow_first_saves():
         return finish(self, *args, **kwargs)
 
     commit.Commit.finish = slowly
+
+
+def small_files():
+    """What lies in one file of 2 GiB otherwise lies in several."""
+    from train import checkpoint
+
+    checkpoint.FILE_BYTES = 20_000

@@ -41,10 +41,7 @@ def small_model(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
 def write(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     commit = Commit(folder, step, 1)
     commit.begin()
-    files = {
-        ckpt_format.file_name(kind): commit.write(ckpt_format.file_name(kind), checkpoint.safetensors_parts(rows))
-        for kind, rows in checkpoint.content(model, optimizer, 0).items()
-    }
+    files = {name: commit.write(name, checkpoint.safetensors_parts(rows)) for name, rows in checkpoint.content(model, optimizer, 0).items()}
     commit.finish(files, State(step=step, tokens=step, seed=0, max_steps=9, batch_size=1, data="d", precision="fp32", world=1).plain())
 
 

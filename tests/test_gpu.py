@@ -174,7 +174,7 @@ def test_a_save_in_the_background_goes_through_pinned_memory_and_holds_its_step(
     run.saver.reserve(run.model, run.optimizer)
     assert run.saver._reserving is not None
     run.saver._reserving.join()
-    assert run.saver._memory._slab.is_pinned()
+    assert all(buffer.is_pinned() for buffer in run.saver._memory._buffers.values())
     before = run.weights()
     run.save(must=False)
     run.train(3)

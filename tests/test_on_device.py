@@ -11,6 +11,8 @@ import pytest
 import torch
 from on_device import CASES, SMALL_SHAPE, One, Training, falls, gradient_job, gradients_of, gradients_over_ranks, job_of, largest_gap
 
+from jobs import ckpt_format
+from train import checkpoint, export, saver
 from train.autocast import TOLERANCE
 from train.filling import Filling
 
@@ -98,6 +100,38 @@ def test_a_save_in_the_background_holds_the_step_that_it_was_asked_at(tmp_path: 
     other = training(tmp_path / "other", "fp32")
     other.load(run)
     assert other.step == 3 and all(torch.equal(tensor, before[name]) for name, tensor in other.weights().items())
+
+
+def test_what_is_large_lies_in_several_files_of_about_the_same_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 40_000)
+    run = training(tmp_path / "run", "bf16", amp_opt_level="O2").train(2)
+    run.save()
+    path = run.run.checkpoints / "step-00000002"
+    files = ckpt_format.verify(path).files
+    total = sum(entry.bytes for name, entry in files.items() if name.startswith("model"))
+    parts = [files[f"model.{n:05}-of-{-(-total // 40_000):05}.safetensors"].bytes for n in range(total // 40_000)]
+    assert len(parts) > 3 and max(parts) < 3 * 40_000 and len([name for name in files if name.startswith("optimizer")]) > 2 * len(parts) - 2
+    for settings in ({"amp_opt_level": "O2"}, {}):
+        other = training(tmp_path / "other", "bf16", **settings)
+        other.load(run)
+        assert other.step == 2 and all(torch.equal(tensor, run.weights()[name]) for name, tensor in other.weights().items())
+    assert sorted(export.weights_of(path)) == sorted(run.weights())
+
+
+def test_memory_for_saves_is_cut_from_slabs_without_gaps_and_stays_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saver, "_SLAB", 4096)
+    memory = saver.HostMemory(pinned=True)
+    monkeypatch.setattr(memory, "_new", lambda size: torch.empty(size, dtype=torch.uint8))
+    sizes = [3000, 2000, 900, 5000, 1, 0, 1700]
+    taken = [memory.buffer("model.safetensors", str(n), torch.Size([size]), torch.uint8) for n, size in enumerate(sizes)]
+    assert all(
+        torch.equal(again, first) and again.data_ptr() == first.data_ptr()
+        for first, again in ((one, memory.buffer("model.safetensors", str(n), one.shape, one.dtype)) for n, one in enumerate(taken))
+    )
+    spans = sorted((one.data_ptr(), one.data_ptr() + one.numel()) for one in taken if one.numel())
+    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False)), "none lies in another"
+    assert len(memory._rests) == 3, "3000 and 900; 2000, 1 and 1700; 5000 by itself"
+    assert not any((one.data_ptr() - first.data_ptr()) % 256 for one, first in ((taken[2], taken[0]), (taken[6], taken[1])))
 
 
 def test_gradients_of_two_ranks_equal_those_of_one_and_of_one_whole_batch(tmp_path: Path) -> None:

@@ -293,6 +293,7 @@ def test_an_unfinished_validation_is_finished_by_the_next_attempt_without_a_seco
 def test_a_run_goes_from_ddp_to_fsdp_and_back_at_another_size_with_the_same_samples(farm: Farm) -> None:
     straight = farm.finished(LOG_SAMPLES="true")
     run = farm.prepare(MAX_KILLED="0", LOG_SAMPLES="true")
+    farm.before = "small_files"
     for index, words in enumerate((["PARALLEL=fsdp"], ["PARALLEL=fsdp", "GPUS_PER_NODE=3"], ["PARALLEL=ddp", "GPUS_PER_NODE=2"])):
 
         def kill(farm: Farm, run: RunDir, attempt: int = index + 1) -> None:
@@ -308,6 +309,8 @@ def test_a_run_goes_from_ddp_to_fsdp_and_back_at_another_size_with_the_same_samp
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("launcher.attempt.os.getpid", lambda: 200_000)
         assert farm.train(run) == Exit.DONE, logs(run)
+    farm.before = None
+    assert len(ckpt_format.verify(ckpt_format.complete(run.checkpoints)[0]).of_kind("optimizer")) > 2
     assert [event["step"] > 0 for event in events(run, "resumed")] == [False, True, True, True], logs(run)
     assert not samples.of_run(run).faults and order_of(run) == order_of(straight)
     for ours, theirs in zip(curve(run), curve(straight), strict=True):

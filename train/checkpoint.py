@@ -7,6 +7,7 @@ processes and in any parallel mode. Files are safetensors: nothing that is read 
 """
 
 import json
+import math
 import platform
 import sys
 from collections.abc import Iterable, Mapping
@@ -22,12 +23,15 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
+from jobs import ckpt_format
 from jobs.ckpt_format import MANIFEST, MODEL, OPTIMIZER, complete, few, read_manifest, verify
 from jobs.errors import CheckpointError
 from jobs.rundir import RunDir
 from train.filling import Filling
 from train.optim import fp32_of, load_state_by_name, masters_to_parameters, state_by_name
 
+# As much as one processor hashes in about a second.
+FILE_BYTES = 2 * 2**30
 # What safetensors calls the types.
 _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -75,19 +79,37 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**parameters, **buffers}
 
 
-def content(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, dict[str, Rows]]:
-    """`model` and `optimizer` -> name -> what this process has to save of it. Views: nothing is copied."""
+def content(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, writers: int = 1) -> dict[str, dict[str, Rows]]:
+    """Name of a file -> name of a tensor -> what this process, one of `writers`, has to save of it. Views: nothing is copied.
+
+    A kind that is larger lies in files of about FILE_BYTES, of which each writer has the same number."""
     for module in model.modules():
         # After a validation FSDP still has the gathered weights in place of its shards.
         if isinstance(module, FSDPModule):
             module.reshard()
     kinds = {MODEL: named_tensors(model), OPTIMIZER: state_by_name(optimizer, model)}
-    return {kind: {name: rows for name, tensor in tensors.items() if (rows := _mine(tensor.detach(), rank)) is not None} for kind, tensors in kinds.items()}
+    found: dict[str, dict[str, Rows]] = {}
+    for kind, tensors in kinds.items():
+        # Sizes of whole tensors, sharded or not: all writers come to the same numbers.
+        sizes = {name: tensor.numel() * host_type(kind, tensor).itemsize for name, tensor in tensors.items()}
+        share = max(sum(sizes.values()) / writers, 1)
+        files = math.ceil(share / FILE_BYTES)
+        names = [ckpt_format.file_name(kind, rank * files + number, writers * files) for number in range(files)]
+        found |= {name: {} for name in names}
+        behind = 0.0
+        for name, tensor in tensors.items():
+            rows = _mine(tensor.detach(), rank)
+            if rows is not None:
+                # By where its middle lies: files of about the same size, whatever the sizes of tensors.
+                found[names[min(int((behind + sizes[name] / writers / 2) / share * files), files - 1)]][name] = rows
+            behind += sizes[name] / writers
+    return found
 
 
 def host_type(kind: str, tensor: torch.Tensor) -> torch.dtype:
-    """The type to save in: weights at least fp32, everything else as it is."""
-    return torch.float32 if kind == MODEL and tensor.is_floating_point() and tensor.element_size() < 4 else tensor.dtype
+    """The type to save in: weights at least fp32, everything else as it is. `kind` may be the name of a file."""
+    weights = kind.partition(".")[0] == MODEL
+    return torch.float32 if weights and tensor.is_floating_point() and tensor.element_size() < 4 else tensor.dtype
 
 
 def safetensors_parts(tensors: Mapping[str, Rows], about: Mapping[str, str] | None = None) -> list[bytes | memoryview]:

@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,10 @@ from train.checkpoint import Rows, State
 from train.commit import DISK, Commit, Disk, prune
 from train.runtime import Runtime
 
-_SLAB = 2**30
+_SLAB = 2**28
 _ALIGN = 256
+# Files that are written at a time, each with a thread that hashes beside it.
+_WRITERS = 4
 # (errno, message) of a storage error, as it travels between the ranks.
 _Problem = tuple[int | None, str]
 
@@ -56,23 +59,27 @@ class HostMemory:
     def __init__(self, pinned: bool):
         self._pinned = pinned
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
-        self._slab = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
+        # What is left of each slab.
+        self._rests: list[torch.Tensor] = []
 
-    def buffer(self, kind: str, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        key = (kind, name)
+    def buffer(self, file: str, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a tensor of a file, the same one each time."""
+        key = (file, name)
         known = self._buffers.get(key)
         if known is None or known.shape != shape or known.dtype != dtype:
             self._buffers[key] = known = self._take(shape.numel() * dtype.itemsize).view(dtype).view(shape)
         return known
 
     def _take(self, size: int) -> torch.Tensor:
-        # In slabs, because torch rounds each pinned allocation up to a power of two.
-        if self._used + size > self._slab.numel():
-            self._slab, self._used = self._new(max(_SLAB if self._pinned else size, size)), 0
-        part = self._slab[self._used : self._used + size]
-        self._used += -(-size // _ALIGN) * _ALIGN
-        return part
+        # In slabs, because torch rounds each pinned allocation up to a power of two. Small ones: whoever launches a kernel waits while
+        # one is pinned, 0.15 s for this size, and the GPU has more than that to do.
+        place = next((n for n, rest in enumerate(self._rests) if rest.numel() >= size), None)
+        if place is None:
+            place = len(self._rests)
+            self._rests.append(self._new(max(_SLAB if self._pinned else size, size)))
+        rest = self._rests[place]
+        self._rests[place] = rest[-(-size // _ALIGN) * _ALIGN :]
+        return rest[:size]
 
     def _new(self, size: int) -> torch.Tensor:
         if self._pinned:
@@ -94,6 +101,7 @@ class Saver:
         self._memory = HostMemory(pinned=rt.device.type == "cuda")
         self._thread: threading.Thread | None = None
         self._reserving: threading.Thread | None = None
+        self._wanted = threading.Event()
         self._error: BaseException | None = None
         self.saved = saved
         self.last_seconds: float | None = None
@@ -101,19 +109,22 @@ class Saver:
         self.failures = 0
 
     def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Takes the memory before the first save needs it, while training goes on: pinning some GB takes seconds."""
+        """Takes the memory before the first save needs it, while training goes on: pinning takes 0.6 s for a GB, during which no kernel
+        can be launched. So twice as long as each piece took is left to training, until a save wants the memory."""
         if not self._writes:
             return
         wanted = [
-            (kind, name, rows.tensor.shape, checkpoint.host_type(kind, rows.tensor))
-            for kind, tensors in checkpoint.content(model, optimizer, self._rt.rank).items()
+            (file, name, rows.tensor.shape, checkpoint.host_type(file, rows.tensor))
+            for file, tensors in checkpoint.content(model, optimizer, self._rt.rank, self._writers).items()
             for name, rows in tensors.items()
         ]
 
         def take() -> None:
             with suppress(Exception):  # what is missing is taken, or raised, by the save that needs it
                 for one in wanted:
+                    begun = time.monotonic()
                     self._memory.buffer(*one)
+                    self._wanted.wait(2 * (time.monotonic() - begun))
 
         self._reserving = threading.Thread(target=take, name="reserve", daemon=True)
         self._reserving.start()
@@ -125,9 +136,8 @@ class Saver:
         if not self._writes:
             self.saved = state.step
             return
-        writers = self._rt.world if self._sharded else 1
-        parts = self._stage(model, optimizer, writers)
-        save = _Save(state, parts, begun, time.monotonic() - begun, must, writers)
+        parts = self._stage(model, optimizer)
+        save = _Save(state, parts, begun, time.monotonic() - begun, must, self._writers)
         if must or not self._job.async_save:
             self._write(save, background=False)
             self.poll()
@@ -156,17 +166,21 @@ class Saver:
     def _writes(self) -> bool:
         return self._sharded or self._rt.is_main
 
-    def _stage(self, model: nn.Module, optimizer: torch.optim.Optimizer, writers: int) -> dict[str, list[bytes | memoryview]]:
+    @property
+    def _writers(self) -> int:
+        return self._rt.world if self._sharded else 1
+
+    def _stage(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[bytes | memoryview]]:
+        self._wanted.set()
         if self._reserving is not None:
             self._reserving.join()
-        parts = {}
-        for kind, tensors in checkpoint.content(model, optimizer, self._rt.rank).items():
-            copies = {}
+        parts: dict[str, dict[str, Rows]] = {}
+        for file, tensors in checkpoint.content(model, optimizer, self._rt.rank, self._writers).items():
+            copies = parts[file] = {}
             for name, rows in tensors.items():
-                buffer = self._memory.buffer(kind, name, rows.tensor.shape, checkpoint.host_type(kind, rows.tensor))
+                buffer = self._memory.buffer(file, name, rows.tensor.shape, checkpoint.host_type(file, rows.tensor))
                 buffer.copy_(rows.tensor, non_blocking=True)
                 copies[name] = Rows(buffer, rows.start, rows.total)
-            parts[ckpt_format.file_name(kind, self._rt.rank, writers)] = copies
         if self._rt.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return {name: checkpoint.safetensors_parts(copies) for name, copies in parts.items()}
@@ -230,7 +244,8 @@ class Saver:
             return problem
         files: dict[str, FileEntry] = {}
         try:
-            files = {name: commit.write(name, parts) for name, parts in save.parts.items()}
+            with ThreadPoolExecutor(_WRITERS) as pool:
+                files = dict(zip(save.parts, pool.map(commit.write, save.parts, save.parts.values()), strict=True))
         except OSError as err:
             problem = _problem(err)
         reports = self._gather((files, problem))
