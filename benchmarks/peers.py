@@ -10,7 +10,9 @@ from the start of its process to the end of the first step.
 
 Peers: transformers.Trainer; a plain PyTorch loop over the same Llama of transformers, eager and compiled, also with torchao's float8;
 Accelerate's own fp8, and its DDP on two GPUs. What is not installed, or cannot run on this machine, is named and left out.
-Rows on two GPUs have the batch of one on each; their tokens per second are those of both, their share of the peak is that of each.
+Rows on two GPUs have the batch of one on each; their tokens per second are those of both, their share of the peak is that of each. Cards
+of one kind differ by some percent, and those of one run wait for each other: so where a row on two GPUs is asked for, its row on one is
+measured on both of them at the same time, and the comparison is with the sum, and with twice the slower one.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,15 +92,18 @@ def ordinary_run(shape: Shape, steps: int, *precision: str, gpus: int = 1) -> Fi
 
 
 def bare_loop(shape: Shape, steps: int, *precision: str) -> Figures:
-    """The same step function without loop, logging and checkpoints: what the loop costs is the difference."""
+    """The same step function without loop, logging and checkpoints: what the loop costs is the difference. By the same clock: windows of as
+    many steps as lie between two lines of metrics, the median of the last half of them."""
     from launcher.prepare import resolve_here
     from train.bench import measure
 
     with tempfile.TemporaryDirectory(prefix="hf-peers-") as folder:
         token_file(shape, Path(folder), steps)
         job = resolve_here([*words_of(shape, [*precision], folder), f"MAX_STEPS={steps}"], os.environ, Path.cwd()).job
-        found, _ = measure(job, steps, steps // 2)
-    return measured(shape.batch * shape.seq_len * 1000 / found.step_ms)
+        window = min(job.log_every, steps)
+        found, _ = measure(job, steps, steps // 2, window)
+    rates = [window * shape.batch * shape.seq_len / seconds for seconds in found.window_s]
+    return measured(statistics.median(rates[len(rates) // 2 :]))
 
 
 @dataclass(frozen=True)
@@ -165,16 +171,16 @@ def table(shape: Shape, figures: dict[str, Figures], left_out: dict[str, str], h
     lines = [
         head,
         "",
-        f"| what | tokens/s | % of {f'{peak.tflops:g} TFLOP/s' if peak else 'peak'} | of n times one GPU, % | peak memory, GB | expected, GB | first step after, s |",
-        "|---|---|---|---|---|---|---|",
+        f"| what | tokens/s | % of {f'{peak.tflops:g} TFLOP/s' if peak else 'peak'} | of both alone, % | of twice the slower, % | peak memory, GB | expected, GB | first step after, s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in figures.items():
         rate, processes = found["tokens_per_s"], ROWS[name].processes
         share = f"{100 * rate / processes * shape.flops / (peak.tflops * 1e12):.1f}" if peak else "-"
-        one = figures.get(name.partition(", 2 GPUs")[0]) if processes > 1 else None
-        scaling = f"{100 * rate / processes / one['tokens_per_s']:.1f}" if one else "-"
+        one = figures.get(alone(name)) if processes > 1 else None
+        scaling = [f"{100 * rate / processes / one[key]:.1f}" if one and key in one else "-" for key in ("tokens_per_s", "slower_tokens_per_s")]
         rest = [f"{found[key]:.1f}" if key in found else "-" for key in ("memory_gb", "expected_gb", "first_step_s")]
-        lines.append(f"| {name} | {rate:,.0f} | {share} | {scaling} | " + " | ".join(rest) + " |")
+        lines.append(f"| {name} | {rate:,.0f} | {share} | " + " | ".join([*scaling, *rest]) + " |")
     return "\n".join([*lines, *(f"\nLeft out: {name}: {why}." for name, why in left_out.items()), ""])
 
 
@@ -204,10 +210,10 @@ def main() -> int:
     head = f"`{command}`, {time.strftime('%Y-%m-%d')}, {card}, torch {torch.__version__}, Python {platform.python_version()}; {shape.batch} x {shape.seq_len} random tokens per step."
     figures: dict[str, Figures] = {}
     left_out: dict[str, str] = {}
-    for name, row in ROWS.items():
-        if args.only and not any(chosen(word, name) for word in args.only.split(";")):
-            continue
-        why = missing(row) or _measure(name, args, figures)
+    asked = {name: row for name, row in ROWS.items() if not args.only or any(chosen(word, name) for word in args.only.split(";"))}
+    for name, row in asked.items():
+        on_both = any(alone(other) == name and not missing(ROWS[other]) for other in asked if other != name)
+        why = missing(row) or _measure(name, args, figures, on_both)
         if why:
             left_out[name] = why
             print(f"{name:55} left out: {why}", flush=True)
@@ -226,15 +232,28 @@ def chosen(word: str, name: str) -> bool:
     return word == name if word in ROWS else word in name
 
 
-def _measure(name: str, args: argparse.Namespace, figures: dict[str, Figures]) -> str:
-    """Puts the figures of a row, from a process of its own, beside the others. Returns why there are none, or an empty text."""
+def alone(name: str) -> str:
+    """The row on one GPU of a row on two."""
+    return name.partition(", 2 GPUs")[0]
+
+
+def _measure(name: str, args: argparse.Namespace, figures: dict[str, Figures], on_both: bool) -> str:
+    """Puts the figures of a row, from a process of its own, beside the others; `on_both`: from one on each of two GPUs at the same time,
+    the mean of them and the slower one's speed. Returns why there are none, or an empty text."""
     command = [sys.executable, "-m", "benchmarks.peers", "--shape", args.shape, "--steps", str(args.steps), "--row", name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        # torchrun draws a frame below what its ranks said.
-        return ([line for line in said if "Error" in line and "ChildFailedError" not in line] or said or [f"ended with {done.returncode}"])[-1][:200]
-    figures[name] = json.loads(done.stdout.splitlines()[-1])
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    places: list[dict[str, str]] = [{"CUDA_VISIBLE_DEVICES": one} for one in seen[:2]] if on_both else [{}]
+    with ThreadPoolExecutor(len(places)) as pool:
+        ended = list(pool.map(lambda place: subprocess.run(command, capture_output=True, text=True, timeout=1200, env={**os.environ, **place}), places))
+    for done in ended:
+        if done.returncode:
+            said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            # torchrun draws a frame below what its ranks said.
+            return ([line for line in said if "Error" in line and "ChildFailedError" not in line] or said or [f"ended with {done.returncode}"])[-1][:200]
+    found: list[Figures] = [json.loads(done.stdout.splitlines()[-1]) for done in ended]
+    figures[name] = {key: statistics.mean(one[key] for one in found) for key in found[0]}
+    if on_both:
+        figures[name]["slower_tokens_per_s"] = min(one["tokens_per_s"] for one in found)
     print(f"{name:55} " + " ".join(f"{key} {value:,.1f}" for key, value in figures[name].items()), flush=True)
     return ""
 

@@ -43,7 +43,8 @@ _MAX_OVERFLOWS = 40
 class Measurement:
     """What one precision did in `steps` steps of `samples` samples. None: this device cannot tell.
 
-    step_ms: median and 95th percentile after the warm-up. memory_gb: peak, and what of it holds parameters (masters
+    step_ms: median and 95th percentile after the warm-up, of what a GPU does between the first and the last kernel of a step; window_s:
+    seconds by the wall clock for each `window` steps, up to a synchronisation. memory_gb: peak, and what of it holds parameters (masters
     included), gradients and optimizer; activations are the rest of the peak. flops_per_sample: model FLOPs, forward and backward."""
 
     precision: str
@@ -55,6 +56,7 @@ class Measurement:
     step_ms: float = 0.0
     step_ms_p95: float = 0.0
     first_step_s: float = 0.0
+    window_s: list[float] = field(default_factory=list)
     memory_gb: dict[str, float | None] = field(default_factory=dict)
     flops_per_sample: float = 0.0
     flops_formula: str = ""
@@ -64,8 +66,9 @@ class Measurement:
     layers: list[str] = field(default_factory=list)
 
 
-def measure(job: Job, steps: int, warm_up: int) -> tuple[Measurement, "np.ndarray[Any, np.dtype[np.float32]]"]:
-    """Trains `steps` steps and returns what was seen, with entries of the first gradient [n], evenly chosen.
+def measure(job: Job, steps: int, warm_up: int, window: int = 0) -> tuple[Measurement, "np.ndarray[Any, np.dtype[np.float32]]"]:
+    """Trains `steps` steps and returns what was seen, with entries of the first gradient [n], evenly chosen. `window`: after so many steps
+    the GPU is waited for each time, as a line of metrics does.
 
     Raises ImpossibleJobError where this machine, or the model, cannot do the precision."""
     rt = runtime.start(job)
@@ -94,7 +97,7 @@ def measure(job: Job, steps: int, warm_up: int) -> tuple[Measurement, "np.ndarra
     flops, found.flops_formula = flops_per_sample(model, batch)
     found.flops_per_sample = flops or 0.0
     sums, clock, gradient = [], _Clock(rt), np.zeros(0, dtype=np.float32)
-    step = 0
+    step, window_began = 0, time.perf_counter()
     while step < steps:
         # A short warm-up of the rate: what is compared is arithmetic, not a schedule.
         optim.set_lr(optimizer, job.lr * min(1.0, (step + 1) / max(steps // 5, 1)))
@@ -121,6 +124,11 @@ def measure(job: Job, steps: int, warm_up: int) -> tuple[Measurement, "np.ndarra
             }
         sums.append(torch.stack([done.loss_sum.double(), done.targets.double()]))
         step += 1
+        if window and step % window == 0:
+            sums[-1].tolist()  # waits for the GPU
+            now = time.perf_counter()
+            found.window_s.append(now - window_began)
+            window_began = now
     feed.close()
     found.losses = [total / count for total, count in torch.stack(sums).cpu().tolist()]
     seconds = clock.seconds()
