@@ -54,6 +54,7 @@ TARGETS: dict[str, list[str]] = {
     "jobs/ckpt_format.py": _COMMIT,
     "train/commit.py": _COMMIT,
     "train/data/order.py": ["tests/test_data_order.py"],
+    "train/kernel_cache.py": ["tests/test_compile_cache.py", "-k", "not another_node and not next_attempt"],
     "slurm/render.py": ["tests/test_render.py", "-m", "not slurm", "-k", "not shellcheck"],
     "jobs/layers.py": _LAYERS,
     "jobs/merge.py": _LAYERS,

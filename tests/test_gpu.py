@@ -320,6 +320,8 @@ def test_what_was_compiled_is_there_for_an_attempt_on_another_node(tmp_path: Pat
 
     first, second = two_attempts(tmp_path, "cuda")
     assert "hits 0 misses 1" in first and "hits 1 misses 0" in second
+    assert "kernels compiled: 1" in first and "kernels of an earlier attempt loaded" not in first
+    assert "kernels of an earlier attempt loaded" in second and "kernels compiled: 0" in second
 
 
 def test_the_fused_loss_is_that_of_plain_torch() -> None:

@@ -9,6 +9,7 @@ A file that does not fit, or that another user wrote, costs a compilation and ne
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,11 +33,12 @@ class CompileCache:
         self._kernels: KernelCache | None = None
         self._kernels_path = self._path.with_name(f"{self._path.stem}-triton.zip")
         if self._wanted and rt.device.type == "cuda":
-            from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+            with suppress(ImportError):  # a torch that has it elsewhere
+                from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
-            # Where torch would put it anyway with the first kernel of its own; kernels that come before that lie there too.
-            folder = os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(rt.device.index or 0))
-            self._kernels = KernelCache(self._kernels_path, Path(folder))
+                # Where torch would put it anyway with the first kernel of its own; kernels that come before that lie there too.
+                folder = os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(rt.device.index or 0))
+                self._kernels = KernelCache(self._kernels_path, Path(folder))
 
     def load(self) -> None:
         if self._wanted and self._may_be_read(self._path):

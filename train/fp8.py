@@ -197,9 +197,10 @@ def _transformer_engine(recipe: str, fast: str) -> tuple[Callable[[nn.Linear], n
 def _recomputing(context: Callable[[], AbstractContextManager[object]]) -> Recomputing:
     """What Transformer Engine wants to know where activations are recomputed: the backward pass, in which that happens, is outside of
     the context of fp8, and the scales of `delayed` have to be those of the first time."""
-    from transformer_engine.pytorch.distributed import activation_recompute_forward
 
     def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+        from transformer_engine.pytorch.distributed import activation_recompute_forward
+
         @contextmanager
         def again() -> Iterator[None]:
             with activation_recompute_forward(activation_recompute=True, recompute_phase=True), context():
