@@ -18,7 +18,7 @@ from slurm.states import is_live
 
 # Words of clients that could not reach slurmctld: ask again later.
 _UNREACHABLE = re.compile(
-    r"Unable to contact slurm|Connection refused|Unable to establish|did not answer within|Zero Bytes were transmitted|Socket timed out|Communication connection failure",
+    r"Unable to contact slurm|Connection refused|Unable to establish|did not answer within|Zero Bytes were transmitted|Socket timed out|Communication connection failure|no cluster is configured",
     re.I,
 )
 _RETRY_S = 2.0
@@ -327,6 +327,8 @@ def unreachable(err: SubmitError) -> bool:
 
 def explain(program: str, said: str) -> str:
     """Slurm's own words, and what to do where they are known to be puzzling."""
+    if "Could not establish a configuration source" in said or "Unable to process configuration file" in said:
+        return f"{program}: Slurm's commands are here, but no cluster is configured: there is no slurm.conf that can be read, neither where SLURM_CONF says nor in /etc/slurm."
     if "Unable to contact slurm controller" in said or "Connection refused" in said or "Unable to establish" in said:
         return f"{program}: {said}. slurmctld cannot be reached; `scontrol ping` shows whether it runs."
     return f"{program}: {said}"

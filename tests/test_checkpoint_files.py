@@ -431,3 +431,10 @@ def test_a_sum_is_found_while_another_thread_keeps_the_interpreter_busy(tmp_path
     hashing.join()
     assert found == [hashlib.sha256(content).hexdigest()]
     assert took < 3, "in blocks of 256 KiB it is 6 s, in blocks of 64 MiB 0.2"
+
+
+@pytest.mark.parametrize("content", [b"", b"a", b"ab", bytes(range(256)) * 40])
+def test_a_sum_is_that_of_the_whole_file_whatever_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(ckpt_format, "_HASH_BLOCK", 1000)
+    (tmp_path / "a").write_bytes(content)
+    assert ckpt_format.hash_file(tmp_path, "a") == hashlib.sha256(content).hexdigest()

@@ -193,3 +193,17 @@ def test_what_slurm_tells_a_job_is_read_leniently() -> None:
     assert [allocation.restarts_of({"SLURM_RESTART_COUNT": text}) for text in ("2", "", "many")] == [2, 0, 0] and allocation.restarts_of({}) == 0
     assert allocation.local_time("Unknown") == float("inf")
     assert allocation.local_time("2026-11-21T23:42:34") - allocation.local_time("2026-11-21T23:42:33") == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "squeue: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\nsqueue: error: fetch_config: DNS SRV lookup failed\nsqueue: fatal: Could not establish a configuration source",
+        "squeue: error: ClusterName needs to be specified\nsqueue: fatal: Unable to process configuration file",
+    ],
+)
+def test_commands_without_a_cluster_say_so_in_one_sentence_and_nothing_is_known(tmp_path: Path, said: str) -> None:
+    slurm = programs(tmp_path / "bin", squeue=f"printf '%s\\n' '{said}' >&2; exit 1")
+    with pytest.raises(SubmitError, match="no cluster is configured") as raised:
+        slurm.run("squeue", "--me")
+    assert "\n" not in str(raised.value) and "DNS" not in str(raised.value) and client.unreachable(raised.value)

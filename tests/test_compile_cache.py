@@ -156,6 +156,13 @@ def kernel_cache(folder: Path, name: str) -> KernelCache:
     return KernelCache(folder / "k.zip", folder / name)
 
 
+def test_the_folder_of_the_file_is_made_with_what_it_lies_in(tmp_path: Path) -> None:
+    cache = KernelCache(tmp_path / "runs" / "compiled" / "k.zip", tmp_path / "node")
+    kernel(tmp_path / "node", "A", cubin="1")
+    cache.keep()
+    assert (tmp_path / "runs" / "compiled" / "k.zip").is_file()
+
+
 def kernel(folder: Path, name: str, **files: str) -> None:
     (folder / name).mkdir(parents=True)
     for file, text in files.items():
@@ -174,11 +181,17 @@ def test_only_kernels_that_came_meanwhile_and_are_not_torchs_are_kept(tmp_path: 
     other = kernel_cache(tmp_path, "b")
     assert other.load() == 1 and sorted(path.name for path in (tmp_path / "b" / "OURS").iterdir()) == ["__grp__f", "cubin"]
     assert json.loads((tmp_path / "b" / "OURS" / "__grp__f").read_text()) == {"child_paths": {"cubin": str(tmp_path / "b" / "OURS" / "cubin")}}
-    (tmp_path / "b" / "OURS" / "cubin").write_text("of this node")
-    kernel(tmp_path / "b", "MORE", cubin="4")
+    kernel(tmp_path / "b", "MORE", cubin=os.urandom(20_000).hex())
     other.keep()
+    written = (tmp_path / "k.zip").stat().st_ino
+    other.keep()
+    assert (tmp_path / "k.zip").stat().st_ino == written, "nothing new since"
+    kernel(tmp_path / "b", "THIRD", cubin="5")
+    other.keep()
+    assert kernel_cache(tmp_path, "c").load() == 3 and (tmp_path / "c" / "MORE" / "cubin").stat().st_size == 40_000
+    (tmp_path / "b" / "OURS" / "cubin").write_text("of this node")
     again = kernel_cache(tmp_path, "b")
-    assert again.load() == 2 and (tmp_path / "b" / "OURS" / "cubin").read_text() == "of this node"
+    assert again.load() == 3 and (tmp_path / "b" / "OURS" / "cubin").read_text() == "of this node"
 
 
 @pytest.mark.parametrize("name", ["../a", "/a/b", "a", "a/b/c", "a/../b", "a/"])
