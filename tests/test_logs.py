@@ -66,6 +66,23 @@ def copied(run: RunDir, rank: str = "0", attempt: str | None = None) -> str:
     return out.getvalue().decode()
 
 
+def test_a_rank_of_accelerate_launch_is_looked_for_in_the_log_of_its_node(run: RunDir) -> None:
+    run.job_yaml.write_text(dump_yaml(Job(job_name="mine", launch="accelerate", nodes=2, gpus_per_node=4).model_dump(mode="json")))
+    begin(run, 1, "12")
+    for node in ("0", "1"):
+        write(run, "12", node, f"node {node}\n")
+    assert copied(run, "6") == copied(run, "4") == "--- attempt 1 · job 12 · log of node 1: ranks 4 to 7 ---\nnode 1\n"
+    assert copied(run, "1").endswith("ranks 0 to 3 ---\nnode 0\n") and "log of" not in copied(run, "all")
+    with pytest.raises(NotFoundError, match="has written no log of rank 8 yet"):
+        copied(run, "8")
+    # Without Slurm each rank has a log of its own.
+    end(run, 1, "12", Cause.PREEMPTED)
+    begin(run, 2, "local-77")
+    write(run, "local-77", "6", "rank 6\n")
+    write(run, "local-77", "1", "rank 1\n")
+    assert copied(run, "6") == "--- attempt 2 · job local-77 · after preemption ---\nrank 6\n"
+
+
 # -- as it lies --------------------------------------------------------------------------------------------------------
 
 
