@@ -56,6 +56,7 @@ class Judge:
         self._max_steps = load(run.job_yaml).max_steps
         self._size, self._last, self._failures = -1, 0, 0
         self._study: Any = None
+        self._journal = 0
 
     def look(self) -> str:
         """Reads what is new. A study that cannot be asked just now is asked again at the next validation."""
@@ -74,7 +75,11 @@ class Judge:
         if last <= self._last or last >= self._max_steps:
             return ""
         try:
-            self._study = self._study or study.opened(self._run.array, self._sweep, self._number, repair=False)
+            journal = self._run.array.study.stat().st_ino
+            if self._study is None or journal != self._journal:
+                # Another file: it was written anew, and what Optuna remembers of the old one's lines does not fit.
+                self._study = study.opened(self._run.array, self._sweep, self._number, repair=False)
+                self._journal = journal
             study.update(self._study, self._run.array, self._sweep)
             study.report(self._study, self._number, curve)
             hopeless = study.is_hopeless(self._study, self._number)

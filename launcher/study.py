@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,25 +134,39 @@ def opened(sweep_dir: RunDir, sweep: Sweep, number: int = 0, repair: bool = True
         if _is_torn(sweep_dir.study):
             raise ValueError("its last line is torn")
         study = _study(sweep_dir.study, sweep, number)
-        study.get_trials(deepcopy=False)
-        return study
+        trials = study.get_trials(deepcopy=False)
     except (ValueError, KeyError, AssertionError) as err:
         if not repair:
             raise ValueError(f"{sweep_dir.study.name} cannot be read ({err})") from err
-        aside = sweep_dir.study.with_name(f"{sweep_dir.study.name}.damaged-{time.time():.0f}-{os.getpid()}")
-        fresh = sweep_dir.study.with_name(f".{sweep_dir.study.name}.{os.getpid()}")
-        fresh.unlink(missing_ok=True)
-        replay(_study(fresh, sweep), sweep_dir, sweep)
-        with suppress(FileNotFoundError):
-            os.rename(sweep_dir.study, aside)
-        os.rename(fresh, sweep_dir.study)
-        print(
-            f"holdfast: {sweep_dir.study} could not be read ({err}); it was written anew from the runs"
-            + (f", and the old one is kept as {aside.name}" if aside.exists() else ""),
-            file=sys.stderr,
-            flush=True,
-        )
-        return _study(sweep_dir.study, sweep, number)
+        return _written_anew(sweep_dir, sweep, number, f"could not be read ({err})", "damaged")
+    if repair and (taken_up := _ended_well_since(trials, sweep_dir, sweep)):
+        return _written_anew(sweep_dir, sweep, number, f"had trial {', '.join(map(str, taken_up))} as failed, which was resumed since and ended well", "old")
+    return study
+
+
+def _ended_well_since(trials: "Sequence[optuna.trial.FrozenTrial]", sweep_dir: RunDir, sweep: Sweep) -> list[int]:
+    """Numbers of the trials that the study has as failed and a person resumed: for Optuna a trial that is over is over."""
+    import optuna
+
+    failed = [trial.number for trial in trials if trial.state is optuna.trial.TrialState.FAIL]
+    return [number for number in failed if (outcome := outcome_of(sweep_dir.member(number), sweep)) and outcome.state != "failed"]
+
+
+def _written_anew(sweep_dir: RunDir, sweep: Sweep, number: int, why: str, what: str) -> "optuna.Study":
+    """The study as the run directories tell it, in place of its journal, which is set aside."""
+    aside = sweep_dir.study.with_name(f"{sweep_dir.study.name}.{what}-{time.time():.0f}-{os.getpid()}")
+    fresh = sweep_dir.study.with_name(f".{sweep_dir.study.name}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    replay(_study(fresh, sweep), sweep_dir, sweep)
+    with suppress(FileNotFoundError):
+        os.rename(sweep_dir.study, aside)
+    os.rename(fresh, sweep_dir.study)
+    print(
+        f"holdfast: {sweep_dir.study} {why}; it was written anew from the runs" + (f", and the old one is kept as {aside.name}" if aside.exists() else ""),
+        file=sys.stderr,
+        flush=True,
+    )
+    return _study(sweep_dir.study, sweep, number)
 
 
 def _is_torn(journal: Path) -> bool:

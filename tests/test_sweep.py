@@ -267,12 +267,12 @@ def made(folder: Path, *over: str, **options: Any) -> tuple[RunDir, Sweep]:
     return run, described
 
 
-def ends(run: RunDir, cause: str, curve: dict[int, float]) -> None:
+def ends(run: RunDir, cause: str, curve: dict[int, float], attempt: int = 1) -> None:
     """As if an attempt of the trial had come to its end."""
     with open(run.metrics, "a") as file:
         file.writelines(json.dumps({"step": step, "loss": 1.0, "val_loss": value}) + "\n" for step, value in curve.items())
-    ledger.append(run.ledger, Event.START, attempt=1, job_id="1_0", world=1)
-    ledger.append(run.ledger, Event.END, attempt=1, job_id="1_0", cause=cause, step=100, saved_step=100, start_step=0)
+    ledger.append(run.ledger, Event.START, attempt=attempt, job_id="1_0", world=1)
+    ledger.append(run.ledger, Event.END, attempt=attempt, job_id="1_0", cause=cause, step=100, saved_step=100, start_step=0)
 
 
 def test_trials_are_drawn_differently_and_the_same_again(tmp_path: Path) -> None:
@@ -401,6 +401,31 @@ def test_a_journal_that_cannot_be_read_is_written_anew_from_the_runs(tmp_path: P
     after = [(t.number, t.state.name, t.params, t.value) for t in study.opened(run, described).get_trials()]
     assert after[:4] == before[:4] and after[4][1] == "RUNNING"
     assert "written anew from the runs" in capsys.readouterr().err and bool(list(run.path.glob("study.journal.damaged-*"))) == (damage != "gone")
+
+
+def test_a_failed_trial_that_a_person_resumed_to_its_end_counts_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, described = made(tmp_path, "LR=1e-4..1e-2:log", trials=4, pruner="median")
+    for number in range(3):
+        trial.take_up(run.member(number), "1_0")
+    ends(run.member(0), Cause.FINISHED, {50: 3.0, 100: 2.0})
+    ends(run.member(1), Cause.CODE_ERROR, {50: 2.5})
+    trial.tell_sweep(run.member(1))
+    before = study.opened(run, described).get_trials()
+    assert [t.state.name for t in before] == ["COMPLETE", "FAIL", "RUNNING"] and not capsys.readouterr().err
+    # A running trial of the sweep has the journal open.
+    judge = pruning.Judge(run.member(2))
+    validates(run.member(2), 50, 1.0)
+    assert judge.look() == ""
+    ends(run.member(1), Cause.FINISHED, {100: 1.5}, attempt=2)
+    trial.tell_sweep(run.member(1))
+    after = study.opened(run, described).get_trials()
+    assert [(t.state.name, t.value) for t in after] == [("COMPLETE", 2.0), ("COMPLETE", 1.5), ("RUNNING", None)]
+    assert [t.params for t in after] == [t.params for t in before] and study.opened(run, described).best_trial.number == 1
+    said = capsys.readouterr().err
+    assert "had trial 1 as failed, which was resumed since and ended well; it was written anew" in said and len(list(run.path.glob("study.journal.old-*"))) == 1
+    validates(run.member(2), 60, 0.5)
+    assert judge.look() == "" and not capsys.readouterr().out
+    assert study.opened(run, described).get_trials()[2].intermediate_values == {50: 1.0, 60: 0.5}
 
 
 def test_a_trial_whose_values_cannot_be_run_is_told_to_the_study_and_shown(tmp_path: Path) -> None:
