@@ -88,6 +88,23 @@ def data_that_hangs():
     synthetic.AffineTokens.batch = batch
 
 
+def validation_data_that_hangs():
+    """Rank 1's second batch of the first validation comes in an hour."""
+    from train.data import synthetic
+
+    real = synthetic.AffineTokens.batch
+    calls = [0]
+
+    def batch(self, ids):
+        if self._offset and os.environ.get("RANK") == "1":
+            calls[0] += 1
+            if calls[0] == 2 and os.environ["HOLDFAST_ATTEMPT"] == "1":
+                time.sleep(3600)
+        return real(self, ids)
+
+    synthetic.AffineTokens.batch = batch
+
+
 def compilation_that_hangs():
     """The first forward pass takes an hour, as a compilation may."""
     from train.models import gpt

@@ -124,24 +124,33 @@ def test_what_reading_raises_in_a_worker_is_raised_here(feeds: Any, fault: str, 
         read(feed, range(12))
 
 
+def batches(feed: ValidationFeed, portions: list[Any]) -> list[dict[str, torch.Tensor]]:
+    feed.begin(portions)
+    found = [feed.next() for _ in portions]
+    feed.end()
+    return found
+
+
 def processes_of(feed: ValidationFeed, portions: list[Any]) -> set[int]:
-    return {process for batch in feed.batches(portions) for process in batch["process"].tolist()}
+    return {process for batch in batches(feed, portions) for process in batch["process"].tolist()}
 
 
 def test_persistent_workers_outlive_a_validation_and_others_do_not(feeds: Any) -> None:
     portions = list(np.arange(12).reshape(4, 3))
     kept = feeds(ValidationFeed, job_of(num_workers=1), Augmented())
     assert processes_of(kept, portions) == processes_of(kept, portions)
-    plain = [batch["ids"].tolist() for batch in kept.batches(portions)]
+    plain = [batch["ids"].tolist() for batch in batches(kept, portions)]
     assert plain == [ids.tolist() for ids in portions]
     anew = feeds(ValidationFeed, job_of(num_workers=1, persistent_workers=False), Augmented())
     first = processes_of(anew, portions)
     until(lambda: not any(alive(pid) for pid in first), 20, "the end of the reading processes")
     assert processes_of(anew, portions).isdisjoint(first)
     # One that is left in the middle, as by a stop, does not disturb the next.
-    half = kept.batches(portions)
-    next(half)
-    assert [batch["ids"].tolist() for batch in kept.batches(portions)] == plain
+    kept.begin(portions)
+    kept.next()
+    assert kept.ready(20), "one is on its way"
+    assert [batch["ids"].tolist() for batch in batches(kept, portions)] == plain
+    assert kept.ready(0), "none is to come"
 
 
 def alive(pid: int) -> bool:

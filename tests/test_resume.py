@@ -251,15 +251,15 @@ def test_a_save_that_does_not_finish_before_the_kill_leaves_the_one_before(farm:
     assert events(run, "end")[-1]["cause"] == "finished"
 
 
-@pytest.mark.parametrize("fault", ["data_that_hangs", "compilation_that_hangs"])
-def test_a_stop_is_heard_while_training_waits_for_samples_or_for_a_compilation(farm: Farm, fault: str) -> None:
+@pytest.mark.parametrize(("fault", "step"), [("data_that_hangs", 10), ("validation_data_that_hangs", 20), ("compilation_that_hangs", 0)])
+def test_a_stop_is_heard_while_training_waits_for_samples_or_for_a_compilation(farm: Farm, fault: str, step: int) -> None:
     farm.before = fault
     try:
         run = farm.prepare()
         times: list[float] = []
 
         def ask(farm: Farm, run: RunDir) -> None:
-            at_step(run, 10 if fault == "data_that_hangs" else 0)
+            at_step(run, step)
             time.sleep(0.5)
             times.append(time.monotonic())
             for rank in farm.ranks:
@@ -275,7 +275,7 @@ def test_a_stop_is_heard_while_training_waits_for_samples_or_for_a_compilation(f
     assert [end["cause"] for end in ends] == ["requeued", "finished"], logs(run)
     assert ends[0]["lost_steps"] == 0
     # A step boundary is there at once when only samples are missing; before the first step patience is 5 s.
-    assert times[1] - times[0] < (3 if fault == "data_that_hangs" else 9)
+    assert times[1] - times[0] < (3 if step else 9)
     assert weights_sha(run)
 
 

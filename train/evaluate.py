@@ -12,7 +12,7 @@ from torch import nn
 from train.data.order import shard
 from train.data.sources import Dataset, byte_entropy
 from train.data.windows import TokenWindows
-from train.feed import ValidationFeed
+from train.feed import LISTEN_S, ValidationFeed
 from train.models.contract import read_loss
 from train.parallel import share_buffers
 from train.runtime import Runtime
@@ -43,9 +43,11 @@ def evaluate(
     *,
     samples: int | None,
     micro_batch: int,
-    should_stop: Callable[[], bool],
+    agree: Callable[[bool], tuple[bool, bool]],
 ) -> Validation | None:
     """The validation loss under the precision of training; None when the ranks agreed to stop in the middle.
+
+    `agree` takes whether this rank waits for samples, and tells all of them whether to stop and whether any of them waits.
 
     `model` is the module inside DDP: ranks have shards of different lengths and must not wait for each other in it."""
     count = min(len(data), samples or len(data))
@@ -55,22 +57,26 @@ def evaluate(
     # The largest shard decides how often the ranks ask each other whether to stop: all ask equally often.
     rounds = math.ceil(math.ceil(count / runtime.world) / micro_batch)
     portions = [mine[start : start + micro_batch] for start in range(0, len(mine), micro_batch)]
-    batches = feed.batches(portions)
+    feed.begin(portions)
     sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     share_buffers(model, runtime)
     was_training = model.training
     model.eval()
     try:
         for index in range(rounds):
-            if should_stop():
-                return None
+            waiting = True
+            while waiting:
+                stop, waiting = agree(not feed.ready(LISTEN_S))
+                if stop:
+                    return None
             if index >= len(portions):
                 continue
-            batch = {name: tensor.to(runtime.device) for name, tensor in next(batches).items()}
+            batch = {name: tensor.to(runtime.device) for name, tensor in feed.next().items()}
             with torch.no_grad(), context():
                 loss_sum, targets = read_loss(model(**batch), batch)
             sums += torch.stack([loss_sum.double(), targets.to(runtime.device).double()])
     finally:
         model.train(was_training)
+        feed.end()
     loss, targets = runtime.total(sums).tolist()
     return Validation(loss / max(targets, 1.0))

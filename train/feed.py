@@ -23,6 +23,8 @@ from train.data.workers import Portion, Workers
 from train.runtime import Runtime
 
 Batch = dict[str, torch.Tensor]
+# While samples are missing, the ranks ask each other this often whether to stop, seconds.
+LISTEN_S = 0.2
 
 
 class Feed:
@@ -113,29 +115,57 @@ class Feed:
 
 
 class ValidationFeed:
-    """The samples of validations, one batch at a time."""
+    """The samples of validations, one batch at a time, read in a thread for the same reason; not ahead of time, where no process reads:
+    samples may draw from the generators that the model draws from."""
 
     def __init__(self, job: Job, data: Dataset):
         self._data = data
         self._workers = Workers(data, job, persistent=job.persistent_workers) if job.num_workers else None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="validation data")
         self._keep = job.persistent_workers
+        self._portions: Sequence[NDArray[np.int64]] = ()
+        self._at = 0
+        self._coming: Future[Batch] | None = None
 
-    def batches(self, portions: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
-        """One batch for each of these arrays of ids."""
-        if self._workers is None:
-            yield from map(self._data.batch, portions)
-            return
-        # Validation is the same at every step: there is no step in what its samples are drawn from.
-        self._reader.submit(self._workers.start, [Portion(0, index, ids) for index, ids in enumerate(portions)]).result()
-        try:
-            for _ in portions:
-                yield self._reader.submit(self._workers.next).result()
-        finally:
-            if not self._keep:
-                self._reader.submit(self._workers.close)
+    def begin(self, portions: Sequence[NDArray[np.int64]]) -> None:
+        """One batch for each of these arrays of ids comes now. What was begun before is dropped."""
+        self._portions, self._at, self._coming = portions, 0, None
+
+    def ready(self, wait_s: float) -> bool:
+        """Whether the next batch is in memory, or came within `wait_s`; also where there is none. Raises what reading it raised."""
+        if self._at >= len(self._portions):
+            return True
+        future = self._fetching()
+        wait([future], timeout=wait_s)
+        if future.done():
+            future.result()
+        return future.done()
+
+    def next(self) -> Batch:
+        """The next batch, on the CPU; waits for it."""
+        batch = self._fetching().result()
+        self._at, self._coming = self._at + 1, None
+        return batch
+
+    def end(self) -> None:
+        """Ends the reading processes, unless they stay for the next validation."""
+        if self._workers is not None and not self._keep:
+            self._reader.submit(self._workers.close)
 
     def close(self) -> None:
         if self._workers is not None:
             self._reader.submit(self._workers.close)
         self._reader.shutdown(wait=False)
+
+    def _fetching(self) -> "Future[Batch]":
+        if self._coming is None:
+            self._coming = self._reader.submit(self._read, self._portions, self._at)
+        return self._coming
+
+    def _read(self, portions: Sequence[NDArray[np.int64]], index: int) -> Batch:
+        if self._workers is None:
+            return self._data.batch(portions[index])
+        if index == 0:
+            # Validation is the same at every step: there is no step in what its samples are drawn from.
+            self._workers.start([Portion(0, place, ids) for place, ids in enumerate(portions)])
+        return self._workers.next()

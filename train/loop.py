@@ -30,7 +30,7 @@ from train.clock import Clock
 from train.compile_cache import CompileCache
 from train.data.sources import Dataset
 from train.evaluate import evaluate
-from train.feed import Feed, ValidationFeed
+from train.feed import LISTEN_S, Feed, ValidationFeed
 from train.flops import flops_per_sample
 from train.interval import Rhythm
 from train.live import Live, progress_text
@@ -43,9 +43,6 @@ from train.seeds import seed_everything
 from train.step import Stepper
 from train.tracer import Tracer
 from train.track import Trackers
-
-# Seconds that a rank waits for its samples before it listens for a stop again.
-_LISTEN_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -125,17 +122,17 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
     stopped_by = 0
     log_every = 1 if job.debug else job.log_every
 
-    def agreed_to_stop() -> bool:
+    def agreed_meanwhile(waiting: bool) -> tuple[bool, bool]:
         nonlocal stopped_by
-        stopped_by = stopped_by or rt.agree(flag.code(stop_file))
-        return stopped_by != 0
+        stopped_by, any_waits = rt.maxima(stopped_by or flag.code(stop_file), int(waiting))
+        return stopped_by != 0, any_waits != 0
 
     def go_on() -> bool:
         """Waits until every rank has its samples of the next step; a stop is heard in the meantime, and a save may be due."""
         nonlocal stopped_by
         while True:
             with clock.during(Part.DATA_WAIT):
-                waiting = not feed.ready(step, wait_s=_LISTEN_S)
+                waiting = not feed.ready(step, wait_s=LISTEN_S)
             asked = clock.now()
             due = rt.is_main and not saver.busy and rhythm.due(step, saver)
             stopped_by, waiting_any, due_any = rt.maxima(stopped_by or flag.code(stop_file), int(waiting), int(due))
@@ -192,7 +189,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
         begun = clock.now()
         with clock.during(Part.EVALUATION):
             result = evaluate(
-                inner, stepper.context, val_data, val_feed, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, should_stop=agreed_to_stop
+                inner, stepper.context, val_data, val_feed, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, agree=agreed_meanwhile
             )
             if result is None:
                 clock.count(Part.LOST, since=begun)

@@ -37,16 +37,8 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def agree(self, code: int) -> int:
-        """The largest `code` of all ranks, for all ranks. Runs on the CPU: the GPU is not waited for."""
-        if self.world == 1:
-            return code
-        flag = torch.tensor([code], dtype=torch.int64)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.control)
-        return int(flag.item())
-
     def maxima(self, *codes: int) -> tuple[int, ...]:
-        """The same for several at once, each by itself."""
+        """The largest of each of these over all ranks, for all ranks. Runs on the CPU: the GPU is not waited for."""
         if self.world == 1:
             return codes
         flags = torch.tensor(codes, dtype=torch.int64)
