@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,24 @@ def test_the_ordinary_entry_point_names_the_gpu_and_logs_finite_numbers(tmp_path
     assert all(("peak_pct" in line) == known and 0 <= line.get("peak_pct", 0) < 100 for line in lines)
     kernels = [event for event in json.loads(gzip.decompress(run.attempt(1).trace.read_bytes()))["traceEvents"] if event.get("cat") == "kernel"]
     assert kernels
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16 O2", "fp8 te current", "fp8 torchao tensorwise"])
+def test_no_step_waits_for_the_gpu_between_two_lines_of_metrics(tmp_path: Path, name: str) -> None:
+    """fp16 does, once a step: whether a gradient overflowed decides what comes next."""
+    from benchmarks.hardware import PRECISIONS, train
+
+    reason = unavailable(name)
+    if reason:
+        pytest.skip(reason)
+    shape = ["MODEL=nano", "MODEL_OPTIONS=n_layers=2,d_model=256,n_heads=2,d_ff=512", "SEQ_LEN=64", "BATCH_SIZE=8", "COMPILE=true", "DEVICE=cuda", "NODES=1"]
+    rhythm = ["GPUS_PER_NODE=1", "SITE=generic", "MAX_STEPS=12", "EVAL_EVERY=0", "EVAL_SAMPLES=16", "CHECKPOINT_EVERY=12", "LOG_EVERY=10", "PROFILE_STEPS=4-8"]
+    run = train(tmp_path, "quiet", [*shape, *rhythm, *PRECISIONS[name]])
+    trace = json.loads(gzip.decompress(run.attempt(1).trace.read_bytes()))["traceEvents"]
+    calls = Counter(str(event["name"]) for event in trace if event.get("cat") in ("cuda_runtime", "cuda_driver"))
+    waits = {call: count for call, count in calls.items() if "Synchronize" in call}
+    # The profiler waits for the device when it begins and when it ends.
+    assert sum(calls.values()) > 100 and waits.pop("cudaDeviceSynchronize", 0) <= 3 and not waits
 
 
 def test_the_first_line_of_a_run_describes_this_gpu() -> None:
