@@ -10,7 +10,7 @@ runs/<name>-<id>/
   report.html                     made by holdfast report
   attempts/3/                     what one attempt leaves behind: environment, progress, markers, errors
   checkpoints/step-00001200/
-  compiled/                       what torch.compile made, for the next attempt
+  compiled/                       what torch.compile and Triton made, for the next attempt
   logs/<jobid>.<rank>.out         and <jobid>.batch.out
   stop                            a file that a person makes to stop the run at the next step
   tasks/5/                        of an array: the run of task 5
@@ -153,7 +153,15 @@ class RunDir:
 
     def compiled(self, key: str) -> Path:
         """What torch.compile made for one kind of GPU and version of torch; the tasks of an array share it."""
-        return (self.path.parent.parent if self.is_member else self.path) / "compiled" / f"{key}.bin"
+        return self._compiled / f"{key}.bin"
+
+    def compiled_kernels(self, key: str) -> Path:
+        """What Triton made for the same, where it is not torch's."""
+        return self._compiled / f"{key}-triton.zip"
+
+    @property
+    def _compiled(self) -> Path:
+        return (self.path.parent.parent if self.is_member else self.path) / "compiled"
 
     def log(self, job_id: str, rank: int | str) -> Path:
         return self.logs / f"{job_id}.{rank}.out"

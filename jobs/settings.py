@@ -234,6 +234,10 @@ class Job(BaseModel):
         """Training processes of the whole job."""
         return self.nodes * self.gpus_per_node
 
+    def log_number(self, rank: int) -> int:
+        """The number of the log that a rank writes to under Slurm: by accelerate launch, a node has one for all of its ranks."""
+        return rank // self.gpus_per_node if self.launch == "accelerate" else rank
+
     def text(self, name: str) -> str:
         """The value of a setting as a person would write it."""
         value = getattr(self, name)

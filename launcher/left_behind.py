@@ -102,9 +102,7 @@ def _rank_logs(run: RunDir, job: Job, job_id: str, number: int, missing: Sequenc
     """The last words of ranks that left no marker: slurmstepd writes there why it killed them."""
     begun = started_at(run, number)
     texts = []
-    # By accelerate launch, all ranks of a node write to one log.
-    writers = missing if job.launch == "srun" else sorted({rank // job.gpus_per_node for rank in missing})
-    for writer in writers[:16]:
+    for writer in sorted({job.log_number(rank) for rank in missing})[:16]:
         log = run.log(job_id, writer)
         try:
             if log.stat().st_mtime >= begun - 1:

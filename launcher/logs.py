@@ -114,8 +114,7 @@ class _Reader:
         self.run, self.rank, self.out = run, rank, out
         job = load(run.job_yaml)
         self._budgets = budgets_of(job)
-        # By accelerate launch, all ranks of a node write to one log, which has the node's number.
-        self._share = job.world_size // job.nodes if job.launch == "accelerate" and rank.isdigit() else 1
+        self._job = job
         self.only = int(attempt) if attempt and attempt != ALL else None
         self.known: list[ledger.Attempt] = []
         self._events: list[dict[str, object]] = []
@@ -197,20 +196,17 @@ class _Reader:
     def _files(self) -> Iterator[Path]:
         with_suffix = (path for path in self.run.logs.iterdir() if path.name.endswith(".out")) if self.run.logs.is_dir() else ()
         for path in with_suffix:
-            if self.rank == ALL or _stream_of(path) in (self.rank, self._shared()):
+            if self.rank == ALL or _stream_of(path) in (self.rank, self._by_slurm()):
                 yield path
 
     def _streams(self, attempt: ledger.Attempt) -> list[tuple[str, Path]]:
-        wanted = self._shared() if self._shares(attempt) else self.rank
+        # Without Slurm each rank has a log of its own.
+        wanted = self.rank if attempt.job_id.startswith(LOCAL) else self._by_slurm()
         return [(stream, path) for stream, path in self._named(attempt) if wanted in (ALL, stream)]
 
-    def _shared(self) -> str:
-        """The stream that holds a rank's words where a node has one log."""
-        return str(int(self.rank) // self._share) if self._share > 1 else self.rank
-
-    def _shares(self, attempt: ledger.Attempt) -> bool:
-        """Whether that is so: without Slurm each rank has a log of its own."""
-        return self._share > 1 and not attempt.job_id.startswith(LOCAL)
+    def _by_slurm(self) -> str:
+        """The stream that holds the wanted words where Slurm started the ranks."""
+        return str(self._job.log_number(int(self.rank))) if self.rank.isdigit() else self.rank
 
     def _end(self, attempt: ledger.Attempt, stream: str, path: Path, later: Sequence[ledger.Attempt], sizes: Mapping[Path, int]) -> int:
         """How far a file belongs to an attempt: up to the next one of its job, to its end where it has no next one."""
@@ -242,9 +238,10 @@ class _Reader:
         self._current = attempt.number
         before = self.known[index - 1] if index else None
         after = [f"after {_AFTER.get(before.cause, 'an end of unknown cause')}"] if before and before.cause else []
-        if self._shares(attempt):
-            node = int(self._shared())
-            after.append(f"log of node {node}: ranks {node * self._share} to {(node + 1) * self._share - 1}")
+        if self.rank.isdigit() and not attempt.job_id.startswith(LOCAL):
+            ranks = [rank for rank in range(self._job.world_size) if self._job.log_number(rank) == self._job.log_number(int(self.rank))]
+            if len(ranks) > 1:
+                after.append(f"log of node {self._by_slurm()}: ranks {ranks[0]} to {ranks[-1]}")
         self._write(f"--- {' · '.join([f'attempt {attempt.number}', f'job {attempt.job_id}', *after])} ---\n".encode())
 
     def _copy(self, path: Path, stream: str, begin: int, end: int) -> None:

@@ -148,8 +148,14 @@ def _ended_well_since(trials: "Sequence[optuna.trial.FrozenTrial]", sweep_dir: R
     """Numbers of the trials that the study has as failed and a person resumed: for Optuna a trial that is over is over."""
     import optuna
 
-    failed = [trial.number for trial in trials if trial.state is optuna.trial.TrialState.FAIL]
-    return [number for number in failed if (outcome := outcome_of(sweep_dir.member(number), sweep)) and outcome.state != "failed"]
+    found = []
+    for number in (trial.number for trial in trials if trial.state is optuna.trial.TrialState.FAIL):
+        run = sweep_dir.member(number)
+        attempts = ledger.attempts(ledger.read(run.ledger))
+        # By the ledger first: this is asked for every failed trial whenever anybody opens the study.
+        if attempts and attempts[-1].cause in (Cause.FINISHED, Cause.PRUNED) and (outcome := outcome_of(run, sweep)) and outcome.state != "failed":
+            found.append(number)
+    return found
 
 
 def _written_anew(sweep_dir: RunDir, sweep: Sweep, number: int, why: str, what: str) -> "optuna.Study":

@@ -327,8 +327,8 @@ def unreachable(err: SubmitError) -> bool:
 
 def explain(program: str, said: str) -> str:
     """Slurm's own words, and what to do where they are known to be puzzling."""
-    if "Could not establish a configuration source" in said or "Unable to process configuration file" in said:
-        return f"{program}: Slurm's commands are here, but no cluster is configured: there is no slurm.conf that can be read, neither where SLURM_CONF says nor in /etc/slurm."
+    if "Could not establish a configuration source" in said:
+        return f"{program}: Slurm's commands are here, but no cluster is configured: there is no slurm.conf, neither where SLURM_CONF says nor in /etc/slurm."
     if "Unable to contact slurm controller" in said or "Connection refused" in said or "Unable to establish" in said:
         return f"{program}: {said}. slurmctld cannot be reached; `scontrol ping` shows whether it runs."
     return f"{program}: {said}"

@@ -195,15 +195,18 @@ def test_what_slurm_tells_a_job_is_read_leniently() -> None:
     assert allocation.local_time("2026-11-21T23:42:34") - allocation.local_time("2026-11-21T23:42:33") == 1
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        "squeue: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\nsqueue: error: fetch_config: DNS SRV lookup failed\nsqueue: fatal: Could not establish a configuration source",
-        "squeue: error: ClusterName needs to be specified\nsqueue: fatal: Unable to process configuration file",
-    ],
-)
-def test_commands_without_a_cluster_say_so_in_one_sentence_and_nothing_is_known(tmp_path: Path, said: str) -> None:
+def test_commands_without_a_cluster_say_so_in_one_sentence_and_nothing_is_known(tmp_path: Path) -> None:
+    said = "squeue: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\nsqueue: error: fetch_config: DNS SRV lookup failed\nsqueue: fatal: Could not establish a configuration source"
     slurm = programs(tmp_path / "bin", squeue=f"printf '%s\\n' '{said}' >&2; exit 1")
     with pytest.raises(SubmitError, match="no cluster is configured") as raised:
         slurm.run("squeue", "--me")
     assert "\n" not in str(raised.value) and "DNS" not in str(raised.value) and client.unreachable(raised.value)
+
+
+def test_what_is_wrong_in_a_configuration_is_said_in_slurms_words(tmp_path: Path) -> None:
+    slurm = programs(
+        tmp_path / "bin",
+        squeue="echo 'squeue: error: ClusterName needs to be specified' >&2; echo 'squeue: fatal: Unable to process configuration file' >&2; exit 1",
+    )
+    with pytest.raises(SubmitError, match="ClusterName needs to be specified"):
+        slurm.run("squeue", "--me")

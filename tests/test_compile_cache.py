@@ -95,7 +95,7 @@ def two_attempts(tmp_path: Path, device: str) -> list[str]:
     """What each printed. Each has a node of its own: a temporary folder without caches."""
     found = []
     for attempt in ("1", "2"):
-        # torch sets the second of these where it has compiled.
+        # torch sets it in a process that has compiled.
         outside = {name: value for name, value in os.environ.items() if name != "TRITON_CACHE_DIR"}
         env = {**outside, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path]), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / attempt)}
         done = subprocess.run([sys.executable, "-c", _ATTEMPT, str(tmp_path), device], env=env, capture_output=True, text=True, timeout=500)
@@ -113,7 +113,7 @@ def test_the_next_attempt_does_not_compile_again(tmp_path: Path) -> None:
 
 
 _KERNEL = """
-import sys, time
+import sys
 from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget

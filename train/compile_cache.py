@@ -26,12 +26,12 @@ class CompileCache:
 
     def __init__(self, job: Job, run: RunDir, rt: Runtime, say: Callable[[str], None]):
         device = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "CPU"
-        self._path = run.compiled(re.sub(r"[^\w.+-]+", "-", f"torch-{torch.__version__}-{device}"))
+        key = re.sub(r"[^\w.+-]+", "-", f"torch-{torch.__version__}-{device}")
+        self._path, self._kernels_path = run.compiled(key), run.compiled_kernels(key)
         self._wanted, self._writes, self._say = job.compile, rt.is_main, say
         self._known: set[tuple[str, str]] = set()
         self._found = False
         self._kernels: KernelCache | None = None
-        self._kernels_path = self._path.with_name(f"{self._path.stem}-triton.zip")
         if self._wanted and rt.device.type == "cuda":
             with suppress(ImportError):  # a torch that has it elsewhere
                 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir

@@ -43,7 +43,7 @@ def evaluate(
     *,
     samples: int | None,
     micro_batch: int,
-    agree: Callable[[bool], tuple[bool, bool]],
+    agree: Callable[[bool], tuple[bool, ...]],
 ) -> Validation | None:
     """The validation loss under the precision of training; None when the ranks agreed to stop in the middle.
 

@@ -122,23 +122,23 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
     stopped_by = 0
     log_every = 1 if job.debug else job.log_every
 
-    def agreed_meanwhile(waiting: bool) -> tuple[bool, bool]:
+    def agree(*said: bool) -> tuple[bool, ...]:
+        """Whether the ranks stop, and for each of these whether any of them says so."""
         nonlocal stopped_by
-        stopped_by, any_waits = rt.maxima(stopped_by or flag.code(stop_file), int(waiting))
-        return stopped_by != 0, any_waits != 0
+        stopped_by, *any_said = rt.maxima(stopped_by or flag.code(stop_file), *map(int, said))
+        return stopped_by != 0, *map(bool, any_said)
 
     def go_on() -> bool:
         """Waits until every rank has its samples of the next step; a stop is heard in the meantime, and a save may be due."""
-        nonlocal stopped_by
         while True:
             with clock.during(Part.DATA_WAIT):
                 waiting = not feed.ready(step, wait_s=LISTEN_S)
             asked = clock.now()
             due = rt.is_main and not saver.busy and rhythm.due(step, saver)
-            stopped_by, waiting_any, due_any = rt.maxima(stopped_by or flag.code(stop_file), int(waiting), int(due))
+            stop, waiting_any, due_any = agree(waiting, due)
             if waiting_any:
                 clock.count(Part.DATA_WAIT, since=asked)
-            if stopped_by:
+            if stop:
                 return False
             if due_any:
                 save()
@@ -188,9 +188,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
         before = progress.enter("evaluation")
         begun = clock.now()
         with clock.during(Part.EVALUATION):
-            result = evaluate(
-                inner, stepper.context, val_data, val_feed, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, agree=agreed_meanwhile
-            )
+            result = evaluate(inner, stepper.context, val_data, val_feed, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, agree=agree)
             if result is None:
                 clock.count(Part.LOST, since=begun)
         progress.enter(before)

@@ -72,7 +72,7 @@ class HostMemory:
 
     def _take(self, size: int) -> torch.Tensor:
         # In slabs, because torch rounds each pinned allocation up to a power of two. Small ones: whoever launches a kernel waits while
-        # one is pinned, 0.15 s for this size, and the GPU has more than that to do.
+        # one is pinned, about 0.15 s for this size.
         place = next((n for n, rest in enumerate(self._rests) if rest.numel() >= size), None)
         if place is None:
             place = len(self._rests)
@@ -109,8 +109,8 @@ class Saver:
         self.failures = 0
 
     def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Takes the memory before the first save needs it, while training goes on: pinning takes 0.6 s for a GB, during which no kernel
-        can be launched. So twice as long as each piece took is left to training, until a save wants the memory."""
+        """Takes the memory before the first save needs it, while training goes on: pinning takes about 0.6 s for a GB, and training stood
+        still meanwhile (docs/performance.md). So twice as long as each piece took is left to training, until a save wants the memory."""
         if not self._writes:
             return
         wanted = [
