@@ -1,20 +1,23 @@
-"""The largest micro-batch of each precision for the presets, on this GPU, beside what `holdfast explain` expects of it.
+"""The largest micro-batch of each precision for the presets, on this GPU, with its peak beside what `holdfast explain` expects of it.
 
-    python -m benchmarks.largest [--models 1b,3b,8b] [--only bf16] [--json figures.json]
+    python -m benchmarks.largest [--models 1b,3b,8b] [--only bf16] [--json figures.json] [--out table.md]
 
 Sequences of 2,048 tokens, compiled, 16-bit weights (O2) where there are any, with and without GRAD_CHECKPOINTING. Each cell is a process
-of its own (train/bench.py): two steps of a small micro-batch say what a sample takes, then the guess is tried out and made smaller or
-larger, so a figure is the largest to within 7 %.
+of its own (train/bench.py) on a GPU of its own: two steps of a small micro-batch say what a sample takes, then the guess is tried out and
+made smaller or larger, so a figure is the largest to within 7 %.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from benchmarks.hardware import PRECISIONS, available
@@ -27,10 +30,12 @@ _NAMES = ("bf16 O2", "fp16 O2", "fp8 te current", "fp8 torchao tensorwise", "fp3
 _SHAPE = ["SEQ_LEN=2048", "DATA=synthetic", "COMPILE=true", "DEVICE=cuda", "NODES=1", "GPUS_PER_NODE=1", "SITE=generic"]
 # Sequences of the first try: enough that what does not grow with them is little beside what does.
 _FIRST = {"1b": 4, "3b": 2, "8b": 1}
+# Of one cell: about five models are built and compiled.
+_LIMIT_S = 500
 
 
-def cell(model: str, precision: str, recompute: bool, folder: Path) -> dict[str, Any]:
-    """What was found for one model in one precision."""
+def cell(model: str, precision: str, recompute: bool, folder: Path, gpu: str) -> dict[str, Any]:
+    """What was found for one model in one precision: `largest` micro-batch, its `peak_gb` and the `expected_gb`; or `why` there is none."""
     first = _FIRST.get(model, 4)
     words = [
         f"MODEL={model}",
@@ -42,18 +47,21 @@ def cell(model: str, precision: str, recompute: bool, folder: Path) -> dict[str,
         f"GRAD_CHECKPOINTING={str(recompute).lower()}",
     ]
     job = resolve_here(words, os.environ, Path.cwd()).job
-    place, out = folder / "job.yaml", folder / "out.json"
+    place, out = (folder / f"{model}-{precision.replace(' ', '-')}-{recompute}{ending}" for ending in (".yaml", ".json"))
     place.write_text(dump_yaml(job.model_dump(mode="json")))
-    out.unlink(missing_ok=True)
     begun = time.monotonic()
     command = [sys.executable, "-m", "train.bench", "--job", str(place), "--steps", "2", "--warm-up", "1", "--largest", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    found = json.loads(out.read_text()) if out.exists() else {"refused": done.stderr.strip().splitlines()[-1:] or [f"ended with {done.returncode}"]}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu})
+        why = "; ".join(done.stderr.strip().splitlines()[-1:]) or f"ended with {done.returncode}"
+    except subprocess.TimeoutExpired:
+        why = f"not found within {_LIMIT_S} s"
+    found = json.loads(out.read_text()) if out.exists() else {"refused": why}
     row: dict[str, Any] = {"model": model, "precision": precision, "recompute": recompute, "took_s": round(time.monotonic() - begun)}
     if "refused" in found:
         return row | {"largest": None, "why": str(found["refused"])[:160]}
     largest = found["largest_micro_batch"]
-    return row | {"largest": largest, "expected_gb": expected_gb(job, largest)}
+    return row | {"largest": largest, "peak_gb": round(found["largest_peak_gb"], 1), "expected_gb": expected_gb(job, largest)}
 
 
 def expected_gb(job: Job, samples: int) -> float | None:
@@ -62,22 +70,54 @@ def expected_gb(job: Job, samples: int) -> float | None:
     return round(found.peak / 1e9, 1) if found else None
 
 
+def visible() -> list[str]:
+    """The GPUs of this machine that this process may use."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, in the order of the models and precisions."""
+    lines = ["| model | precision | recomputed | largest | peak, GB | expected, GB |", "|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: (row["model"], _NAMES.index(row["precision"]), row["recompute"])):
+        figures = [row["largest"], row["peak_gb"], row["expected_gb"]] if row["largest"] else ["none", row["why"], ""]
+        lines.append(f"| {row['model']} | {row['precision']} | {'yes' if row['recompute'] else ''} | " + " | ".join(str(one) for one in figures) + " |")
+    return "\n".join([*lines, ""])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.largest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="1b,3b,8b")
     parser.add_argument("--only", default="", help="precisions whose name has one of these texts, separated by semicolons")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="file for the table, as Markdown")
     args = parser.parse_args()
     names = available([name for name in _NAMES if not args.only or any(word in name for word in args.only.split(";"))])
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="hf-largest-") as folder:
-        for model in args.models.split(","):
-            for precision in names:
-                for recompute in (False, True):
-                    rows.append(cell(model, precision, recompute, Path(folder)))
-                    print(json.dumps(rows[-1]), flush=True)
-                    if args.json:
-                        args.json.write_text(json.dumps(rows, indent=1))
+    free: SimpleQueue[str] = SimpleQueue()
+    for gpu in visible():
+        free.put(gpu)
+
+    def on_a_free_gpu(model: str, precision: str, recompute: bool, folder: Path) -> dict[str, Any]:
+        gpu = free.get()
+        try:
+            return cell(model, precision, recompute, folder, gpu)
+        finally:
+            free.put(gpu)
+
+    with tempfile.TemporaryDirectory(prefix="hf-largest-") as folder, ThreadPoolExecutor(free.qsize() or 1) as pool:
+        cells = itertools.product(args.models.split(","), names, (False, True))
+        for done in as_completed([pool.submit(on_a_free_gpu, *one, Path(folder)) for one in cells]):
+            rows.append(done.result())
+            print(json.dumps(rows[-1]), flush=True)
+            # After each cell: what was measured is not lost with the machine.
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=1))
+            if args.out:
+                args.out.write_text(table(rows))
+    print("\n" + table(rows))
     return 0
 
 

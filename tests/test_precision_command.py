@@ -174,15 +174,23 @@ def test_the_largest_micro_batch_is_guessed_from_one_sample_and_then_tried_out()
     first = bench.Measurement("bf16", "x", samples=4, targets_per_sample=1, parameters=1, memory_gb={"peak": 30.0, "activations": 10.0})
     tried: list[int] = []
 
-    def limit(most: int) -> int:
+    def peak(one: Job, most: int) -> float | None:
+        tried.append(one.batch_size)
+        return 20 + 2.5 * one.batch_size if one.batch_size <= most else None
+
+    def limit(most: int) -> tuple[int, float | None]:
         tried.clear()
-        return bench.largest_micro_batch(job(), first, 80.0, lambda one: tried.append(one.batch_size) or one.batch_size <= most)  # type: ignore[func-returns-value]
+        return bench.largest_micro_batch(job(), first, 80.0, lambda one: peak(one, most))
 
     # 77.6 GB of 80 less the 20 that do not grow, at 2.5 GB a sample.
-    assert limit(23) == 23 and tried == [23, 24]
-    assert limit(25) == 25 and tried == [23, 24, 25, 26]
-    assert 18 <= limit(20) <= 20 and tried[0] == 23
-    assert limit(4) == 4
+    assert limit(23) == (23, 77.5) and tried == [23, 24]
+    assert limit(25) == (25, 82.5) and tried == [23, 24, 25, 26]
+    size, held = limit(20)
+    assert 18 <= size <= 20 and held == 20 + 2.5 * size and tried[0] == 23
+    assert limit(4) == (4, 30.0)
+    # A first try that leaves less than one more sample.
+    first.memory_gb["peak"] = 79.0
+    assert limit(6) == (6, 35.0) and tried == [5, 6, 7]
 
 
 def test_nothing_of_a_compiled_model_is_left_when_the_next_size_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

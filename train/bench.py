@@ -141,14 +141,13 @@ def measure(job: Job, steps: int, warm_up: int, window: int = 0) -> tuple[Measur
     return found, gradient
 
 
-def fits(job: Job) -> bool:
-    """Whether two steps of this job fit into the memory of the GPU."""
+def peak_gb(job: Job) -> float | None:
+    """The most memory that two steps of this job take, GB; None where the GPU has too little."""
     forget()
     try:
-        measure(job, steps=2, warm_up=1)
+        return measure(job, steps=2, warm_up=1)[0].memory_gb["peak"]
     except torch.OutOfMemoryError:
-        return False
-    return True
+        return None
 
 
 def forget() -> None:
@@ -243,21 +242,23 @@ def _can_import(module: str) -> bool:
     return True
 
 
-def largest_micro_batch(job: Job, first: Measurement, memory_gb: float, try_out: Callable[[Job], bool]) -> int:
-    """Samples of the largest micro-batch that `try_out` says fits, to within 7 %: guessed from the activations of one sample, then
-    made smaller until two steps of it fit, or larger until they do not."""
+def largest_micro_batch(job: Job, first: Measurement, memory_gb: float, peak_of: Callable[[Job], float | None]) -> tuple[int, float | None]:
+    """Samples of the largest micro-batch that fits, to within 7 %, and its peak in GB: guessed from the activations of one sample, then
+    made smaller until `peak_of` says what two steps of it take, or larger until they do not fit."""
     peak, activations = first.memory_gb.get("peak") or 0.0, first.memory_gb.get("activations") or 0.0
     per_sample = max(activations / first.samples, 1e-6)
     size = int(0.97 * (memory_gb - (peak - activations)) / per_sample)
-    if size <= first.samples or try_out(with_micro_batch(job, size)):
-        size = max(size, first.samples)
-        while try_out(with_micro_batch(job, larger := max(size + 1, int(1.07 * size)))):
-            size = larger
-        return size
-    while (size := int(0.93 * size)) > first.samples:
-        if try_out(with_micro_batch(job, size)):
-            return size
-    return first.samples
+    best: tuple[int, float | None] = (first.samples, first.memory_gb.get("peak"))
+    if size > first.samples:
+        if (found := peak_of(with_micro_batch(job, size))) is None:
+            while (size := int(0.93 * size)) > first.samples:
+                if (found := peak_of(with_micro_batch(job, size))) is not None:
+                    return size, found
+            return best
+        best = size, found
+    while (found := peak_of(with_micro_batch(job, larger := max(best[0] + 1, int(1.07 * best[0]))))) is not None:
+        best = larger, found
+    return best
 
 
 def with_micro_batch(job: Job, size: int) -> Job:
@@ -289,7 +290,8 @@ def main() -> int:
             found.cosine = cosine(gradient, np.load(other))
         result = asdict(found)
         if args.largest and found.memory_gb["peak"] is not None:
-            result["largest_micro_batch"] = largest_micro_batch(job, replace(found), torch.cuda.get_device_properties(0).total_memory / 1e9, fits)
+            memory_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
+            result["largest_micro_batch"], result["largest_peak_gb"] = largest_micro_batch(job, replace(found), memory_gb, peak_gb)
     except HoldfastError as err:
         args.out.write_text(json.dumps({"refused": str(err)}))
         return 0
