@@ -34,8 +34,8 @@ _FIRST = {"1b": 4, "3b": 2, "8b": 1}
 _LIMIT_S = 500
 
 
-def cell(model: str, precision: str, recompute: bool, folder: Path, gpu: str) -> dict[str, Any]:
-    """What was found for one model in one precision: `largest` micro-batch, its `peak_gb` and the `expected_gb`; or `why` there is none."""
+def job_of_cell(model: str, precision: str, recompute: bool) -> Job:
+    """The job whose micro-batch is made larger, with that of the first try."""
     first = _FIRST.get(model, 4)
     words = [
         f"MODEL={model}",
@@ -46,7 +46,12 @@ def cell(model: str, precision: str, recompute: bool, folder: Path, gpu: str) ->
         *(["AMP_OPT_LEVEL=O2"] if precision.startswith("fp8") else []),
         f"GRAD_CHECKPOINTING={str(recompute).lower()}",
     ]
-    job = resolve_here(words, os.environ, Path.cwd()).job
+    return resolve_here(words, os.environ, Path.cwd()).job
+
+
+def cell(model: str, precision: str, recompute: bool, folder: Path, gpu: str) -> dict[str, Any]:
+    """What was found for one model in one precision: `largest` micro-batch, its `peak_gb` and the `expected_gb`; or `why` there is none."""
+    job = job_of_cell(model, precision, recompute)
     place, out = (folder / f"{model}-{precision.replace(' ', '-')}-{recompute}{ending}" for ending in (".yaml", ".json"))
     place.write_text(dump_yaml(job.model_dump(mode="json")))
     begun = time.monotonic()
@@ -91,6 +96,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.largest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="1b,3b,8b")
     parser.add_argument("--only", default="", help="precisions whose name has one of these texts, separated by semicolons")
+    parser.add_argument("--recompute", choices=("yes", "no"), help="only with, or only without GRAD_CHECKPOINTING")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--out", type=Path, help="file for the table, as Markdown")
     args = parser.parse_args()
@@ -108,7 +114,7 @@ def main() -> int:
             free.put(gpu)
 
     with tempfile.TemporaryDirectory(prefix="hf-largest-") as folder, ThreadPoolExecutor(free.qsize() or 1) as pool:
-        cells = itertools.product(args.models.split(","), names, (False, True))
+        cells = itertools.product(args.models.split(","), names, [one for one in (False, True) if args.recompute in (None, "yes" if one else "no")])
         for done in as_completed([pool.submit(on_a_free_gpu, *one, Path(folder)) for one in cells]):
             rows.append(done.result())
             print(json.dumps(rows[-1]), flush=True)

@@ -109,7 +109,10 @@ def estimate(job: Job) -> Estimate | None:
     gradients = (of_matrices * s.matrices + 4 * s.vectors) // shards
     copies = _copies(job, s, element, shards)
     stream = element if job.precision is not Precision.FP16 else 4
-    kept = activations(s, tokens, element, fused=job.compile or job.fused_kernels, residual=stream, fp8=job.precision is Precision.FP8)
+    fused = job.compile or job.fused_kernels
+    kept = activations(s, tokens, element, fused=fused, residual=stream, fp8=_keeps_fp8(job))
+    # While it is computed again or its backward pass runs.
+    block = tokens * _of_block(s, element, fused=fused, residual=stream, fp8=_keeps_fp8(job))
     head = 4 * s.table
     chunk = min(s.chunk, tokens)
     # Our kernel: in place. Eager: fp32 logits, their gradient and one more; a compiler keeps one fp32 pass.
@@ -120,38 +123,56 @@ def estimate(job: Job) -> Estimate | None:
     held = weights + moments
     # Gradients are there while activations are when windows are added up, and where DDP keeps its buckets.
     early = gradients if (job.grad_accum_steps or 1) > 1 or (job.parallel == "ddp" and job.world_size > 1) else 0
-    forward = held + early + copies + kept + loss
+    forward = held + early + copies + kept - (block if s.checkpointed else 0) + loss
     # The head's gradient twice, scaled and as it was.
     backward = held + early + copies + kept + 2 * head
-    end = held + gradients
+    end = held + gradients + block
     peak = max(forward, backward, end)
     when = "at the end of a step" if peak == end else "where the backward pass begins"
     return Estimate(weights, moments, gradients, copies, kept, loss, peak, when)
 
 
 def activations(s: Shape, tokens: int, element: int, *, fused: bool, residual: int, fp8: bool = False) -> int:
-    """Bytes that the forward pass of the blocks and the last norm keep. `element`: bytes of a number in the products; `fused`: by our
-    kernels or a compiler, which keep the same; `residual`: bytes of a number between the blocks; `fp8`: inputs of products as such."""
-    norm = 8 * s.d + element * s.d + 4  # its input and the normed one in fp32, its output, and 1 / rms
-    attention = element * (3 * s.q + 3 * s.k) + 4 * s.heads  # packed q, k, v; q and k turned; output; log-sum-exp
-    feed_forward = element * 4 * s.f  # gate and up, silu(gate), their product
-    block = 2 * norm + attention + feed_forward
-    if fused:
-        stream = 2 * (residual * s.d + 4)  # the stream before each norm, and 1 / rms
-        # What only a product reads again is kept as fp8 keeps it: outputs of the norms, of attention, and of SwiGLU.
-        inputs = 2 * s.d + s.q + s.f if fp8 else element * (2 * s.d + s.f)
-        block = stream + attention + inputs + element * 2 * s.f
+    """Bytes that the forward pass of the blocks and the last norm keep, with those of one block that is computed again where they are.
+    `element`: bytes of a number in the products; `fused`: by our kernels or a compiler, which keep the same; `residual`: bytes of a
+    number between the blocks; `fp8`: inputs of products as such."""
+    block = _of_block(s, element, fused=fused, residual=residual, fp8=fp8)
     blocks = s.layers * residual * s.d + block if s.checkpointed else s.layers * block
-    return tokens * (blocks + norm)
+    return tokens * (blocks + _of_norm(s, element))
+
+
+def _of_norm(s: Shape, element: int) -> int:
+    return 8 * s.d + element * s.d + 4  # its input and the normed one in fp32, its output, and 1 / rms
+
+
+def _of_block(s: Shape, element: int, *, fused: bool, residual: int, fp8: bool) -> int:
+    """Bytes of a token that the backward pass of one block reads; the arguments of `activations`."""
+    attention = element * (3 * s.q + 3 * s.k) + 4 * s.heads  # packed q, k, v; q and k turned; output; log-sum-exp
+    if element == 4 and s.q != s.k:
+        # No kernel for fp32 shares keys and values between heads: they are repeated, and these are kept (train/models/gpt.py).
+        attention = element * 4 * s.q + 4 * s.heads
+    if not fused:
+        return 2 * _of_norm(s, element) + attention + element * 4 * s.f  # gate and up, silu(gate), their product
+    stream = 2 * (residual * s.d + 4)  # the stream before each norm, and 1 / rms
+    # What only a product reads again is kept as fp8 keeps it: outputs of the norms, of attention, and of SwiGLU.
+    inputs = 2 * s.d + s.q + s.f if fp8 else element * (2 * s.d + s.f)
+    return stream + attention + inputs + element * 2 * s.f
+
+
+def _keeps_fp8(job: Job) -> bool:
+    """Whether inputs of products are kept in fp8. torchao keeps them as they are, and makes them fp8 again; a compiler, which is free to
+    choose, takes the smaller ones."""
+    return job.precision is Precision.FP8 and (job.fp8_backend == "te" or job.compile)
 
 
 def _copies(job: Job, s: Shape, element: int, shards: int) -> int:
     if job.parallel == "fsdp" and shards > 1:
         return element * (s.matrices + s.vectors)  # gathered once a step, and kept until its end
-    if job.precision is Precision.FP8:
-        # Transformer Engine: each weight in fp8, and transposed; torchao: in bf16, and in fp8 from that.
-        return s.block_matrices * (2 if job.fp8_backend == "te" else 3)
-    if job.amp_opt_level == "O2" or element == 4:
+    if job.precision is Precision.FP8 and job.fp8_backend == "te":
+        # Each weight in fp8, and transposed: of all blocks, or of the one that is computed again.
+        return s.block_matrices * 2 // (s.layers if s.checkpointed else 1)
+    if job.amp_opt_level == "O2" or element == 4 or (job.precision is Precision.FP8 and job.compile):
+        # torchao's, compiled: made again from the weight for the backward pass.
         return 0
     return element * s.block_matrices
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jobs import ledger, sources
 from jobs.errors import ImpossibleJobError, SettingError
@@ -118,6 +119,32 @@ def test_clipping_sees_the_true_norm_whatever_the_loss_scale() -> None:
     assert float(b.norm) == pytest.approx(float(a.norm), rel=1e-6)
     for p, q in zip(plain.inner.parameters(), scaled.inner.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what on a GPU would wait for it: a number that is read from a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("level", [None, "O2"])
+def test_a_step_reads_nothing_back_where_the_kernels_update(monkeypatch: pytest.MonkeyPatch, level: str | None) -> None:
+    """The kernel itself is a stand-in that does nothing: Triton has no GPU here. A GPU's own calls are looked at in test_gpu.py."""
+    monkeypatch.setitem(sys.modules, "train.kernels.adamw", SimpleNamespace(update=lambda *tensors, **numbers: None))
+    job = job_of(precision="bf16", amp_opt_level=level)
+    stepper = stepper_of(job)
+    batch = batch_of(job)
+    with Waits() as plain:
+        stepper.run([batch])
+    stepper.optimizer.kernels = True  # type: ignore[attr-defined]
+    with Waits() as waits:
+        stepper.run([batch])
+    assert plain.count > 0 == waits.count
+    assert {float(state["step"]) for state in stepper.optimizer.state.values()} == {2.0}
 
 
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 5))

@@ -190,7 +190,16 @@ def test_the_largest_micro_batch_is_guessed_from_one_sample_and_then_tried_out()
     assert limit(4) == (4, 30.0)
     # A first try that leaves less than one more sample.
     first.memory_gb["peak"] = 79.0
-    assert limit(6) == (6, 35.0) and tried == [5, 6, 7]
+    assert limit(4) == (4, 79.0) and tried == [5]
+    # What seemed to grow with the samples does not: with recomputation most of it is a single block.
+    first.memory_gb |= {"peak": 30.0, "activations": 10.0}
+    tried.clear()
+
+    def slow(one: Job) -> float | None:
+        tried.append(one.batch_size)
+        return 28 + 0.5 * one.batch_size if one.batch_size < 103 else None
+
+    assert bench.largest_micro_batch(job(), first, 80.0, slow) == (99, 77.5) and tried == [23, 99, 105]
 
 
 def test_nothing_of_a_compiled_model_is_left_when_the_next_size_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,8 @@ from train.step import Stepper, shape_targets
 
 # Entries of the first gradient that are kept for comparison: enough for a cosine to four digits, small enough to send about.
 _GRADIENT_ENTRIES = 1_000_000
+# Of a GPU's memory: what a guess may fill. The rest goes to CUDA itself and to gaps.
+_FILLED = 0.97
 # A loss scale that halves more often than this in a row has no value left that works.
 _MAX_OVERFLOWS = 40
 
@@ -243,22 +245,30 @@ def _can_import(module: str) -> bool:
 
 
 def largest_micro_batch(job: Job, first: Measurement, memory_gb: float, peak_of: Callable[[Job], float | None]) -> tuple[int, float | None]:
-    """Samples of the largest micro-batch that fits, to within 7 %, and its peak in GB: guessed from the activations of one sample, then
-    made smaller until `peak_of` says what two steps of it take, or larger until they do not fit."""
-    peak, activations = first.memory_gb.get("peak") or 0.0, first.memory_gb.get("activations") or 0.0
-    per_sample = max(activations / first.samples, 1e-6)
-    size = int(0.97 * (memory_gb - (peak - activations)) / per_sample)
-    best: tuple[int, float | None] = (first.samples, first.memory_gb.get("peak"))
-    if size > first.samples:
-        if (found := peak_of(with_micro_batch(job, size))) is None:
-            while (size := int(0.93 * size)) > first.samples:
-                if (found := peak_of(with_micro_batch(job, size))) is not None:
-                    return size, found
-            return best
-        best = size, found
-    while (found := peak_of(with_micro_batch(job, larger := max(best[0] + 1, int(1.07 * best[0]))))) is not None:
-        best = larger, found
-    return best
+    """Samples of the largest micro-batch that fits, to within 7 %, and its peak in GB. Guessed from the activations of one sample, then
+    from what each try has shown that a sample takes; `peak_of` says what two steps of a job take, or None where they do not fit."""
+    best, peak = first.samples, first.memory_gb.get("peak") or 0.0
+    per_sample = max((first.memory_gb.get("activations") or 0.0) / best, 1e-6)
+    too_large: int | None = None
+
+    def size_of(gb: float) -> int:
+        return int(gb / per_sample)
+
+    # The first try may be far off: little is known of how much does not grow with the samples.
+    size = max(best + 1, best + size_of(_FILLED * memory_gb - peak))
+    while size > best:
+        found = peak_of(with_micro_batch(job, size))
+        if found is None:
+            too_large = size
+        else:
+            per_sample = max((found - peak) / (size - best), per_sample / 100)
+            best, peak = size, found
+        next_one = max(best + 1, int(1.07 * best))
+        if too_large is None:
+            size = max(next_one, best + size_of(_FILLED * memory_gb - peak))
+        else:
+            size = max(next_one, int(0.93 * too_large)) if next_one < too_large else best
+    return best, first.memory_gb.get("peak") if best == first.samples else peak
 
 
 def with_micro_batch(job: Job, size: int) -> Job:

@@ -159,7 +159,8 @@ def _step_by_kernels(optimizer: torch.optim.Optimizer, model: nn.Module, factor:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
     if todo:
-        torch._foreach_add_([optimizer.state[weight]["step"] for _, weight, _, _ in todo], 1.0 - bad)
+        # A list of the one tensor: torch takes a single one for a number, and waits for the GPU to read it.
+        torch._foreach_add_([optimizer.state[weight]["step"] for _, weight, _, _ in todo], [1.0 - bad] * len(todo))
     for group, weight, gradient, low in todo:
         state = optimizer.state[weight]
         adamw.update(

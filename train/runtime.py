@@ -102,7 +102,7 @@ def start(job: Job, environ: Mapping[str, str] = os.environ) -> Runtime:
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
             # Buffers are the same on all ranks or statistics of their own; gradients live in the buckets, not beside them.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=job.bucket_cap_mb),
         ],
     )
     if accelerator.num_processes != world:
