@@ -4,10 +4,12 @@
 
 One run of jobs/gpt_1b_h100.yaml whose rank is killed twice. The first attempt finds nothing; before the second the node's compile caches
 are emptied, as on another node, and what the run's folder holds has to do; the third finds both. Seconds are from the START
-line of the attempt to the line of its first step in metrics.jsonl, the loading of 15 GB of checkpoint included.
+line of the attempt to the line of its first step in metrics.jsonl, the loading of 15 GB of checkpoint included. Beside them: the longest
+of the later steps, which the preparation of saves must not hold up, and how long each save took.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -17,10 +19,12 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.hardware import train
 from jobs import ledger, metrics
 from jobs.ckpt_format import complete
+from jobs.contract import Event
 from jobs.rundir import RunDir
 from launcher.local import pid_of_rank
 
@@ -33,6 +37,17 @@ def first_step_s(run: RunDir, number: int) -> float:
     """From the START line of an attempt to the line of its first step in metrics.jsonl, seconds."""
     attempt = next(one for one in ledger.attempts(ledger.read(run.ledger)) if one.number == number)
     return float(next(line["time"] for line in metrics.read(run.metrics) if line["attempt"] == number)) - attempt.started
+
+
+def longest_step_s(lines: list[dict[str, Any]], attempt: int) -> float:
+    """The longest time between two lines of metrics, each a step, of one attempt."""
+    times = [float(line["time"]) for line in lines if line["attempt"] == attempt]
+    return round(max((after - before for before, after in itertools.pairwise(times)), default=0.0), 2)
+
+
+def saves_s(run: RunDir, attempt: int) -> list[float]:
+    """How long each save of an attempt took, in the background or not."""
+    return [round(float(event["seconds"]), 1) for event in ledger.read(run.ledger) if event["event"] == Event.CHECKPOINT and event["attempt"] == attempt]
 
 
 def _kill(run: RunDir, caches: Path, limit_s: float = 500) -> None:
@@ -53,7 +68,7 @@ def _kill(run: RunDir, caches: Path, limit_s: float = 500) -> None:
             shutil.rmtree(caches, ignore_errors=True)
 
 
-def measure(precision: list[str], words: list[str]) -> list[dict[str, object]]:
+def measure(precision: list[str], words: list[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="hf-start-") as folder:
         caches = Path(folder) / "caches"
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
@@ -76,7 +91,8 @@ def measure(precision: list[str], words: list[str]) -> list[dict[str, object]]:
         for what, attempt in zip(_ATTEMPTS, ledger.attempts(ledger.read(run.ledger)), strict=True):
             first = next(line for line in lines if line["attempt"] == attempt.number)
             clock = json.loads(run.attempt(attempt.number).clock.read_text()) if run.attempt(attempt.number).clock.exists() else {}
-            rows.append({"what": what, "first step after, s": round(first_step_s(run, attempt.number), 1), "step": first["step"], "clock": clock})
+            row = {"what": what, "first step after, s": round(first_step_s(run, attempt.number), 1), "step": first["step"], "clock": clock}
+            rows.append(row | {"longest step, s": longest_step_s(lines, attempt.number), "saves, s": saves_s(run, attempt.number)})
         return rows
 
 
@@ -89,7 +105,9 @@ def main() -> int:
     first, *more = args.precision.split(",")
     rows = measure([f"PRECISION={first}", *more], args.words)
     for row in rows:
-        print(f"{args.precision:24} {row['what']:32} first step after {row['first step after, s']} s (step {row['step']})")
+        print(
+            f"{args.precision:24} {row['what']:32} first step after {row['first step after, s']} s (step {row['step']}), longest later one {row['longest step, s']} s, saves {row['saves, s']} s"
+        )
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     return 0
