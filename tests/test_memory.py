@@ -153,6 +153,9 @@ MEASURED = [
     ("3b", 6, "fp8 te current", False, 79.5),
     ("3b", 65, "fp8 te current", True, 83.7),
     ("3b", 8, "fp8 torchao tensorwise", False, 82.7),
+    ("1b", 21, "fp8 torchao tensorwise", False, 81.1),
+    ("1b", 9, "fp32", False, 78.4),
+    ("3b", 3, "fp32", False, 72.2),
 ]
 
 
