@@ -1,11 +1,12 @@
 """What spreading a step over GPUs costs, by the way it is spread: the step alone on every GPU at once, then with gradients reduced.
 
-    python -m benchmarks.scaling [--gpus 2] [--shape 1b] [--steps 15] [--batch 14] [--only DDP] [--json figures.json] [KEY=value ...]
+    python -m benchmarks.scaling [--gpus 2] [--shape 1b] [--steps 15] [--batch 14] [--only DDP] [--json figures.json] [--trace FOLDER] [KEY=value ...]
 
 One process a GPU. Each builds the model of the job once; every variant wraps it anew and trains some steps of the loop's own step function
 after a warm-up. Milliseconds are medians of the slowest rank, by the GPU's own events. Alone, a step reduces nothing but three numbers: that is what one GPU
 does while its neighbours are as busy. It is measured before and after every variant, since cards grow warm, and the share is that of the mean of the two. With
 PARALLEL=fsdp the weights are sharded: one variant, with nothing to compare in the same call; `--only none` without it says what these weights take alone.
+With --trace three more steps of each are traced on rank 0, and a row says where the GPU's time went in them (benchmarks/trace.py).
 """
 
 import argparse
@@ -18,14 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import train  # noqa: F401  before torch, for which it chooses how memory is taken
+from benchmarks import trace
 from benchmarks.peer_loops import SHAPES
 
 _WARM_UP = 6
+_TRACED = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ VARIANTS = (
     Variant("DDP, buckets of 100 MB", bucket_mb=100),
     Variant("DDP, buckets of 400 MB", bucket_mb=400),
     Variant("DDP, buckets of 2 GB", bucket_mb=2000),
+    Variant("DDP, all at once", bucket_mb=10_000),
     Variant("DDP, 8 programs", ctas=8),
     Variant("DDP, 4 programs", ctas=4),
     Variant("DDP, high priority", first=True),
@@ -112,12 +117,32 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
         if gpu:
             torch.cuda.synchronize()
             found = [begin.elapsed_time(end) for begin, end in itertools.pairwise(events[_WARM_UP - 1 :])]
+        if args.trace:
+            traced(stepper)
         slowest = torch.tensor(statistics.median(found), device=rt.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         inner.zero_grad(set_to_none=True)
         return round(slowest.item(), 2)
 
+    # What traces have shown, in the order of the rows that will say it.
+    told: list[dict[str, Any]] = []
+
+    def traced(stepper: Any) -> None:
+        """Every rank makes the steps, rank 0 under the profiler."""
+        nonlocal step
+        with torch.profiler.profile() if rt.is_main else nullcontext() as profile:
+            for _ in range(_TRACED):
+                stepper.run(feed.of_step(step))
+                step += 1
+            if gpu:
+                torch.cuda.synchronize()
+        if profile is not None:
+            file = args.trace / f"{step}.json.gz"
+            profile.export_chrome_trace(str(file))
+            told.append({"trace": file.name, "ms_of_a_step": trace.summary(trace.read(file), _TRACED)})
+
     def say(row: dict[str, Any]) -> None:
+        row |= told.pop(0) if told else {}
         if gpu:
             row |= {"allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1), "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 1)}
         rows.append(row)
@@ -156,18 +181,25 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--only", default="", help="variants whose name has one of these texts, separated by semicolons")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--trace", type=Path, help="folder for traces")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help="of the job: PRECISION=bf16 AMP_OPT_LEVEL=O2 when there are none")
     args = parser.parse_args()
     args.words = args.words or ["PRECISION=bf16", "AMP_OPT_LEVEL=O2"]
     if "LOCAL_RANK" not in os.environ:
+        if args.trace:
+            args.trace.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="hf-scaling-") as folder:
             launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(args.gpus), "-m", "benchmarks.scaling", "--folder", folder]
             return subprocess.run([sys.executable, "-m", *launch, *sys.argv[1:]], timeout=900).returncode
     rows = ranks(args)
     if os.environ["LOCAL_RANK"] == "0":
         for row in rows:
-            print(f"{row['variant']:42} {row['step_ms']:8.2f} ms" + (f"  {row['of_alone_pct']:5.1f} %" if "of_alone_pct" in row else ""))
+            print(
+                f"{row['variant']:42} {row['step_ms']:8.2f} ms"
+                + (f"  {row['of_alone_pct']:5.1f} %" if "of_alone_pct" in row else "")
+                + (f"  {row['ms_of_a_step']}" if row.get("ms_of_a_step") else "")
+            )
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1))
     return 0
