@@ -19,11 +19,12 @@ from on_device import One, job_of
 
 from jobs import advice
 from jobs.errors import HoldfastError, SettingError
+from jobs.memory import estimate
 from jobs.precision import MODES
 from jobs.settings import Job
 from launcher.precision import LEAST_GAIN, Row, candidates, judge, markdown, name_of, recommend, table
 from launcher.prepare import resolve_here
-from train import bench
+from train import bench, largest
 
 H100 = {"device": "NVIDIA H100", "arch": 90, "fp8": ["te", "torchao"], "memory_gb": 80.0, "torch": "2.11"}
 CPU = {"device": "CPU", "arch": None, "fp8": [], "memory_gb": None, "torch": "2.13"}
@@ -171,7 +172,7 @@ def test_nothing_is_recommended_when_nothing_trains_as_fp32_does() -> None:
 
 
 def test_the_largest_micro_batch_is_guessed_from_one_sample_and_then_tried_out() -> None:
-    first = bench.Measurement("bf16", "x", samples=4, targets_per_sample=1, parameters=1, memory_gb={"peak": 30.0, "activations": 10.0})
+    first: dict[str, float | None] = {"peak": 30.0, "activations": 10.0}
     tried: list[int] = []
 
     def peak(one: Job, most: int) -> float | None:
@@ -180,7 +181,7 @@ def test_the_largest_micro_batch_is_guessed_from_one_sample_and_then_tried_out()
 
     def limit(most: int) -> tuple[int, float | None]:
         tried.clear()
-        return bench.largest_micro_batch(job(), first, 80.0, lambda one: peak(one, most))
+        return largest.largest_micro_batch(job(), 4, first, 80.0, lambda one: peak(one, most))
 
     # 77.6 GB of 80 less the 20 that do not grow, at 2.5 GB a sample.
     assert limit(23) == (23, 77.5) and tried == [23, 24]
@@ -189,17 +190,28 @@ def test_the_largest_micro_batch_is_guessed_from_one_sample_and_then_tried_out()
     assert 18 <= size <= 20 and held == 20 + 2.5 * size and tried[0] == 23
     assert limit(4) == (4, 30.0)
     # A first try that leaves less than one more sample.
-    first.memory_gb["peak"] = 79.0
+    first["peak"] = 79.0
     assert limit(4) == (4, 79.0) and tried == [5]
     # What seemed to grow with the samples does not: with recomputation most of it is a single block.
-    first.memory_gb |= {"peak": 30.0, "activations": 10.0}
+    first["peak"] = 30.0
     tried.clear()
 
     def slow(one: Job) -> float | None:
         tried.append(one.batch_size)
         return 28 + 0.5 * one.batch_size if one.batch_size < 103 else None
 
-    assert bench.largest_micro_batch(job(), first, 80.0, slow) == (99, 77.5) and tried == [23, 99, 105]
+    assert largest.largest_micro_batch(job(), 4, first, 80.0, slow) == (99, 77.5) and tried == [23, 99, 105]
+    tried.clear()
+    assert largest.largest_micro_batch(job(), 4, first, 80.0, slow, guess=98) == (98, 77.0) and tried == [98, 104]
+
+
+def test_the_first_guess_of_a_built_in_model_is_what_the_estimate_has_room_for() -> None:
+    of_1b = job(model="1b", seq_len=2048, compile=True, amp_opt_level="O2")
+    size = largest.expected_to_fit(of_1b, 85.0)
+    assert size is not None
+    fits, too_many = (estimate(largest.with_micro_batch(of_1b, one)) for one in (size, size + 1))
+    assert fits is not None and too_many is not None and fits.peak <= 0.97 * 85e9 < too_many.peak
+    assert largest.expected_to_fit(of_1b, 10.0) is None and largest.expected_to_fit(job(model="convnet"), 85.0) is None
 
 
 def test_nothing_of_a_compiled_model_is_left_when_the_next_size_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from train import optim, runtime, switches
 from train.build import build, open_split
 from train.feed import Feed
 from train.flops import flops_per_sample
+from train.largest import expected_to_fit, largest_micro_batch
 from train.numerics import LossScale, first_bad
 from train.runtime import Runtime
 from train.seeds import seed_everything
@@ -35,8 +35,6 @@ from train.step import Stepper, shape_targets
 
 # Entries of the first gradient that are kept for comparison: enough for a cosine to four digits, small enough to send about.
 _GRADIENT_ENTRIES = 1_000_000
-# Of a GPU's memory: what a guess may fill. The rest goes to CUDA itself and to gaps.
-_FILLED = 0.97
 # A loss scale that halves more often than this in a row has no value left that works.
 _MAX_OVERFLOWS = 40
 
@@ -244,38 +242,6 @@ def _can_import(module: str) -> bool:
     return True
 
 
-def largest_micro_batch(job: Job, first: Measurement, memory_gb: float, peak_of: Callable[[Job], float | None]) -> tuple[int, float | None]:
-    """Samples of the largest micro-batch that fits, to within 7 %, and its peak in GB. Guessed from the activations of one sample, then
-    from what each try has shown that a sample takes; `peak_of` says what two steps of a job take, or None where they do not fit."""
-    best, peak = first.samples, first.memory_gb.get("peak") or 0.0
-    per_sample = max((first.memory_gb.get("activations") or 0.0) / best, 1e-6)
-    too_large: int | None = None
-
-    def size_of(gb: float) -> int:
-        return int(gb / per_sample)
-
-    # The first try may be far off: little is known of how much does not grow with the samples.
-    size = max(best + 1, best + size_of(_FILLED * memory_gb - peak))
-    while size > best:
-        found = peak_of(with_micro_batch(job, size))
-        if found is None:
-            too_large = size
-        else:
-            per_sample = max((found - peak) / (size - best), per_sample / 100)
-            best, peak = size, found
-        next_one = max(best + 1, int(1.07 * best))
-        if too_large is None:
-            size = max(next_one, best + size_of(_FILLED * memory_gb - peak))
-        else:
-            size = max(next_one, int(0.93 * too_large)) if next_one < too_large else best
-    return best, first.memory_gb.get("peak") if best == first.samples else peak
-
-
-def with_micro_batch(job: Job, size: int) -> Job:
-    """The same job with one forward pass of `size` samples per step."""
-    return job.model_copy(update={"micro_batch_size": size, "batch_size": size, "grad_accum_steps": 1})
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m train.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hardware", action="store_true", help="only say what this machine has")
@@ -301,7 +267,9 @@ def main() -> int:
         result = asdict(found)
         if args.largest and found.memory_gb["peak"] is not None:
             memory_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
-            result["largest_micro_batch"], result["largest_peak_gb"] = largest_micro_batch(job, replace(found), memory_gb, peak_gb)
+            result["largest_micro_batch"], result["largest_peak_gb"] = largest_micro_batch(
+                job, found.samples, found.memory_gb, memory_gb, peak_gb, expected_to_fit(job, memory_gb)
+            )
     except HoldfastError as err:
         args.out.write_text(json.dumps({"refused": str(err)}))
         return 0
