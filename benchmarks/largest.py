@@ -1,6 +1,6 @@
 """The largest micro-batch of each precision for the presets, on this GPU, with its peak beside what `holdfast explain` expects of it.
 
-    python -m benchmarks.largest [--models 1b,3b,8b] [--only bf16] [--json figures.json] [--out table.md]
+    python -m benchmarks.largest [--models 1b,3b,8b] [--only bf16] [--recompute no] [--json figures.json] [--out table.md]
 
 Sequences of 2,048 tokens, compiled, 16-bit weights (O2) where there are any, with and without GRAD_CHECKPOINTING. Each cell is a process
 of its own (train/bench.py) on a GPU of its own: two steps of a small micro-batch say what a sample takes, then the guess is tried out and
@@ -36,7 +36,7 @@ _LIMIT_S = 500
 
 def job_of_cell(model: str, precision: str, recompute: bool) -> Job:
     """The job whose micro-batch is made larger, with that of the first try."""
-    first = _FIRST.get(model, 4)
+    first = _FIRST[model]
     words = [
         f"MODEL={model}",
         *_SHAPE,
@@ -79,8 +79,9 @@ def visible() -> list[str]:
     """The GPUs of this machine that this process may use."""
     import torch
 
+    there = [str(number) for number in range(torch.cuda.device_count())]
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    return named.split(",")[: len(there)] if named else there
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -101,9 +102,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="file for the table, as Markdown")
     args = parser.parse_args()
     names = available([name for name in _NAMES if not args.only or any(word in name for word in args.only.split(";"))])
+    models, gpus = args.models.split(","), visible()
+    if unknown := [model for model in models if model not in _FIRST]:
+        parser.error(f"--models {','.join(unknown)}: the presets are {', '.join(_FIRST)}")
+    if not names:
+        parser.error(f"--only {args.only}: of {', '.join(_NAMES)} none has it in its name, or its library is not installed")
+    if not gpus:
+        parser.error("this machine shows no GPU that torch can use")
     rows: list[dict[str, Any]] = []
     free: SimpleQueue[str] = SimpleQueue()
-    for gpu in visible():
+    for gpu in gpus:
         free.put(gpu)
 
     def on_a_free_gpu(model: str, precision: str, recompute: bool, folder: Path) -> dict[str, Any]:
@@ -113,8 +121,8 @@ def main() -> int:
         finally:
             free.put(gpu)
 
-    with tempfile.TemporaryDirectory(prefix="hf-largest-") as folder, ThreadPoolExecutor(free.qsize() or 1) as pool:
-        cells = itertools.product(args.models.split(","), names, [one for one in (False, True) if args.recompute in (None, "yes" if one else "no")])
+    with tempfile.TemporaryDirectory(prefix="hf-largest-") as folder, ThreadPoolExecutor(len(gpus)) as pool:
+        cells = itertools.product(models, names, [one for one in (False, True) if args.recompute in (None, "yes" if one else "no")])
         for done in as_completed([pool.submit(on_a_free_gpu, *one, Path(folder)) for one in cells]):
             rows.append(done.result())
             print(json.dumps(rows[-1]), flush=True)

@@ -34,10 +34,10 @@ _TRACED = 3
 
 @dataclass(frozen=True)
 class Variant:
-    """How gradients travel. bucket_mb: of DDP. ctas: programs that NCCL may run at once. first: its stream before that of the products."""
+    """How gradients travel. bucket_mb: of DDP, that of the job where it is None. ctas: programs that NCCL may run at once. first: its stream before that of the products."""
 
     name: str
-    bucket_mb: int = 25
+    bucket_mb: int | None = None
     ctas: int | None = None
     first: bool = False
     static: bool = False
@@ -157,8 +157,8 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
         for variant in [one for one in VARIANTS if any(word in one.name for word in args.only.split(";"))]:
             before = rows[-1]["step_ms"]
             wrapped = DistributedDataParallel(
-                inner, device_ids=[rt.device.index] if gpu else None, broadcast_buffers=False, gradient_as_bucket_view=True,
-                bucket_cap_mb=variant.bucket_mb, process_group=group(variant), static_graph=variant.static,
+                inner, device_ids=[rt.device.index] if gpu else None, process_group=group(variant), static_graph=variant.static,
+                **(runtime.ddp_options(job) | ({"bucket_cap_mb": variant.bucket_mb} if variant.bucket_mb else {})),
             )  # fmt: skip
             row = {"variant": variant.name, "step_ms": step_ms(wrapped, settle=not variant.static)}
             del wrapped

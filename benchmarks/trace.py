@@ -12,6 +12,7 @@ import gzip
 import json
 import statistics
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -85,7 +86,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--top", type=int, default=15)
     args = parser.parse_args()
-    events = read(args.file)
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: a trace holds at least one step")
+    try:
+        events = read(args.file)
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as err:
+        parser.error(f"{args.file} is no trace that can be read: {type(err).__name__}: {err}")
     found = summary(events, args.steps)
     if not found:
         print(f"{args.file}: no kernel of a GPU in it", file=sys.stderr)

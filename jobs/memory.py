@@ -147,10 +147,9 @@ def _of_norm(s: Shape, element: int) -> int:
 
 def _of_block(s: Shape, element: int, *, fused: bool, residual: int, fp8: bool) -> int:
     """Bytes of a token that the backward pass of one block reads; the arguments of `activations`."""
-    attention = element * (3 * s.q + 3 * s.k) + 4 * s.heads  # packed q, k, v; q and k turned; output; log-sum-exp
-    if element == 4 and s.q != s.k:
-        # No kernel for fp32 shares keys and values between heads: they are repeated, and these are kept (train/models/gpt.py).
-        attention = element * 4 * s.q + 4 * s.heads
+    # Packed q, k, v; q and k turned; output. In fp32 keys and values that heads share are repeated, and these are kept (train/models/gpt.py).
+    heads = 4 * s.q if element == 4 and s.q != s.k else 3 * s.q + 3 * s.k
+    attention = element * heads + 4 * s.heads  # and log-sum-exp
     if not fused:
         return 2 * _of_norm(s, element) + attention + element * 4 * s.f  # gate and up, silu(gate), their product
     stream = 2 * (residual * s.d + 4)  # the stream before each norm, and 1 / rms

@@ -2,9 +2,7 @@
 
 The helpers are those of tests/test_on_device.py, which a CPU runs."""
 
-import gzip
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +15,7 @@ import torch
 from conftest import REPOSITORY
 from on_device import CASES, One, Training, falls, gradient_job, gradients_of, gradients_over_ranks, job_of, largest_gap
 
+from benchmarks.trace import read
 from jobs import metrics
 from jobs.peaks import peak_of
 from jobs.precision import MODES, Precision, runs_on
@@ -252,7 +251,7 @@ def test_the_ordinary_entry_point_names_the_gpu_and_logs_finite_numbers(tmp_path
     # So small a model is far from the peak: its share may be 0.00 %.
     known = peak_of(gpu.name, Precision.BF16) is not None
     assert all(("peak_pct" in line) == known and 0 <= line.get("peak_pct", 0) < 100 for line in lines)
-    kernels = [event for event in json.loads(gzip.decompress(run.attempt(1).trace.read_bytes()))["traceEvents"] if event.get("cat") == "kernel"]
+    kernels = [event for event in read(run.attempt(1).trace) if event.get("cat") == "kernel"]
     assert kernels
 
 
@@ -267,7 +266,7 @@ def test_no_step_waits_for_the_gpu_between_two_lines_of_metrics(tmp_path: Path, 
     shape = ["MODEL=nano", "MODEL_OPTIONS=n_layers=2,d_model=256,n_heads=2,d_ff=512", "SEQ_LEN=64", "BATCH_SIZE=8", "COMPILE=true", "DEVICE=cuda", "NODES=1"]
     rhythm = ["GPUS_PER_NODE=1", "SITE=generic", "MAX_STEPS=12", "EVAL_EVERY=0", "EVAL_SAMPLES=16", "CHECKPOINT_EVERY=12", "LOG_EVERY=10", "PROFILE_STEPS=4-8"]
     run = train(tmp_path, "quiet", [*shape, *rhythm, *PRECISIONS[name]])
-    trace = json.loads(gzip.decompress(run.attempt(1).trace.read_bytes()))["traceEvents"]
+    trace = read(run.attempt(1).trace)
     calls = Counter(str(event["name"]) for event in trace if event.get("cat") in ("cuda_runtime", "cuda_driver"))
     # The profiler waits for the device when it begins and when it ends.
     waits = [event for event in trace if "Synchronize" in str(event["name"]) and event.get("cat") in ("cuda_runtime", "cuda_driver")]

@@ -51,3 +51,14 @@ def test_the_command_reads_both_forms_of_a_file(tmp_path: Path, monkeypatch: pyt
     plain.write_text(json.dumps({"traceEvents": []}))
     monkeypatch.setattr("sys.argv", ["trace", str(plain)])
     assert trace.main() == 1 and "no kernel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, b"not json", b"[]", b'{"other": 1}', gzip.compress(b"{}" * 999)[:-20]])
+def test_what_is_no_trace_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes | None) -> None:
+    file = tmp_path / ("t.json.gz" if content and content.startswith(b"\x1f") else "t.json")
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.setattr("sys.argv", ["trace", str(file)])
+    with pytest.raises(SystemExit) as ended:
+        trace.main()
+    assert ended.value.code == 2 and f"error: {file} is no trace that can be read: " in capsys.readouterr().err.splitlines()[-1]

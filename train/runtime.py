@@ -64,6 +64,12 @@ class Runtime:
         return values
 
 
+def ddp_options(job: Job) -> dict[str, Any]:
+    """Arguments of DistributedDataParallel: buffers are the same on all ranks or statistics of their own; gradients live in the
+    buckets, not beside them."""
+    return {"broadcast_buffers": False, "gradient_as_bucket_view": True, "bucket_cap_mb": job.bucket_cap_mb}
+
+
 def start(job: Job, environ: Mapping[str, str] = os.environ) -> Runtime:
     """Joins the other ranks. Raises ImpossibleJobError when this machine cannot do what the job asks."""
     rank, world = int(environ.get(RankEnv.RANK, "0")), int(environ.get(RankEnv.WORLD_SIZE, "1"))
@@ -101,8 +107,7 @@ def start(job: Job, environ: Mapping[str, str] = os.environ) -> Runtime:
         mixed_precision="no",
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
-            # Buffers are the same on all ranks or statistics of their own; gradients live in the buckets, not beside them.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=job.bucket_cap_mb),
+            DistributedDataParallelKwargs(**ddp_options(job)),
         ],
     )
     if accelerator.num_processes != world:
