@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,7 @@ VARIANTS = (
     Variant("DDP, 8 programs, high priority, 100 MB", bucket_mb=100, ctas=8, first=True),
     Variant("DDP, static graph, 100 MB", bucket_mb=100, static=True),
 )
+NAMES = tuple(variant.name for variant in VARIANTS)
 
 
 def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -63,7 +63,7 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from benchmarks.peers import words_of
+    from benchmarks.peers import chosen, words_of
     from launcher.prepare import resolve_here
     from train import optim, runtime, switches
     from train.build import build, open_split
@@ -128,15 +128,17 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = []
 
     def traced(stepper: Any) -> None:
-        """Every rank makes the steps, rank 0 under the profiler."""
+        """Every rank makes the steps under the profiler, which slows all of them alike; rank 0's is kept. On a GPU without torch's operators, whose
+        recording would cost the lead that Python has."""
         nonlocal step
-        with torch.profiler.profile() if rt.is_main else nullcontext() as profile:
+        kinds = [torch.profiler.ProfilerActivity.CUDA] if gpu else None
+        with torch.profiler.profile(activities=kinds) as profile:
             for _ in range(_TRACED):
                 stepper.run(feed.of_step(step))
                 step += 1
             if gpu:
                 torch.cuda.synchronize()
-        if profile is not None:
+        if rt.is_main:
             file = args.trace / f"{step}.json.gz"
             profile.export_chrome_trace(str(file))
             told.append({"trace": file.name, "ms_of_a_step": trace.summary(trace.read(file), _TRACED)})
@@ -154,7 +156,7 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
         say({"variant": "FSDP2", "step_ms": step_ms(inner)})
     else:
         say({"variant": "alone", "step_ms": step_ms(inner)})
-        for variant in [one for one in VARIANTS if any(word in one.name for word in args.only.split(";"))]:
+        for variant in [one for one in VARIANTS if any(chosen(word, one.name, NAMES) for word in args.only.split(";"))]:
             before = rows[-1]["step_ms"]
             wrapped = DistributedDataParallel(
                 inner, device_ids=[rt.device.index] if gpu else None, process_group=group(variant), static_graph=variant.static,
@@ -179,7 +181,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--batch", type=int, help="sequences a GPU: fewer where the memory does not do")
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--only", default="", help="variants whose name has one of these texts, separated by semicolons")
+    parser.add_argument("--only", default="", help="variants that have one of these names, or one of these texts in their name; separated by semicolons")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--trace", type=Path, help="folder for traces")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
