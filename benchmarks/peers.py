@@ -139,7 +139,7 @@ ROWS: dict[str, Row] = {
     "holdfast run, bf16, fp32 weights": of_holdfast("PRECISION=bf16"),
     "holdfast run, bf16, fp32 weights, 2 GPUs, FSDP2": of_holdfast(*SHARDED, processes=2),
     "holdfast run, fp8 te current, 2 GPUs, DDP": of_holdfast(*TE, needs=_ENGINE, gpu=True, processes=2),
-    "holdfast run, fp8 te current, 2 GPUs, DDP, 2 GB": of_holdfast(*TE, "BUCKET_CAP_MB=2000", needs=_ENGINE, gpu=True, processes=2),
+    "holdfast run, fp8 te current, 2 GPUs, DDP, 2 GB at once": of_holdfast(*TE, "BUCKET_CAP_MB=2000", needs=_ENGINE, gpu=True, processes=2),
     "Accelerate DDP, bf16, compiled, 2 GPUs": Row(accelerate_ddp, _HF, processes=2, spawned=True),
     "holdfast step alone, bf16": Row(lambda s, n: bare_loop(s, n, *BF16)),
     "holdfast step alone, fp8 te current, fast input gradients": Row(lambda s, n: bare_loop(s, n, *TE, FAST), _ENGINE, gpu=True),

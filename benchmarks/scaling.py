@@ -44,7 +44,9 @@ class Variant:
 
 VARIANTS = (
     Variant("DDP"),
+    Variant("DDP, buckets of 25 MB", bucket_mb=25),
     Variant("DDP, buckets of 100 MB", bucket_mb=100),
+    Variant("DDP, buckets of 200 MB", bucket_mb=200),
     Variant("DDP, buckets of 400 MB", bucket_mb=400),
     Variant("DDP, buckets of 2 GB", bucket_mb=2000),
     Variant("DDP, all at once", bucket_mb=10_000),
@@ -69,7 +71,7 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
     from train.build import build, open_split
     from train.feed import Feed
     from train.numerics import LossScale
-    from train.parallel import is_sharded
+    from train.parallel import ddp_options, is_sharded
     from train.seeds import seed_everything
     from train.step import Stepper
 
@@ -160,7 +162,7 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
             before = rows[-1]["step_ms"]
             wrapped = DistributedDataParallel(
                 inner, device_ids=[rt.device.index] if gpu else None, process_group=group(variant), static_graph=variant.static,
-                **(runtime.ddp_options(job) | ({"bucket_cap_mb": variant.bucket_mb} if variant.bucket_mb else {})),
+                **(ddp_options(job, inner) | ({"bucket_cap_mb": variant.bucket_mb} if variant.bucket_mb else {})),
             )  # fmt: skip
             row = {"variant": variant.name, "step_ms": step_ms(wrapped, settle=not variant.static)}
             del wrapped

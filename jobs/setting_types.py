@@ -5,6 +5,7 @@ Each is an annotated type that a field of `jobs.settings.Job` has; its message s
 
 import json
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -133,18 +134,22 @@ def _pairs(value: Any) -> Any:
     return value
 
 
-def _interval(value: Any) -> Any:
-    """A number of steps, or the word auto."""
-    text = str(value).strip().lower()
-    if text == "auto":
-        return "auto"
-    try:
-        steps = int(text)
-    except ValueError:
-        steps = 0
-    if steps < 1 or isinstance(value, bool):
-        raise ValueError("is neither a number of steps of at least 1 nor auto")
-    return steps
+def _number_or_auto(unit: str) -> Callable[[Any], Any]:
+    """A whole number of at least 1, or the word auto."""
+
+    def read(value: Any) -> Any:
+        text = str(value).strip().lower()
+        if text == "auto":
+            return "auto"
+        try:
+            number = int(text)
+        except ValueError:
+            number = 0
+        if number < 1 or isinstance(value, bool):
+            raise ValueError(f"is neither a number of {unit} of at least 1 nor auto")
+        return number
+
+    return read
 
 
 _MOST_PROFILED = 50
@@ -198,7 +203,9 @@ Words = Annotated[tuple[Line, ...], BeforeValidator(_items, list[str] | str | No
 Arguments = Annotated[tuple[Command, ...], BeforeValidator(_items, list[str] | str | None)]
 Pairs = Annotated[dict[str, Line], BeforeValidator(_pairs, dict[str, _Scalar] | str | None)]
 Minutes = Annotated[int, BeforeValidator(parse_minutes, int | str), Field(ge=1)]
-Interval = Annotated[int | Literal["auto"], BeforeValidator(_interval, Annotated[int, Field(ge=1)] | Literal["auto"])]
+_AtLeastOneOrAuto = Annotated[int, Field(ge=1)] | Literal["auto"]
+Interval = Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto("steps"), _AtLeastOneOrAuto)]
+Megabytes = Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto("MB"), _AtLeastOneOrAuto)]
 Steps = Annotated[str, BeforeValidator(_step_range, int | str)]
 
 FileName = Annotated[Line, AfterValidator(_no_address)]

@@ -24,6 +24,7 @@ from jobs.setting_types import (
     Interval,
     Line,
     LongOptions,
+    Megabytes,
     Minutes,
     Options,
     PrecisionWord,
@@ -227,12 +228,12 @@ class Job(BaseModel):
         None, "steps to trace with torch's profiler, such as 10-14; the trace is in the attempt's folder, those steps are slower", group="loop"
     )
     parallel: Literal["ddp", "fsdp"] = setting("ddp", "how the model is spread over GPUs: ddp copies it, fsdp shards it", group="loop")
-    bucket_cap_mb: int = setting(
-        25,
-        "gradients that ddp reduces at once, while the backward pass goes on; part of the arithmetic with more than two processes",
+    bucket_cap_mb: Megabytes = setting(
+        "auto",
+        "gradients that ddp reduces at once, while the backward pass goes on; auto: a sixth of them on one node, 25 on several; part of the arithmetic"
+        " with more than two processes",
         group="loop",
         unit="MB",
-        ge=1,
     )
     cpu_threads: int = setting(1, "threads per process on a CPU; part of the arithmetic, so it is a setting", group="loop", ge=1)
 

@@ -189,10 +189,11 @@ def _row(name: str) -> tuple[str, ...]:
 def _kind(name: str) -> tuple[str, str]:
     """The type of a setting in words, and what of that type is allowed."""
     annotation: Any = Job.model_fields[name].annotation
-    optional = False
+    besides = ""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        optional = True
-        annotation = next(kind for kind in typing.get_args(annotation) if kind is not type(None))
+        kinds: list[Any] = [*typing.get_args(annotation)]
+        annotation, other = sorted(kinds, key=lambda kind: kind is type(None) or typing.get_origin(kind) is typing.Literal)
+        besides = ", or none" if other is type(None) else f", or `{typing.get_args(other)[0]}`"
     while typing.get_origin(annotation) is typing.Annotated:
         annotation = typing.get_args(annotation)[0]
     origin = typing.get_origin(annotation)
@@ -209,7 +210,7 @@ def _kind(name: str) -> tuple[str, str]:
     else:
         kind = {bool: "yes or no", int: "whole number", float: "number", str: "text"}[annotation]
     bounds = _bounds(name)
-    return kind + (", or none" if optional else ""), ", ".join(allowed) or bounds
+    return kind + besides, ", ".join(allowed) or bounds
 
 
 def _bounds(name: str) -> str:

@@ -24,7 +24,7 @@ _FIXED = frozenset({"job_name", "run_id", "runs_dir", "entry", "entry_args", "co
 _FREE_GROUPS = frozenset({"run", "slurm", "site", "retries", "precision"})
 _FREE = frozenset({
     "micro_batch_size", "grad_accum_steps", "grad_checkpointing", "compile", "log_every", "eval_every", "eval_samples",
-    "checkpoint_every", "async_save", "keep_last", "keep_every", "keep_best", "log_samples", "parallel", "cpu_threads",
+    "checkpoint_every", "async_save", "keep_last", "keep_every", "keep_best", "log_samples", "parallel", "bucket_cap_mb", "cpu_threads",
     "num_workers", "prefetch_factor", "persistent_workers", "pin_memory", "cudnn_benchmark", "profile_steps",
 })  # fmt: skip
 

@@ -22,7 +22,7 @@ from train import build, checkpoint, loop, optim, runtime
 from train.data.order import rank_slice
 from train.data.sources import open_data
 from train.numerics import LossScale, OverflowGuard
-from train.parallel import is_sharded, whole
+from train.parallel import prepare, whole
 from train.saver import Saver
 from train.seeds import seed_everything
 from train.step import Stepper
@@ -177,7 +177,7 @@ def gradients_of(job: Job, rt: Any, case: str) -> dict[str, torch.Tensor]:
     seed_everything(0, 0)
     torch.set_float32_matmul_precision(MODES[Precision.FP32].matmul_precision)
     inner, context = build.build(job, data, rt, lambda text: None)  # type: ignore[arg-type]
-    model = inner if is_sharded(inner) or rt.world == 1 else rt.accelerator.prepare_model(inner)
+    model = prepare(inner, job, rt)
     stepper = Stepper(job, rt, model, inner, optim.build(job, inner), context, None)
     batch = global_batch(case)
     assert job.micro_batch_size is not None

@@ -99,6 +99,7 @@ def test_numbers_are_finite(name: str) -> None:
         ("beta1", 1.0), ("beta2", -0.1), ("seed", -1), ("seed", 2**63), ("seq_len", 1), ("grad_scaler_growth", 1.0), ("grad_scaler_backoff", 1.0),
         ("checkpoint_every", 0), ("eval_every", -1), ("keep_last", 0), ("time_limit", 0), ("stop_lead_s", 65_536), ("cpu_threads", 0),
         ("max_no_progress", 0), ("grad_clip", -1), ("nodes", 1.5), ("nodes", "two"), ("nodes", ""), ("compile", "maybe"), ("parallel", "pp"),
+        ("bucket_cap_mb", 0), ("bucket_cap_mb", "large"), ("checkpoint_every", True),
     ],
 )  # fmt: skip
 def test_values_out_of_bounds_are_refused(name: str, wrong: Any) -> None:

@@ -36,7 +36,7 @@ from train.interval import Rhythm
 from train.live import Live, progress_text
 from train.metrics import MetricsLog
 from train.numerics import GradientOverflow, LossScale, OverflowGuard, first_bad, forward_context
-from train.parallel import is_sharded
+from train.parallel import is_sharded, prepare
 from train.runtime import Runtime
 from train.saver import Saver
 from train.seeds import seed_everything
@@ -90,7 +90,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
     resumed, pending = (loaded.step, loaded.pending) if loaded else (None, None)
     if scale is not None and loaded and loaded.scaler:
         scale.load(loaded.scaler)
-    prepared = inner if is_sharded(inner) else rt.accelerator.prepare_model(inner)
+    prepared = prepare(inner, job, rt)
     if sum(p.requires_grad for p in inner.parameters()):
         say(
             f"  model {job.model}: {sum(p.numel() for p in inner.parameters()):,} parameters · data {data.name}: {len(data):,} samples · batch {job.batch_size} = {rt.world} x {job.micro_batch_size} x {job.grad_accum_steps}"

@@ -2,14 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from jobs.precision import MODES
 from jobs.settings import Job
 from train.runtime import Runtime
+
+# torch's own size, and into how many buckets gradients go at least on one node.
+_LEAST_BUCKET_MB = 25
+_BUCKETS = 6
 
 
 def shard(model: nn.Module, job: Job, rt: Runtime) -> None:
@@ -26,6 +32,30 @@ def shard(model: nn.Module, job: Job, rt: Runtime) -> None:
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def ddp_options(job: Job, model: nn.Module) -> dict[str, Any]:
+    """Arguments of DistributedDataParallel: buffers are the same on all ranks or statistics of their own; gradients live in the
+    buckets, not beside them."""
+    return {"broadcast_buffers": False, "gradient_as_bucket_view": True, "bucket_cap_mb": _bucket_mb(job, model)}
+
+
+def _bucket_mb(job: Job, model: nn.Module) -> int:
+    """The setting bucket_cap_mb, with what `auto` means. While a bucket travels, NCCL's programs hold multiprocessors that the products would
+    have, and most of that time each rank only waits for the others: few large buckets cost the products less (measured on two GPUs of a node,
+    docs/performance.md). The last one hides behind nothing, which weighs more between nodes: there torch's own size stays."""
+    if job.bucket_cap_mb != "auto":
+        return job.bucket_cap_mb
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return max(gradients // 2**20 // _BUCKETS, _LEAST_BUCKET_MB) if job.nodes == 1 else _LEAST_BUCKET_MB
+
+
+def prepare(model: nn.Module, job: Job, rt: Runtime) -> nn.Module:
+    """What forward goes through: DDP around the model, or the model itself where it is sharded or alone."""
+    if rt.world == 1 or is_sharded(model):
+        return model
+    rt.accelerator.ddp_handler = DistributedDataParallelKwargs(**ddp_options(job, model))
+    return rt.accelerator.prepare_model(model)  # type: ignore[no-any-return]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

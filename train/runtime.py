@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 
 from jobs.contract import RankEnv
 from jobs.errors import ImpossibleJobError
@@ -64,12 +64,6 @@ class Runtime:
         return values
 
 
-def ddp_options(job: Job) -> dict[str, Any]:
-    """Arguments of DistributedDataParallel: buffers are the same on all ranks or statistics of their own; gradients live in the
-    buckets, not beside them."""
-    return {"broadcast_buffers": False, "gradient_as_bucket_view": True, "bucket_cap_mb": job.bucket_cap_mb}
-
-
 def start(job: Job, environ: Mapping[str, str] = os.environ) -> Runtime:
     """Joins the other ranks. Raises ImpossibleJobError when this machine cannot do what the job asks."""
     rank, world = int(environ.get(RankEnv.RANK, "0")), int(environ.get(RankEnv.WORLD_SIZE, "1"))
@@ -105,10 +99,7 @@ def start(job: Job, environ: Mapping[str, str] = os.environ) -> Runtime:
         # Autocast is ours (train/numerics.py): one home for training, validation and both ways of spreading a model, and no
         # hidden cast of outputs to fp32.
         mixed_precision="no",
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
-            DistributedDataParallelKwargs(**ddp_options(job)),
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
     )
     if accelerator.num_processes != world:
         raise ImpossibleJobError(f"Accelerate sees {accelerator.num_processes} processes where the job has {world}; is another launcher's environment set?")
