@@ -191,8 +191,9 @@ def _kind(name: str) -> tuple[str, str]:
     annotation: Any = Job.model_fields[name].annotation
     besides = ""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        kinds: list[Any] = [*typing.get_args(annotation)]
-        annotation, other = sorted(kinds, key=lambda kind: kind is type(None) or typing.get_origin(kind) is typing.Literal)
+        kinds = typing.get_args(annotation)
+        annotation = next(kind for kind in kinds if kind is not type(None))
+        other = next(kind for kind in kinds if kind is not annotation)
         besides = ", or none" if other is type(None) else f", or `{typing.get_args(other)[0]}`"
     while typing.get_origin(annotation) is typing.Annotated:
         annotation = typing.get_args(annotation)[0]
