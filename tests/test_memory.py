@@ -137,7 +137,7 @@ def test_sharding_recomputation_and_accumulation_change_what_they_should() -> No
 
 
 # Preset, sequences of 2,048 tokens, precision, recomputed: what torch had allocated at most, GB (docs/hardware.md; torch 2.11, compiled,
-# on an H200 where 16 of 1b were trained, else the largest micro-batch of an H100).
+# on an H200 where 16 of 1b were trained, else the largest micro-batch: of an H100, of 8b of an H200).
 MEASURED = [
     ("1b", 16, "bf16 O2", False, 73.5),
     ("1b", 16, "fp8 te current", False, 70.2),
@@ -156,6 +156,18 @@ MEASURED = [
     ("1b", 21, "fp8 torchao tensorwise", False, 81.1),
     ("1b", 9, "fp32", False, 78.4),
     ("3b", 3, "fp32", False, 72.2),
+    ("1b", 163, "fp8 te current", True, 81.6),
+    ("1b", 174, "fp8 torchao tensorwise", True, 83.2),
+    ("1b", 110, "fp16 O2", True, 83.2),
+    ("3b", 66, "fp8 torchao tensorwise", True, 82.7),
+    ("3b", 37, "fp32", True, 83.0),
+    ("8b", 3, "bf16 O2", False, 147.3),
+    ("8b", 35, "bf16 O2", True, 147.3),
+    ("8b", 2, "fp16 O2", False, 139.6),
+    ("8b", 22, "fp16 O2", True, 147.7),
+    ("8b", 2, "fp8 te current", False, 149.0),
+    ("8b", 36, "fp8 te current", True, 148.9),
+    ("8b", 3, "fp8 torchao tensorwise", False, 142.8),
 ]
 
 
