@@ -26,7 +26,7 @@ from jobs.settings import Job
 from jobs.yaml_text import dump_yaml
 from launcher.prepare import resolve_here
 
-_NAMES = ("bf16 O2", "fp16 O2", "fp8 te current", "fp8 torchao tensorwise", "fp32")
+_NAMES = ("bf16 O2", "fp16 O2", "fp8 te current", "fp8 torchao tensorwise", "fp32", "tf32")
 _SHAPE = ["SEQ_LEN=2048", "DATA=synthetic", "COMPILE=true", "DEVICE=cuda", "NODES=1", "GPUS_PER_NODE=1", "SITE=generic"]
 # Sequences of the first try: enough that what does not grow with them is little beside what does.
 _FIRST = {"1b": 4, "3b": 2, "8b": 1}

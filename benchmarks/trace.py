@@ -3,12 +3,14 @@
     python -m benchmarks.trace FILE [--steps 3] [--top 15]
 
 Milliseconds, of a step where --steps says how many the trace holds: from the first kernel to the last, what computed, what sent gradients (NCCL) and
-how much of that nothing else hid, and what stood idle. `lead` is how long a kernel had been waiting for its turn when it began, the median of all: near zero the GPU
+how much of that nothing else hid, and what stood idle. `gaps` is the part of that in pauses of less than 20 microseconds, from one kernel to the next that was waiting
+already: what CUDA graphs could save at most. `lead` is how long a kernel had been waiting for its turn when it began, the median of all: near zero the GPU
 waits for Python.
 """
 
 import argparse
 import gzip
+import itertools
 import json
 import statistics
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+_GAP_US = 20
 Span = tuple[float, float]
 
 
@@ -44,7 +47,7 @@ def length(spans: Sequence[Span]) -> float:
 
 
 def summary(events: list[dict[str, Any]], steps: int = 1) -> dict[str, float]:
-    """ms of a step: span, compute, sending, exposed (sending beside which nothing computed), idle, lead. Empty without kernels."""
+    """ms of a step: span, compute, sending, exposed (sending beside which nothing computed), idle, gaps, lead. Empty without kernels."""
     on_gpu = [event for event in events if event.get("cat") in _ON_GPU]
     if not on_gpu:
         return {}
@@ -65,6 +68,7 @@ def summary(events: list[dict[str, Any]], steps: int = 1) -> dict[str, float]:
         "sending": length(union(sends)),
         "exposed": length(every) - length(compute),
         "idle": span - length(every),
+        "gaps": sum(pause for (_, end), (begin, _) in itertools.pairwise(every) if (pause := begin - end) < _GAP_US),
     }
     return {name: round(us / 1000 / steps, 2) for name, us in found.items()} | {"lead": round(statistics.median(leads) / 1000, 2) if leads else 0.0}
 

@@ -17,19 +17,20 @@ def kernel(name: str, begin: float, end: float, number: int, launched: float) ->
     ]
 
 
-# Two streams, microseconds: products 0-400 and 500-900, of which gradients hide 100 and stick out by 200; a gap of 100 and one of 50.
+# Two streams, microseconds: products 0-400 and 500-900, of which gradients hide 100 and stick out by 200; pauses of 50 and, before the last kernel, 10.
 EVENTS = [
     *kernel("gemm", 0, 400, 1, -50),
     *kernel("gemm", 500, 900, 2, 100),
     *kernel("ncclDevKernel_AllReduce", 800, 1100, 3, 700),
-    *kernel("adamw", 1150, 1200, 4, 1148),
+    *kernel("adamw", 1150, 1190, 4, 1148),
+    *kernel("adamw", 1200, 1250, 5, 1198),
     {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 10},
 ]
 
 
 def test_time_is_told_apart_by_what_hid_it() -> None:
-    assert trace.summary(EVENTS) == {"span": 1.2, "compute": 0.85, "sending": 0.3, "exposed": 0.2, "idle": 0.15, "lead": 0.07}
-    assert trace.summary(EVENTS, steps=2)["span"] == 0.6
+    assert trace.summary(EVENTS) == {"span": 1.25, "compute": 0.89, "sending": 0.3, "exposed": 0.2, "idle": 0.16, "gaps": 0.01, "lead": 0.05}
+    assert trace.summary(EVENTS, steps=2)["span"] == 0.62
     assert trace.summary([event for event in EVENTS if event["cat"] == "cpu_op"]) == {}
 
 
