@@ -8,7 +8,7 @@ from jobs import memory
 from jobs.layers import HEADINGS
 from jobs.secret import is_secret_name
 from jobs.setting_names import shorten
-from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, unit_of
+from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, unit_beside, unit_of
 from jobs.sources import Resolved
 from launcher.table import columns, show
 
@@ -39,9 +39,8 @@ def explain(resolved: Resolved, as_json: bool) -> None:
         print(note)
     table = columns("setting", "value", "from", "meaning")
     for name in names():
-        unit = f" {unit_of(name)}" if unit_of(name) and getattr(job, name) is not None and name != "time_limit" else ""
-        value = masked(name, job)
-        table.add_row(Text(name), Text((value or "-") + (unit if value else "")), Text(resolved.origins[name]), Text(help_of(name)))
+        value = f"{masked(name, job) or '-'} {unit_beside(name, job)}".rstrip()
+        table.add_row(Text(name), Text(value), Text(resolved.origins[name]), Text(help_of(name)))
     show(table)
     expected = memory.estimate(job)
     if expected:

@@ -19,7 +19,7 @@ from jobs.errors import ImpossibleJobError
 from jobs.precision import MODES, Precision, nearest_that_runs, runs_on
 from jobs.setting_names import setting_name
 from jobs.setting_types import format_minutes, parse_minutes
-from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, setting, unit_of
+from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, setting, unit_beside, unit_of
 from jobs.sources import resolve
 from jobs.yaml_text import read_yaml
 from launcher import docs
@@ -105,6 +105,12 @@ def test_numbers_are_finite(name: str) -> None:
 def test_values_out_of_bounds_are_refused(name: str, wrong: Any) -> None:
     with pytest.raises(ValidationError):
         Job(**{name: wrong})
+
+
+def test_a_unit_stands_behind_numbers_only() -> None:
+    job = Job(checkpoint_every="auto", seq_len=64)  # type: ignore[arg-type]
+    assert unit_beside("seq_len", job) == "tokens"
+    assert not any(unit_beside(name, job) for name in ("checkpoint_every", "bucket_cap_mb", "mem_gb", "time_limit", "model"))
 
 
 @pytest.mark.parametrize("name", ["a b", "", ".hidden", "-x", "a/b", "../up", "a\n", "é", "x" * 65, "$(x)"])

@@ -54,7 +54,9 @@ def test_the_command_reads_both_forms_of_a_file(tmp_path: Path, monkeypatch: pyt
     assert trace.main() == 1 and "no kernel" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [None, b"not json", b"[]", b'{"other": 1}', gzip.compress(b"{}" * 999)[:-20]])
+@pytest.mark.parametrize(
+    "content", [None, b"not json", b"[]", b'{"other": 1}', gzip.compress(b"{}" * 999, mtime=0)[:-20]], ids=["no file", "text", "a list", "no events", "cut off"]
+)
 def test_what_is_no_trace_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes | None) -> None:
     file = tmp_path / ("t.json.gz" if content and content.startswith(b"\x1f") else "t.json")
     if content is not None:
