@@ -289,12 +289,6 @@ def unit_of(name: str) -> str:
     return str(_extra(name)["unit"])
 
 
-def unit_beside(name: str, job: Job) -> str:
-    """The unit to say behind the value: none behind a word (auto), where there is no value, and behind a time, which is written as a clock does."""
-    value = getattr(job, name)
-    return "" if value is None or isinstance(value, str) or name == "time_limit" else unit_of(name)
-
-
 def help_of(name: str) -> str:
     return Job.model_fields[name].description or ""
 

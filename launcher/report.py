@@ -16,7 +16,7 @@ from jobs import ledger, metrics, run_folders, secret
 from jobs.contract import LOCAL, Event
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
-from jobs.settings import Job, group_of, help_of, names, unit_beside
+from jobs.settings import Job, group_of, help_of, names
 from jobs.sources import load
 from launcher import show, show_settings
 from launcher.report_time import time_of
@@ -287,7 +287,7 @@ def _settings(run: RunDir, job: Job | None) -> list[dict[str, str]]:
         {
             "name": name,
             "value": secret.masked(show_settings.masked(name, job)),
-            "unit": unit_beside(name, job),
+            "unit": show_settings.unit_beside(name, job),
             "from": str(origins.get(name, "")),
             "group": group_of(name),
             "meaning": help_of(name),

@@ -8,7 +8,7 @@ from jobs import memory
 from jobs.layers import HEADINGS
 from jobs.secret import is_secret_name
 from jobs.setting_names import shorten
-from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, unit_beside, unit_of
+from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, unit_of
 from jobs.sources import Resolved
 from launcher.table import columns, show
 
@@ -24,6 +24,12 @@ def schema() -> str:
     for heading in sorted(HEADINGS - set(names())):
         properties[heading] = {"$ref": "#", "description": "a heading: what stands under it is read as if it stood at the top"}
     return json.dumps(made, indent=1)
+
+
+def unit_beside(name: str, job: Job) -> str:
+    """The unit to say behind the value: none behind a word (auto), where there is no value, and behind a time, which is written as a clock does."""
+    value = getattr(job, name)
+    return "" if value is None or isinstance(value, str) or name == "time_limit" else unit_of(name)
 
 
 def explain(resolved: Resolved, as_json: bool) -> None:

@@ -19,10 +19,11 @@ from jobs.errors import ImpossibleJobError
 from jobs.precision import MODES, Precision, nearest_that_runs, runs_on
 from jobs.setting_names import setting_name
 from jobs.setting_types import format_minutes, parse_minutes
-from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, setting, unit_beside, unit_of
+from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, setting, unit_of
 from jobs.sources import resolve
 from jobs.yaml_text import read_yaml
 from launcher import docs
+from launcher.show_settings import unit_beside
 from slurm import sitefile
 
 FIXED = """JOB_NAME RUNS_DIR SITE PARTITION ACCOUNT QOS NODES GPUS_PER_NODE TIME_LIMIT PRECISION FP8_BACKEND FP8_RECIPE BATCH_SIZE
