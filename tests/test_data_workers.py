@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import until
+from conftest import REPOSITORY, until
 from training import Farm, at_step, events, farm, logs, result
 
 from jobs.contract import STOP_SIGNALS, Exit, RankEnv
@@ -191,6 +191,22 @@ def test_a_killed_run_with_workers_ends_with_the_bits_of_one_without(farm: Farm)
     until(lambda: not any(alive(pid) for pid in left), 20, "the readers of the killed rank to be gone")
 
 
+def test_a_reader_whose_rank_is_dead_before_it_reads_is_gone() -> None:
+    """Forked, and not yet a worker when the rank is killed: no signal comes then, and its parent does not change any more."""
+    program = """
+import os, sys, time
+from train.data.workers import _become_worker
+rank = os.getpid()
+if os.fork() == 0:
+    while os.getppid() == rank:
+        time.sleep(0.01)
+    _become_worker(rank, 0)
+    print("reads", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "" and done.stderr == ""
+
+
 def test_a_stop_that_reaches_the_workers_too_is_as_polite_as_without(farm: Farm) -> None:
     """Slurm sends TERM to every process of a step."""
     run = farm.prepare(**WORKERS, MAX_KILLED="0")
@@ -214,10 +230,10 @@ def test_a_stop_that_reaches_a_worker_before_it_is_one_does_not_end_it(feeds: An
     """In the moment after its fork in which torch's own handler for TERM is in place, of which a worker dies."""
     become = workers._become_worker
 
-    def stopped_first(number: int) -> None:
+    def stopped_first(rank: int, number: int) -> None:
         for name in STOP_SIGNALS:
             os.kill(os.getpid(), name)
-        become(number)
+        become(rank, number)
 
     monkeypatch.setattr(workers, "_become_worker", stopped_first)
     feed = feeds(Feed, job_of(num_workers=2), Rt(), Augmented())

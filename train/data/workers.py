@@ -11,11 +11,13 @@ shares the generators with training.)
 import ctypes
 import faulthandler
 import multiprocessing.connection
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,7 +67,7 @@ class Workers:
             self._batches = None  # ends the processes of the one before
             self._loader = DataLoader(
                 self._data, sampler=self._order, batch_size=None, num_workers=self._job.num_workers, prefetch_factor=self._job.prefetch_factor,
-                persistent_workers=self._persistent, worker_init_fn=_become_worker,
+                persistent_workers=self._persistent, worker_init_fn=partial(_become_worker, os.getpid()),
                 # fork: a memory map is shared and not copied, and a data set need not be picklable. Workers never touch the GPU.
                 multiprocessing_context="fork",
                 # Its own: DataLoader would draw a number from the generator that dropout draws from.
@@ -134,7 +136,8 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _become_worker(number: int) -> None:
+def _become_worker(rank: int, number: int) -> None:
+    """In the forked process; `rank` is the process that it reads for."""
     # Slurm tells every process of a step to stop. The rank does, at the end of a step for which it needs us.
     for name in _NOT_FOR_WORKERS:
         signal.signal(name, signal.SIG_IGN)
@@ -145,6 +148,9 @@ def _become_worker(number: int) -> None:
         # A rank that is killed takes its readers along at once; torch's own check comes every five seconds.
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != rank:
+        # It died before that: no signal will come, and torch, which looks for a change of the parent from here on, would see none for ever.
+        os._exit(0)
 
 
 def _end_of(worker: Any) -> str:
