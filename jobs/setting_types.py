@@ -205,6 +205,8 @@ Pairs = Annotated[dict[str, Line], BeforeValidator(_pairs, dict[str, _Scalar] | 
 Minutes = Annotated[int, BeforeValidator(parse_minutes, int | str), Field(ge=1)]
 _AtLeastOneOrAuto = Annotated[int, Field(ge=1)] | Literal["auto"]
 Interval = Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto("steps"), _AtLeastOneOrAuto)]
+# What `auto` means for the gradients that DDP reduces at once (train/parallel.py): this part of them on one node, torch's own size, MB, on several.
+BUCKETS, SMALL_BUCKET_MB = 6, 25
 Megabytes = Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto("MB"), _AtLeastOneOrAuto)]
 Steps = Annotated[str, BeforeValidator(_step_range, int | str)]
 

@@ -15,6 +15,8 @@ from jobs.precision import Precision
 from jobs.presets import PRESETS
 from jobs.setting_types import (
     AUTO_TRACKER,
+    BUCKETS,
+    SMALL_BUCKET_MB,
     Arguments,
     Command,
     Environment,
@@ -230,8 +232,7 @@ class Job(BaseModel):
     parallel: Literal["ddp", "fsdp"] = setting("ddp", "how the model is spread over GPUs: ddp copies it, fsdp shards it", group="loop")
     bucket_cap_mb: Megabytes = setting(
         "auto",
-        "gradients that ddp reduces at once, while the backward pass goes on; auto: a sixth of them on one node, 25 on several; part of the arithmetic"
-        " with more than two processes",
+        f"gradients that ddp reduces at once; auto: 1/{BUCKETS} of them on one node, {SMALL_BUCKET_MB} on several; part of the arithmetic with more than two processes",
         group="loop",
         unit="MB",
     )

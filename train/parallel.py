@@ -10,12 +10,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from jobs.precision import MODES
+from jobs.setting_types import BUCKETS, SMALL_BUCKET_MB
 from jobs.settings import Job
 from train.runtime import Runtime
-
-# torch's own size, and into how many buckets gradients go at least on one node.
-_LEAST_BUCKET_MB = 25
-_BUCKETS = 6
 
 
 def shard(model: nn.Module, job: Job, rt: Runtime) -> None:
@@ -47,7 +44,7 @@ def _bucket_mb(job: Job, model: nn.Module) -> int:
     if job.bucket_cap_mb != "auto":
         return job.bucket_cap_mb
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return max(gradients // 2**20 // _BUCKETS, _LEAST_BUCKET_MB) if job.nodes == 1 else _LEAST_BUCKET_MB
+    return max(gradients // 2**20 // BUCKETS, SMALL_BUCKET_MB) if job.nodes == 1 else SMALL_BUCKET_MB
 
 
 def prepare(model: nn.Module, job: Job, rt: Runtime) -> nn.Module:
