@@ -1,6 +1,6 @@
 """The largest micro-batch of each precision for the presets, on this GPU, with its peak beside what `holdfast explain` expects of it.
 
-    python -m benchmarks.largest [--models 1b,3b,8b] [--only bf16] [--recompute no] [--json figures.json] [--out table.md]
+    python -m benchmarks.largest [--models 1b,3b,8b] [--only bf16] [--recompute no] [--limit-s 500] [--json figures.json] [--out table.md]
 
 Sequences of 2,048 tokens, compiled, 16-bit weights (O2) where there are any, with and without GRAD_CHECKPOINTING. Each cell is a process
 of its own (train/bench.py) on a GPU of its own: two steps of a small micro-batch say what a sample takes, then the guess is tried out and
@@ -30,8 +30,6 @@ _NAMES = ("bf16 O2", "fp16 O2", "fp8 te current", "fp8 torchao tensorwise", "fp3
 _SHAPE = ["SEQ_LEN=2048", "DATA=synthetic", "COMPILE=true", "DEVICE=cuda", "NODES=1", "GPUS_PER_NODE=1", "SITE=generic"]
 # Sequences of the first try: enough that what does not grow with them is little beside what does.
 _FIRST = {"1b": 4, "3b": 2, "8b": 1}
-# Of one cell: about five models are built and compiled.
-_LIMIT_S = 500
 
 
 def job_of_cell(model: str, precision: str, recompute: bool) -> Job:
@@ -49,7 +47,7 @@ def job_of_cell(model: str, precision: str, recompute: bool) -> Job:
     return resolve_here(words, os.environ, Path.cwd()).job
 
 
-def cell(model: str, precision: str, recompute: bool, folder: Path, gpu: str) -> dict[str, Any]:
+def cell(model: str, precision: str, recompute: bool, folder: Path, gpu: str, limit_s: int) -> dict[str, Any]:
     """What was found for one model in one precision: `largest` micro-batch, its `peak_gb` and the `expected_gb`; or `why` there is none."""
     job = job_of_cell(model, precision, recompute)
     place, out = (folder / f"{model}-{precision.replace(' ', '-')}-{recompute}{ending}" for ending in (".yaml", ".json"))
@@ -57,10 +55,10 @@ def cell(model: str, precision: str, recompute: bool, folder: Path, gpu: str) ->
     begun = time.monotonic()
     command = [sys.executable, "-m", "train.bench", "--job", str(place), "--steps", "2", "--warm-up", "1", "--largest", "--out", str(out)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu})
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu})
         why = "; ".join(done.stderr.strip().splitlines()[-1:]) or f"ended with {done.returncode}"
     except subprocess.TimeoutExpired:
-        why = f"not found within {_LIMIT_S} s"
+        why = f"not found within {limit_s} s"
     found = json.loads(out.read_text()) if out.exists() else {"refused": why}
     row: dict[str, Any] = {"model": model, "precision": precision, "recompute": recompute, "took_s": round(time.monotonic() - begun)}
     if "refused" in found:
@@ -98,6 +96,8 @@ def main() -> int:
     parser.add_argument("--models", default="1b,3b,8b")
     parser.add_argument("--only", default="", help="precisions whose name has one of these texts, separated by semicolons")
     parser.add_argument("--recompute", choices=("yes", "no"), help="only with, or only without GRAD_CHECKPOINTING")
+    # About five models are built and compiled; in fp32 a step of an 8b takes more than a minute.
+    parser.add_argument("--limit-s", type=int, default=500, help="seconds that a cell may take")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--out", type=Path, help="file for the table, as Markdown")
     args = parser.parse_args()
@@ -117,7 +117,7 @@ def main() -> int:
     def on_a_free_gpu(model: str, precision: str, recompute: bool, folder: Path) -> dict[str, Any]:
         gpu = free.get()
         try:
-            return cell(model, precision, recompute, folder, gpu)
+            return cell(model, precision, recompute, folder, gpu, args.limit_s)
         finally:
             free.put(gpu)
 

@@ -99,7 +99,8 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
             options.config.max_ctas = variant.ctas
         return dist.new_group(backend="nccl", pg_options=options)
 
-    def step_ms(model: Any, settle: bool = True) -> float:
+    def timed(model: Any, settle: bool = True) -> dict[str, Any]:
+        """step_ms; on a GPU what torch had allocated and reserved at most by then, of both ranks this one's."""
         nonlocal step
         if gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -124,7 +125,10 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
         slowest = torch.tensor(statistics.median(found), device=rt.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         inner.zero_grad(set_to_none=True)
-        return round(slowest.item(), 2)
+        figures = {"step_ms": round(slowest.item(), 2)}
+        if gpu:
+            figures |= {"allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1), "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 1)}
+        return figures
 
     # What traces have shown, in the order of the rows that will say it.
     told: list[dict[str, Any]] = []
@@ -147,31 +151,29 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     def say(row: dict[str, Any]) -> None:
         row |= told.pop(0) if told else {}
-        if gpu:
-            row |= {"allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1), "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 1)}
         rows.append(row)
         if rt.is_main:
             print(json.dumps(row), flush=True)
 
     rows: list[dict[str, Any]] = []
     if is_sharded(inner):
-        say({"variant": "FSDP2", "step_ms": step_ms(inner)})
+        say({"variant": "FSDP2"} | timed(inner))
     else:
-        say({"variant": "alone", "step_ms": step_ms(inner)})
+        say({"variant": "alone"} | timed(inner))
         for variant in [one for one in VARIANTS if any(chosen(word, one.name, NAMES) for word in args.only.split(";"))]:
             before = rows[-1]["step_ms"]
             wrapped = DistributedDataParallel(
                 inner, device_ids=[rt.device.index] if gpu else None, process_group=group(variant), static_graph=variant.static,
                 **(ddp_options(job, inner) | ({"bucket_cap_mb": variant.bucket_mb} if variant.bucket_mb else {})),
             )  # fmt: skip
-            row = {"variant": variant.name, "step_ms": step_ms(wrapped, settle=not variant.static)}
+            row = {"variant": variant.name} | timed(wrapped, settle=not variant.static)
             del wrapped
             gc.collect()
             if gpu:
                 torch.cuda.empty_cache()  # NCCL takes what a group needs beside torch's
-            after = step_ms(inner)
-            say(row | {"of_alone_pct": round(50 * (before + after) / row["step_ms"], 1)})
-            say({"variant": "alone", "step_ms": after})
+            after = timed(inner)
+            say(row | {"of_alone_pct": round(50 * (before + after["step_ms"]) / row["step_ms"], 1)})
+            say({"variant": "alone"} | after)
     feed.close()
     dist.destroy_process_group()
     return rows

@@ -124,10 +124,11 @@ def estimate(job: Job) -> Estimate | None:
     # Gradients are there while activations are when windows are added up, and where DDP keeps its buckets.
     early = gradients if (job.grad_accum_steps or 1) > 1 or (job.parallel == "ddp" and job.world_size > 1) else 0
     forward = held + early + copies + kept - (block if s.checkpointed else 0) + loss
+    # Beside a block that is computed again, in fp32 and with Transformer Engine: one gradient as wide as the feed-forward layer, by what eight cells of
+    # docs/hardware.md held at their peak.
+    wide = element == 4 or (job.precision is Precision.FP8 and job.fp8_backend == "te")
+    beside = tokens * element * s.f if s.checkpointed and wide else 0
     # The head's gradient twice, scaled and as it was.
-    # Beside a block that is computed again, which no compiler sees with Transformer Engine: one gradient as wide as the feed-forward layer, by what
-    # three shapes held at their peak.
-    beside = tokens * element * s.f if s.checkpointed and job.precision is Precision.FP8 and job.fp8_backend == "te" else 0
     backward = held + early + copies + kept + beside + 2 * head
     end = held + gradients + block
     peak = max(forward, backward, end)

@@ -137,7 +137,7 @@ def test_sharding_recomputation_and_accumulation_change_what_they_should() -> No
 
 
 # Preset, sequences of 2,048 tokens, precision, recomputed: what torch had allocated at most, GB (docs/hardware.md; torch 2.11, compiled,
-# on an H200 where 16 of 1b were trained, else the largest micro-batch: of an H100, of 8b of an H200).
+# on an H200 where 16 of 1b were trained, else the largest micro-batch of an H100 or of an H200).
 MEASURED = [
     ("1b", 16, "bf16 O2", False, 73.5),
     ("1b", 16, "fp8 te current", False, 70.2),
@@ -168,6 +168,15 @@ MEASURED = [
     ("8b", 2, "fp8 te current", False, 149.0),
     ("8b", 36, "fp8 te current", True, 148.9),
     ("8b", 3, "fp8 torchao tensorwise", False, 142.8),
+    ("8b", 37, "fp8 torchao tensorwise", True, 148.6),
+    ("8b", 2, "fp32", False, 142.2),
+    ("8b", 24, "fp32", True, 147.4),
+    ("1b", 166, "fp32", True, 143.0),
+    ("1b", 85, "tf32", True, 80.8),
+    ("1b", 166, "tf32", True, 143.0),
+    ("1b", 19, "tf32", False, 146.7),
+    ("3b", 9, "tf32", False, 142.9),
+    ("3b", 89, "tf32", True, 148.0),
 ]
 
 
