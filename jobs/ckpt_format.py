@@ -15,6 +15,7 @@ A directory under a step's name is complete by definition: train/commit.py is th
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -244,12 +245,12 @@ def to_prune(folder: Path, keep_last: int, keep_every: int = 0, keep_best: int =
 
 
 def val_loss_of(path: Path) -> float | None:
-    """The validation loss that a checkpoint was saved with, if it was saved right after a validation."""
+    """The validation loss of the step of a checkpoint, if it was validated and is a number: NaN is no best one."""
     try:
         value = read_manifest(path).state.get("val_loss")
     except CheckpointError:
         return None
-    return float(value) if isinstance(value, (int, float)) else None
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def few(names: Iterable[str]) -> str:

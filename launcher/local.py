@@ -14,6 +14,7 @@ from jobs.contract import PEER_EXIT_WAIT_S, STACKS_SIGNAL, STOP_SIGNALS, Cause, 
 from jobs.rundir import RunDir
 from jobs.settings import Job
 from jobs.sources import load
+from jobs.stop import leave_marker, name_of
 from launcher import pruning
 from launcher.attempt import begin, end
 from launcher.watchdog import Watchdog, of_attempt
@@ -42,15 +43,13 @@ def run_attempts(run: RunDir, environ: Mapping[str, str], *, foreground: bool = 
     try:
         while True:
             values = begin(run, environ, None)
-            ranks[:] = spawn(job, run, {**environ, **values}, foreground)
-            dog = of_attempt(run, int(values[RankEnv.ATTEMPT]), lambda _: _tell(ranks, STACKS_SIGNAL), lambda _: _tell(ranks, signal.SIGKILL))
-            beside = pruning.beside(run, ranks[0].pid)
-            code = _wait(ranks, dog)
-            if beside is not None:
-                beside.terminate()
-                beside.wait()
-            if dog is not None:
-                dog.keep()
+            if asked:
+                # While the attempt began. Nobody is started who would not hear of it; their words are said for them.
+                code: int = Exit.REQUEUE
+                for number in range(job.world_size):
+                    leave_marker(run.attempt(int(values[RankEnv.ATTEMPT])), number, reason="stopped", step=None, signal=name_of(asked[0]))
+            else:
+                code = _attempt(job, run, {**environ, **values}, ranks, asked, foreground)
             names = [signal.Signals(number).name.removeprefix("SIG") for number in asked]
             verdict, cause = end(run, {**environ, **values}, None, code, names)
             if cause in (Cause.FINISHED, Cause.PRUNED):
@@ -65,6 +64,23 @@ def run_attempts(run: RunDir, environ: Mapping[str, str], *, foreground: bool = 
                 rank.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _attempt(job: Job, run: RunDir, environ: dict[str, str], ranks: list[subprocess.Popen[bytes]], asked: list[int], foreground: bool) -> int:
+    """Starts the ranks, which `ranks` then holds, and waits for them. Returns the exit code of the step."""
+    ranks[:] = spawn(job, run, environ, foreground)
+    # What was asked for while they were started.
+    for number in asked:
+        _tell(ranks, number)
+    dog = of_attempt(run, int(environ[RankEnv.ATTEMPT]), lambda _: _tell(ranks, STACKS_SIGNAL), lambda _: _tell(ranks, signal.SIGKILL))
+    beside = pruning.beside(run, ranks[0].pid)
+    code = _wait(ranks, dog)
+    if beside is not None:
+        beside.terminate()
+        beside.wait()
+    if dog is not None:
+        dog.keep()
+    return code
 
 
 def spawn(job: Job, run: RunDir, environ: Mapping[str, str], foreground: bool) -> list[subprocess.Popen[bytes]]:

@@ -18,10 +18,11 @@ from jobs import ledger
 from jobs.precision import MODES, Precision
 from jobs.rundir import RunDir
 from jobs.settings import Job
-from train import build, checkpoint, loop, optim, runtime
+from train import build, checkpoint, optim, runtime
 from train.data.order import rank_slice
 from train.data.sources import open_data
 from train.numerics import LossScale, OverflowGuard
+from train.overflow import after_overflow, as_saved, scale_to_save
 from train.parallel import prepare, whole
 from train.saver import Saver
 from train.seeds import seed_everything
@@ -95,7 +96,7 @@ class Training:
             seed_everything(self.job.seed, self.step)
             done = self.stepper.run([self.batch(self.step)])
             if done.overflow:
-                self.stepper = loop._after_overflow(self.stepper, self.guard, self.run, self.step, self.said.append)  # type: ignore[arg-type]
+                self.stepper = after_overflow(self.stepper, self.guard, self.run, self.step, self.said.append)  # type: ignore[arg-type]
                 continue
             self.guard.good()
             self.step += 1
@@ -106,7 +107,7 @@ class Training:
         return [event for event in ledger.read(self.run.ledger) if event["event"] == "overflow"]
 
     def save(self, *, must: bool = True) -> None:
-        scaler = self.stepper.scale.state() if self.stepper.scale else None
+        scaler = scale_to_save(self.stepper)
         state = checkpoint.State(
             self.step, 0, self.job.seed, self.job.max_steps, self.job.batch_size, self.data.name, str(self.job.precision), 1, scaler=scaler
         )
@@ -116,8 +117,7 @@ class Training:
         """Takes over the newest checkpoint of another one. Returns what was remarked."""
         (path,) = sorted(source.run.checkpoints.glob("step-*"))[-1:]
         state, remarks = checkpoint.load(path, self.model, self.optimizer)
-        if self.stepper.scale and state.scaler:
-            self.stepper.scale.load(state.scaler)
+        self.stepper = as_saved(self.stepper, self.guard, state, self.job, self.said.append)
         self.step = state.step
         return remarks
 

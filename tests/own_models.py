@@ -1,5 +1,8 @@
 """A model and data of one's own, and labelled text for a classifier: what `package.module:build` may name."""
 
+import os
+import signal
+
 import numpy as np
 import torch
 from torch import nn
@@ -67,3 +70,77 @@ class Torn(Regression):
 
 def torn(vocab_size: int | None = None) -> nn.Module:
     return Torn()
+
+
+class Normalised(nn.Module):
+    """Divides by a running mean, which its training reads too: each process would come to another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, 1)
+        self.register_buffer("size", torch.ones(8))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.training:
+            self.size.mul_(0.9).add_(0.1 * x.detach().abs().mean(0))
+        return {"loss": nn.functional.mse_loss(self.net(x / (self.size + 0.1)).squeeze(1), y), "n_tokens": torch.tensor(len(x))}
+
+
+def normalised(vocab_size: int | None = None) -> nn.Module:
+    return Normalised()
+
+
+class Interrupted(Sentences):
+    """Tokens; the first validation ends in a SIGTERM to its process, once: then the file `note` is there."""
+
+    unit = "token"
+
+    def __init__(self, seq_len: int, split: str, note: str):
+        super().__init__(seq_len)
+        self.note = note if split == "val" else ""
+
+    def batch(self, ids):
+        if self.note and not os.path.exists(self.note):
+            open(self.note, "w").close()
+            os.kill(os.getpid(), signal.SIGTERM)
+        tokens = super().batch(ids)["tokens"]
+        return {"tokens": tokens, "targets": (tokens + 1) % 256}
+
+
+def interrupted(seq_len: int, split: str, note: str = "") -> Interrupted:
+    return Interrupted(seq_len, split, note)
+
+
+class Masked(Sentences):
+    """Tokens of which another share counts in each sample, in every second none."""
+
+    unit = "token"
+
+    def batch(self, ids):
+        tokens = super().batch(ids)["tokens"]
+        counts = torch.from_numpy(counted(np.asarray(ids)))
+        return {"tokens": tokens, "targets": torch.where(torch.arange(self.seq_len)[None] < counts[:, None], (tokens + 1) % 256, -100)}
+
+
+def counted(ids):
+    """How many targets count in these samples of Masked."""
+    return np.where(ids % 2 == 0, 0, ids % 7 + 1)
+
+
+def masked(seq_len: int) -> Masked:
+    return Masked(seq_len)
+
+
+class Mean(nn.Module):
+    """A causal model's usual mean loss: NaN where no target counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(256, 16), nn.Linear(16, 256)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.head(self.embedding(tokens)).flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def mean(vocab_size: int | None = None) -> nn.Module:
+    return Mean()

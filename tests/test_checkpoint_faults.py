@@ -322,6 +322,28 @@ def test_the_best_checkpoints_by_validation_and_each_nth_are_kept(farm: Farm) ->
     assert weights_sha(run)
 
 
+def test_each_nth_step_is_kept_also_where_saves_go_by_time(farm: Farm) -> None:
+    run = farm.finished(KEEP_LAST="1", KEEP_EVERY="15", CHECKPOINT_EVERY="auto", MAX_STEPS="32")
+    assert [ckpt_format.step_of(path) for path in ckpt_format.complete(run.checkpoints)] == [32, 30, 15]
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_a_checkpoint_whose_validation_the_next_attempt_finished_is_kept_as_the_best(farm: Farm, tmp_path: Path, world: str) -> None:
+    """The first validation is the best here: the rate is so high that the model only gets worse."""
+    settings = {
+        "DATA": "own_models:interrupted", "KEEP_BEST": "1", "KEEP_LAST": "1", "EVAL_EVERY": "2", "CHECKPOINT_EVERY": "4", "MAX_STEPS": "8",
+        "LR": "30", "GRAD_CLIP": "0", "WARMUP_STEPS": "4", "PRECISION": "fp32", "GPUS_PER_NODE": world,
+    }  # fmt: skip
+    straight = farm.finished(**settings)
+    stopped = farm.finished(**settings, DATA_OPTIONS=f"note={tmp_path / 'note'}")
+    assert [event["cause"] for event in events(stopped, "end")] == ["requeued", "finished"], logs(stopped)
+    assert result(stopped) == result(straight)
+    kept = [[(path.name, ckpt_format.val_loss_of(path)) for path in ckpt_format.complete(run.checkpoints)] for run in (straight, stopped)]
+    assert kept[0] == kept[1] and kept[0][-1][0] == "step-00000002", (kept, curve(straight))
+    for path in ckpt_format.complete(stopped.checkpoints):
+        ckpt_format.verify(path)
+
+
 FULL = """
 import os, sys, time
 sys.path.insert(0, {tests!r})

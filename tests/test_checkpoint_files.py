@@ -273,6 +273,8 @@ def test_what_is_kept_by_age_number_and_validation(tmp_path: Path) -> None:
     assert gone(keep_last=1, keep_best=1) == [40, 30, 20, 10]
     # Of two that are equally good the later one is kept.
     assert gone(keep_last=1, keep_best=2) == [40, 30, 10]
+    # What is no number is not among the best, even where there is no other.
+    assert gone(keep_last=1, keep_best=9) == [40, 30] and ckpt_format.val_loss_of(tmp_path / "step-00000030") is None
     assert ckpt_format.val_loss_of(tmp_path / "step-00000050") == 0.0
     assert ckpt_format.val_loss_of(tmp_path / "step-00000040") is ckpt_format.val_loss_of(tmp_path / "step-00000099") is None
 

@@ -7,6 +7,7 @@ import math
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,6 +128,45 @@ def test_a_changed_file_is_not_served_from_the_cache(tmp_path: Path) -> None:
     load_split(text_corpus(root), "train", tmp_path / "cache")
     (root / "part 0" / "file0.txt").write_text("changed")
     assert b"changed" in load_split(text_corpus(root), "train", tmp_path / "cache").tobytes()
+
+
+def test_a_cache_belongs_to_its_folder_and_to_what_was_written_there(tmp_path: Path) -> None:
+    """Neither another folder of the same name nor new words of the same length are served from it."""
+    for place, word in (("a/corpus", "old "), ("b/corpus", "zzz ")):
+        (tmp_path / place).mkdir(parents=True)
+        for number in range(30):
+            (tmp_path / place / f"file{number}.txt").write_text(word * 50)
+
+    def read(place: str) -> bytes:
+        return load_split(text_corpus(tmp_path / place), "train", tmp_path / "cache").tobytes()
+
+    assert b"old" in read("a/corpus") and b"zzz" in read("b/corpus") and b"old" not in read("b/corpus")
+    for file in (tmp_path / "a/corpus").iterdir():
+        file.write_text("new " * 50)
+    assert b"new" in read("a/corpus") and b"old" not in read("a/corpus")
+
+
+def test_both_splits_have_a_file_also_where_all_files_would_be_for_validation(tmp_path: Path) -> None:
+    for name in ("n18.txt", "n20.txt"):
+        (tmp_path / name).write_text("some words")
+    corpus = text_corpus(tmp_path)
+    assert [len(corpus.split_files(split)) for split in ("train", "val")] == [1, 1]
+
+
+def test_the_content_of_windows_tells_of_other_tokens_and_not_of_another_type() -> None:
+    short = np.arange(1000) % 200
+
+    def content(stream: Any) -> str:
+        return TokenWindows(stream, seq_len=10, vocab_size=256, name="t", unit="token").content
+
+    assert content(short.astype(np.uint16)) == content(short.astype(np.uint32)) != content(short[:-1])
+    changed = short.copy()
+    changed[500] += 1
+    assert content(changed) != content(short)
+    long = np.zeros(3_000_000, dtype=np.uint16)
+    assert content(long) == content(long.copy()) != content(long[:-1])
+    long[1_000_000:1_100_000] = 1
+    assert content(long) != content(np.zeros(3_000_000, dtype=np.uint16))
 
 
 def test_one_text_file_is_split_at_its_end_and_a_folder_by_file(tmp_path: Path) -> None:

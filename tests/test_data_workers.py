@@ -101,6 +101,12 @@ def test_a_feed_that_begins_in_the_middle_draws_what_the_straight_one_drew_whoev
     assert [both[index % 2][index // 2] for index in range(8)] == straight[:8]
 
 
+def test_a_feed_whose_steps_are_all_done_still_has_a_batch_to_warm_up_with(feeds: Any) -> None:
+    """An attempt that only finishes the last validation, or its last words."""
+    ids = [feeds(Feed, job_of(num_workers=workers), Rt(), Augmented()).first(12)["ids"].tolist() for workers in (0, 1, 2)]
+    assert ids[0] == ids[1] == ids[2] and len(ids[0]) == 2
+
+
 def test_a_step_that_is_tried_again_gets_the_same_samples_and_starts_no_process_anew(feeds: Any) -> None:
     feed = feeds(Feed, job_of(num_workers=1, precision="fp16"), Rt(), Augmented())
     first, again = read(feed, range(3, 4)), read(feed, range(3, 4))

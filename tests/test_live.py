@@ -78,16 +78,16 @@ def test_a_line_covers_the_time_since_the_one_before() -> None:
     now[0] += 0.125
     clock.enter(Part.USEFUL)
     live._begun = time.monotonic() - 1.0
-    live.add(500)
-    live.add(500)
-    line = live.values()
+    live.step()
+    live.step()
+    line = live.values(1000)
     assert line["tokens_per_s"] == pytest.approx(1000, rel=0.05) and line["tflops"] == pytest.approx(8e-3, rel=0.05)
     assert line["data_wait_pct"] == pytest.approx(25, rel=0.05) and line["save_wait_pct"] == pytest.approx(12.5, rel=0.05)
     assert "peak_pct" not in line and "gpu_memory_gib" not in line
     assert live.lines() == ["model FLOPs: x; no % of peak: the table has no entry for a CPU"]
     # The next line begins anew.
-    live.add(1)
-    assert live.values()["data_wait_pct"] == 0.0
+    live.step()
+    assert live.values(500)["data_wait_pct"] == 0.0
 
 
 def test_the_progress_line_says_what_there_is_and_leaves_out_what_was_not_waited_for() -> None:

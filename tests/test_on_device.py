@@ -48,6 +48,22 @@ def test_a_policy_of_fallback_goes_on_in_bf16_without_a_scale(tmp_path: Path) ->
     assert run.stepper.scale is None and len(run.overflows()) == 3 and any("going on in bf16" in line for line in run.said)
 
 
+def test_a_run_that_fell_back_goes_on_in_bf16_after_a_resume_unless_the_policy_is_another(tmp_path: Path) -> None:
+    settings = {"grad_scaler_init": 2.0**60, "max_overflows": 2}
+    straight = training(tmp_path / "straight", "fp16", on_overflow="fallback", **settings).train(6)
+    stopped = training(tmp_path / "stopped", "fp16", on_overflow="fallback", **settings).train(3)
+    stopped.save()
+    resumed = training(tmp_path / "resumed", "fp16", on_overflow="fallback", **settings)
+    resumed.load(stopped)
+    resumed.train(3)
+    assert resumed.stepper.scale is None and not resumed.overflows() and resumed.losses == straight.losses[3:]
+    assert all(torch.equal(tensor, straight.weights()[name]) for name, tensor in resumed.weights().items())
+    # A person who asks for another policy gets fp16 again, with a scale that starts anew.
+    other = training(tmp_path / "other", "fp16", on_overflow="skip", grad_scaler_init=1024.0)
+    other.load(stopped)
+    assert other.stepper.scale and other.stepper.scale.scale == 1024.0
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_recomputing_activations_changes_no_loss_and_is_done_in_its_contexts(tmp_path: Path, precision: str) -> None:
     kept = training(tmp_path / "kept", precision).train(3)

@@ -3,10 +3,13 @@
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import weights_sha
 from training import TINY, Farm, at_step, curve, events, farm, in_a_save, logs, result, saved
@@ -16,7 +19,12 @@ from jobs.contract import Exit
 from jobs.errors import ImpossibleJobError, SettingError
 from jobs.rundir import RunDir
 from jobs.sources import load
+from launcher.attempt import begin
 from launcher.refreeze import change
+from train import checkpoint
+from train.changes import changes
+from train.data.synthetic import AffineTokens
+from train.data.tokens import write_tokens
 
 __all__ = ["farm"]
 pytestmark = pytest.mark.timeout(900)
@@ -202,7 +210,59 @@ def test_a_changed_horizon_needs_an_explicit_word_at_the_command_and_at_the_star
     assert curve(run)[-1][0] == 16
 
 
+def test_data_that_changed_under_its_name_are_refused_unless_somebody_allowed_it(farm: Farm, tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 256, 20_000)
+    write_tokens(tmp_path / "t.bin", tokens, 256)
+    run = farm.finished(MAX_STEPS="8", DATA=f"tokens:{tmp_path / 't.bin'}", GPUS_PER_NODE="1")
+    with pytest.MonkeyPatch.context() as patch:
+        for number, (changed, said) in enumerate(((np.tile(tokens, 2), r"of 593 samples, is now .* of 1,187"), (tokens[::-1], "with content .*, is now"))):
+            write_tokens(tmp_path / "t.bin", changed, 256)
+            patch.setattr("launcher.attempt.os.getpid", lambda number=number: 1 + number)
+            assert farm.train(run) == Exit.IMPOSSIBLE
+            assert re.search(rf"DATA was t\.bin\[train\] {said}", logs(run)), logs(run)
+        change(run, [], allow=True, executable="python3")
+        patch.setattr("launcher.attempt.os.getpid", lambda: 3)
+        assert farm.train(run) == Exit.DONE, logs(run)
+    # A checkpoint of a version that did not write it down says nothing.
+    state = checkpoint.State(8, 0, 7, 8, 12, AffineTokens(seq_len=8, vocab_size=16, split="train").name, "fp32", 1)
+    assert "data" not in changes(state, load(run.job_yaml), AffineTokens(seq_len=8, vocab_size=16, split="train"), 1)
+
+
 # --- stops
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_that_comes_before_the_ranks_are_there_starts_none(farm: Farm, number: int) -> None:
+    run = farm.prepare(MAX_STEPS="8")
+
+    def asked(*arguments: Any) -> dict[str, str]:
+        values = begin(*arguments)
+        os.kill(os.getpid(), number)
+        return values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("launcher.local.begin", asked)
+        assert farm.train(run) == Exit.REQUEUE
+    assert [event["cause"] for event in events(run, "end")] == ["requeued"] and not events(run, "resumed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("launcher.attempt.os.getpid", lambda: 1)
+        assert farm.train(run) == Exit.DONE, logs(run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_that_comes_while_the_ranks_are_started_reaches_them(farm: Farm, number: int) -> None:
+    run = farm.prepare(MAX_STEPS="100000", EVAL_EVERY="0", CHECKPOINT_EVERY="100000")
+
+    def started(*arguments: Any) -> Any:
+        ranks = farm.spawn(*arguments)
+        assert at_step(run, 0)
+        os.kill(os.getpid(), number)
+        return ranks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("launcher.local.spawn", started)
+        assert farm.train(run) == Exit.REQUEUE, logs(run)
+    assert [event["cause"] for event in events(run, "end")] == ["requeued"]
 
 
 def test_a_second_and_a_third_signal_during_a_save_do_not_tear_it(farm: Farm) -> None:

@@ -1,13 +1,18 @@
 """Every kind of model keeps the promise: two ranks, killed in the middle, end with the bits of a run that nobody killed."""
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+from own_models import counted
 from training import Farm, at_step, events, farm, logs, result
 
 from jobs.contract import Exit
 from jobs.rundir import RunDir
+from jobs.sources import load
+from train.data.order import sample_ids
 
 __all__ = ["farm"]
 pytestmark = pytest.mark.timeout(900)
@@ -46,6 +51,7 @@ def kinds(folder: Path) -> dict[str, dict[str, str]]:
         "transformers gpt2, tied and with dropout": {"MODEL": f"hf:{folder}/gpt2.json", "MODEL_OPTIONS": "{}"},
         "transformers bert classifier": {"MODEL": f"hf:{folder}/bert.json", "MODEL_OPTIONS": "{}", "DATA": "own_models:sentences"},
         "convnet with BatchNorm on digits": {"MODEL": "convnet", "MODEL_OPTIONS": "{}", "DATA": "digits"},
+        "a model that reads its own running mean": {"MODEL": "own_models:normalised", "MODEL_OPTIONS": "{}", "DATA": "own_models:numbers"},
         "a module and data of one's own": {"MODEL": "own_models:regression", "MODEL_OPTIONS": "{}", "DATA": "own_models:numbers"},
     }
 
@@ -72,6 +78,7 @@ def assert_a_kill_changes_nothing(farm: Farm, settings: dict[str, str]) -> None:
         pytest.param("transformers bert classifier", "bf16", marks=pytest.mark.slow),
         ("convnet with BatchNorm on digits", "fp32"),
         ("a module and data of one's own", "bf16"),
+        ("a model that reads its own running mean", "fp32"),
     ],
 )
 def test_a_killed_run_of_any_kind_of_model_ends_with_identical_bits(farm: Farm, tmp_path: Path, kind: str, precision: str) -> None:
@@ -87,6 +94,27 @@ def test_a_killed_run_of_any_kind_of_model_ends_with_identical_bits(farm: Farm, 
 def test_a_killed_run_in_any_way_of_training_ends_with_identical_bits(farm: Farm, words: dict[str, str]) -> None:
     settings = {"PRECISION": "fp32", "MAX_STEPS": "24", "EVAL_EVERY": "12", "CHECKPOINT_EVERY": "6", **words}
     assert_a_kill_changes_nothing(farm, settings)
+
+
+@pytest.mark.parametrize("model", ["own_models:mean", "nano"])
+def test_batches_in_which_few_targets_or_none_count_train_and_are_counted_exactly(farm: Farm, model: str) -> None:
+    """Also through a kill, by micro-batches of one sample, and where a line of metrics comes every few steps only."""
+    options = {"MODEL_OPTIONS": "{}"} if model.startswith("own") else {}
+    settings = {"MODEL": model, **options, "DATA": "own_models:masked", "PRECISION": "fp32", "BATCH_SIZE": "2", "MICRO_BATCH_SIZE": "1", "MAX_STEPS": "24",
+                "EVAL_EVERY": "12", "EVAL_SAMPLES": "1", "LOG_EVERY": "5", "CHECKPOINT_EVERY": "6"}  # fmt: skip
+    run = farm.prepare(**settings)
+
+    def kill(farm: Farm, run: RunDir) -> None:
+        if at_step(run, 9):
+            farm.kill_all()
+
+    assert farm.train(run, kill) == Exit.DONE, logs(run)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    ids = [sample_ids(step, 2, 500, load(run.job_yaml).seed) for step in range(24)]
+    # One of these steps has no target at all.
+    assert any(counted(step).sum() == 0 for step in ids)
+    assert {line["step"]: line["tokens"] for line in lines} == {line["step"]: int(counted(np.concatenate(ids[: line["step"]])).sum()) for line in lines}
+    assert all(math.isfinite(line["loss"]) and math.isfinite(line.get("val_loss", 0)) for line in lines)
 
 
 def test_a_new_run_takes_the_weights_of_another_and_nothing_else(farm: Farm) -> None:

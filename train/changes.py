@@ -10,22 +10,33 @@ from typing import Any
 from jobs.contract import Event
 from jobs.settings import Job
 from train.checkpoint import State
+from train.data.sources import Dataset, content_of
 
 NEEDS_A_WORD = ("max_steps", "batch_size", "seed", "data")
 
 
-def changes(state: State, job: Job, data_name: str, world: int) -> dict[str, tuple[Any, Any]]:
+def changes(state: State, job: Job, data: Dataset, world: int) -> dict[str, tuple[Any, Any]]:
     """Setting -> (as it was saved, as it is now), for those that differ."""
     pairs = {
         "max_steps": (state.max_steps, job.max_steps),
         "batch_size": (state.batch_size, job.batch_size),
         "seed": (state.seed, job.seed),
-        "data": (state.data, data_name),
+        "data": _data(state, data),
         "precision": (state.precision, str(job.precision)),
         "parallel": (state.parallel, job.parallel),
         "world size": (state.world, world),
     }
     return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
+
+
+def _data(state: State, data: Dataset) -> tuple[str, str]:
+    """The names; where these are alike and what is under them is not, with what tells them apart. An older checkpoint says less."""
+    if state.data == data.name:
+        if state.samples not in (None, len(data)):
+            return f"{state.data} of {state.samples:,} samples", f"{data.name} of {len(data):,}"
+        if None not in (state.content, content := content_of(data)) and state.content != content:
+            return f"{state.data} with content {state.content}", f"{data.name} with {content}"
+    return state.data, data.name
 
 
 def refusal(changed: Mapping[str, tuple[Any, Any]], events: Iterable[Mapping[str, Any]]) -> str | None:

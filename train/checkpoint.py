@@ -42,7 +42,7 @@ _TYPES = {
 @dataclass(frozen=True)
 class State:
     """Everything beside weights and moments. `pending` is a log line whose validation is still to be done; `val_loss`
-    is there when the checkpoint was saved right after a validation."""
+    is there when that step was validated. `samples` and `content` are those of the data: what is under their name may change."""
 
     step: int
     tokens: int
@@ -53,6 +53,8 @@ class State:
     precision: str
     world: int
     parallel: str = "ddp"
+    samples: int | None = None
+    content: str | None = None
     val_loss: float | None = None
     pending: dict[str, Any] | None = None
     scaler: dict[str, float] | None = None

@@ -88,7 +88,8 @@ class Feed:
 
     def _from(self, step: int) -> Iterator[Portion]:
         """Everything that is still to be read, beginning with `step`."""
-        for at in range(step, self._job.max_steps):
+        # One batch more where all steps are done: the attempt that finishes what is left still warms up with one (`first`).
+        for at in range(step, max(step + 1, self._job.max_steps)):
             yield from self._portions(at)
 
     def _read(self, step: int) -> list[Batch]:

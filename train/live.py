@@ -39,17 +39,16 @@ class Live:
     def restart(self) -> None:
         self._begun = time.monotonic()
         self._waited = self._waits()
-        self._targets = self._steps = 0
+        self._steps = 0
 
-    def add(self, targets: int) -> None:
+    def step(self) -> None:
         """A step is done."""
-        self._targets += targets
         self._steps += 1
 
-    def values(self) -> dict[str, Any]:
-        """For the log line, over the time since the last call. Times are those of rank 0."""
+    def values(self, targets: int) -> dict[str, Any]:
+        """For the log line, over the time since the last call, in which `targets` were trained on. Times are those of rank 0."""
         seconds = max(time.monotonic() - self._begun, 1e-9)
-        line: dict[str, Any] = {"tokens_per_s": round(self._targets / seconds, 1)}
+        line: dict[str, Any] = {"tokens_per_s": round(targets / seconds, 1)}
         if self._flops_per_step:
             tflops = self._flops_per_step * self._steps / seconds / self._rt.world / 1e12
             line["tflops"] = float(f"{tflops:.4g}")

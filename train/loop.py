@@ -4,19 +4,16 @@ import gc
 import math
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from jobs import ckpt_format, ledger
 from jobs.ckpt_format import complete, val_loss_of
 from jobs.contract import Event
-from jobs.errors import ImpossibleJobError
 from jobs.goodput import Part
-from jobs.precision import Precision
 from jobs.progress import Progress
 from jobs.rules import schedule_of
 from jobs.rundir import RunDir, origins
@@ -25,19 +22,19 @@ from jobs.settings import Job
 from jobs.stop import StopFlag, name_of
 from train import checkpoint, optim, runtime, switches
 from train.build import build, open_split
-from train.changes import changes, refusal
 from train.clock import Clock
 from train.compile_cache import CompileCache
-from train.data.sources import Dataset
+from train.data.sources import content_of
 from train.evaluate import evaluate
 from train.feed import LISTEN_S, Feed, ValidationFeed
 from train.flops import flops_per_sample
 from train.interval import Rhythm
 from train.live import Live, progress_text
 from train.metrics import MetricsLog
-from train.numerics import GradientOverflow, LossScale, OverflowGuard, first_bad, forward_context
+from train.numerics import GradientOverflow, LossScale, OverflowGuard, first_bad
+from train.overflow import after_overflow, as_saved, scale_to_save
 from train.parallel import is_sharded, prepare
-from train.runtime import Runtime
+from train.restore import resume
 from train.saver import Saver
 from train.seeds import seed_everything
 from train.step import Stepper
@@ -77,9 +74,8 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
         say("  " + text)
     optimizer = optim.build(job, inner)
     scale = LossScale.of(job)
-    guard = OverflowGuard(job, scale)
     with clock.during(Part.RESTORE):
-        loaded = _resume(job, run, rt, inner, optimizer, data, say, ahead)
+        loaded = resume(job, run, rt, inner, optimizer, data, say, ahead)
         if loaded is None and not begins:
             # Every checkpoint was damaged: from the first step after all, with the weights that the first attempt drew.
             seed_everything(job.seed, step=0)
@@ -88,8 +84,6 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
         if loaded is None and job.init_from:
             say("  " + checkpoint.initialise(Path(job.init_from), inner))
     resumed, pending = (loaded.step, loaded.pending) if loaded else (None, None)
-    if scale is not None and loaded and loaded.scaler:
-        scale.load(loaded.scaler)
     prepared = prepare(inner, job, rt)
     if sum(p.requires_grad for p in inner.parameters()):
         say(
@@ -104,7 +98,8 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
     stop_file: Path | None = run.stop_file if rt.is_main else None
     flag.successor = run.attempt(rt.attempt + 1).path if rt.is_main and rt.attempt else None
     feed = Feed(job, rt, data, run.attempt(rt.attempt).samples(rt.rank) if job.log_samples else None)
-    stepper = Stepper(job, rt, prepared, inner, optimizer, context, scale)
+    guard = OverflowGuard(job, scale)
+    stepper = as_saved(Stepper(job, rt, prepared, inner, optimizer, context, scale), guard, loaded, job, say)
     val_feed = ValidationFeed(job, val_data)
     first_batch = feed.first(resumed or 0)
     live = Live(job, rt, flops_per_sample(inner, first_batch), clock)
@@ -117,8 +112,10 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
     trackers = Trackers(job, run, (resumed or 0) - (pending is not None), say) if rt.is_main else None
     saver = Saver(run, job, rt, say, sharded=is_sharded(inner), saved=resumed)
     rhythm = Rhythm(job, ledger.read(run.ledger), say)
-    tokens_per_step = loaded.tokens // loaded.step if loaded and loaded.step else 0
-    step = resumed or 0
+    step, tokens = resumed or 0, loaded.tokens if loaded else 0
+    tokens_of_line = tokens
+    # Targets of this rank since `tokens` was counted, on the device: counting them for all would wait for each step.
+    uncounted = torch.zeros((), dtype=torch.float64, device=rt.device)
     stopped_by = 0
     log_every = 1 if job.debug else job.log_every
 
@@ -145,31 +142,46 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
             if not waiting_any:
                 return True
 
-    def save(pending_line: dict[str, Any] | None = None, *, must: bool = False) -> None:
-        if metrics is not None:
-            try:
+    def totals(*sums: torch.Tensor) -> list[float]:
+        """Over all ranks: these, and `tokens`. Waits for the steps."""
+        nonlocal tokens
+        *found, more = rt.total(torch.stack([*sums, uncounted])).tolist()
+        uncounted.zero_()
+        tokens += int(more)
+        return found
+
+    def flushed() -> bool:
+        """Whether the metrics are on disk, which a checkpoint must not be newer than."""
+        try:
+            if metrics is not None:
                 metrics.sync()
-            except OSError as err:
-                say(f"  WARNING: metrics could not be flushed to disk: {err.strerror}")
+        except OSError as err:
+            say(f"  WARNING: metrics could not be flushed to disk: {err.strerror}")
+            return False
+        return True
+
+    def save(pending_line: dict[str, Any] | None = None, *, must: bool = False) -> None:
+        flushed()
+        # The copy waits for the steps that are queued on the device anyway; waited for here, that time counts as theirs.
+        totals()
         state = checkpoint.State(
             step=step,
-            tokens=step * tokens_per_step,
+            tokens=tokens,
             seed=job.seed,
             max_steps=job.max_steps,
             batch_size=job.batch_size,
             data=data.name,
+            samples=len(data),
+            content=content_of(data),
             precision=str(job.precision),
             world=rt.world,
             parallel=job.parallel,
             val_loss=validated[1] if validated and validated[0] == step else None,
             pending=pending_line,
-            scaler=stepper.scale.state() if stepper.scale else None,
+            scaler=scale_to_save(stepper),
             versions=checkpoint.versions(),
         )
         before = progress.enter("save")
-        if rt.is_main and rt.device.type == "cuda":
-            # The copy waits for the steps that are queued on the device anyway; done before, that time counts as theirs.
-            torch.cuda.current_stream().synchronize()
         clock.saving(step)
         with clock.during(Part.SAVE_STALL):
             saver.save(state, inner, optimizer, must=must)
@@ -197,6 +209,14 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
     validated: tuple[int, float] | None = None
     best = min((loss for path in complete(run.checkpoints) if (loss := val_loss_of(path)) is not None), default=None)
     best = rt.broadcast(best)
+
+    def better(loss: float) -> bool:
+        """Whether this is the best so far, and from now on the one to beat. NaN never is."""
+        nonlocal best
+        found = math.isfinite(loss) and (best is None or loss < best)
+        best = loss if found else best
+        return found
+
     prepared.train()
     if resumed == job.max_steps:
         flag.busy()
@@ -205,6 +225,9 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
         values = validate()
         if values is not None:
             log({**pending, **values})
+            if flushed():
+                saver.validated(step, values["val_loss"])
+            better(values["val_loss"])
 
     while step < job.max_steps and not stopped_by and go_on():
         lr = lr_at(schedule, step)
@@ -214,7 +237,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
         done = stepper.run(feed.of_step(step))
         if done.overflow:
             # The same step again, with a smaller scale or in bf16: schedule and data order do not notice.
-            stepper = _after_overflow(stepper, guard, run, step, say)
+            stepper = after_overflow(stepper, guard, run, step, say)
             continue
         guard.good()
         step += 1
@@ -222,8 +245,8 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
         clock.finished_step()
         progress.enter("step")
         tracer.after(step)
-        tokens_per_step = tokens_per_step or int(rt.total(done.targets.clone()).item())
-        live.add(tokens_per_step)
+        uncounted += done.targets
+        live.step()
         saver.poll()
         if step == (resumed or 0) + 1:
             flag.busy()
@@ -235,22 +258,24 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
 
         due_eval = step == job.max_steps or (job.eval_every > 0 and step % job.eval_every == 0)
         if due_eval or step % log_every == 0 or step == 1:
-            total, count = rt.total(torch.stack([done.loss_sum.double(), done.targets])).tolist()
+            total, targets = totals(done.loss_sum.double(), done.targets)
+            loss = total / max(targets, 1)
             line: dict[str, Any] = {
                 "step": step,
-                "loss": total / count,
+                "loss": loss,
                 "lr": lr,
                 "grad_norm": done.norm.item(),
-                "tokens": step * tokens_per_step,
-                **live.values(),
+                "tokens": tokens,
+                **live.values(tokens - tokens_of_line),
                 "attempt": rt.attempt,
                 "time": round(time.time(), 3),
             }
+            tokens_of_line = tokens
             if stepper.scale is not None:
                 line |= {"loss_scale": stepper.scale.scale, "growth_tracker": stepper.scale.good_steps}
             if not math.isfinite(total) or not math.isfinite(line["grad_norm"]):
                 raise GradientOverflow(
-                    f"at step {step} the loss is {total / count} and the gradient norm {line['grad_norm']}, first in {first_bad(inner)}. A lower LR or more warm-up may help; DEBUG=true finds the operation."
+                    f"at step {step} the loss is {loss} and the gradient norm {line['grad_norm']}, first in {first_bad(inner)}. A lower LR or more warm-up may help; DEBUG=true finds the operation."
                 )
             if due_eval:
                 values = validate()
@@ -263,10 +288,9 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
                 compiled.keep(validated=True)
                 live.restart()
             log(line)
-        new_best = job.keep_best > 0 and validated is not None and validated[0] == step and (best is None or validated[1] < best)
-        if new_best and validated is not None:
-            best = validated[1]
-        if step == job.max_steps or new_best or (job.checkpoint_every != "auto" and step % job.checkpoint_every == 0):
+        new_best = validated is not None and validated[0] == step and better(validated[1])
+        due_save = (job.checkpoint_every != "auto" and step % job.checkpoint_every == 0) or (job.keep_every > 0 and step % job.keep_every == 0)
+        if step == job.max_steps or (new_best and job.keep_best > 0) or due_save:
             save(must=step == job.max_steps)
 
     progress.enter("save")
@@ -290,53 +314,6 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
     if trackers is not None:
         trackers.close(stopped=bool(stopped_by))
     return Outcome(step, name_of(stopped_by) if stopped_by else None)
-
-
-def _after_overflow(stepper: Stepper, guard: OverflowGuard, run: RunDir, step: int, say: "_Speaker") -> Stepper:
-    """Writes an overflow down and applies the policy; the stepper to try the step again with."""
-    rt, before = stepper.rt, stepper.scale.scale if stepper.scale else 1.0
-    culprit = first_bad(stepper.inner)
-    if rt.is_main:
-        ledger.append(run.ledger, Event.OVERFLOW, attempt=rt.attempt, job_id=rt.job_id, step=step, scale=before, first=culprit)
-    say(f"  overflow at step {step:,}, loss scale {before:g}, first in {culprit}")
-    if guard.overflow(step, culprit):
-        return stepper
-    say(f"  WARNING: {guard.in_a_row} overflows in a row: going on in bf16 (ON_OVERFLOW=fallback)")
-    guard.scale = None
-    return replace(stepper, scale=None, context=forward_context(Precision.BF16, rt.device))
-
-
-def _resume(
-    job: Job, run: RunDir, rt: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, say: "_Speaker", ahead: ckpt_format.Ahead | None
-) -> checkpoint.State | None:
-    """Loads the newest checkpoint that verifies. Returns its state, None when there is none."""
-    chosen: str | None = None
-    asked = time.monotonic()
-    if rt.is_main:
-        ckpt_format.clear_leftovers(run.checkpoints)
-        path, damaged = ckpt_format.newest_verified(run.checkpoints, rt.attempt, ahead)
-        for name, reason in damaged:
-            ledger.append(run.ledger, Event.DAMAGED, attempt=rt.attempt, job_id=rt.job_id, name=name, reason=reason)
-            say(f"  WARNING: checkpoint {reason}; it is kept as checkpoints/{name} and the one before is used")
-        chosen = path.name if path else None
-    # Rank 0 chooses for all: on a shared file system each node may see another listing.
-    chosen = rt.broadcast(chosen)
-    state: checkpoint.State | None = None
-    if chosen is not None:
-        begun = time.monotonic()
-        state, remarks = checkpoint.load(run.checkpoints / chosen, model, optimizer)
-        changed = changes(state, job, data.name, rt.world)
-        refused = rt.broadcast(refusal(changed, ledger.read(run.ledger)) if rt.is_main else None)
-        if refused:
-            raise ImpossibleJobError(refused)
-        remarks += [f"{name} was {then}, now {now}" for name, (then, now) in changed.items()]
-        if job.precision is Precision.FP8 and job.fp8_recipe == "delayed":
-            remarks.append("WARNING: the history of scales of FP8_RECIPE=delayed starts anew, so losses will be close and not identical")
-        took = f"waited {begun - asked:.1f} s for its sums, loaded in {time.monotonic() - begun:.1f} s"
-        say(f"  resumed at step {state.step:,} ({chosen}, {took})" + "".join(f"; {remark}" for remark in remarks))
-    if rt.is_main:
-        ledger.append(run.ledger, Event.RESUMED, attempt=rt.attempt, job_id=rt.job_id, step=state.step if state else 0)
-    return state
 
 
 class _Speaker:

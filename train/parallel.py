@@ -32,7 +32,7 @@ def shard(model: nn.Module, job: Job, rt: Runtime) -> None:
 
 
 def ddp_options(job: Job, model: nn.Module) -> dict[str, Any]:
-    """Arguments of DistributedDataParallel: buffers are the same on all ranks or statistics of their own; gradients live in the
+    """Arguments of DistributedDataParallel: buffers are sent once a step (train/step.py), not at each forward pass; gradients live in the
     buckets, not beside them."""
     return {"broadcast_buffers": False, "gradient_as_bucket_view": True, "bucket_cap_mb": _bucket_mb(job, model)}
 
@@ -72,14 +72,27 @@ def accumulating(model: nn.Module, rt: Runtime, last: bool) -> Iterator[None]:
 
 
 def share_buffers(model: nn.Module, rt: Runtime) -> None:
-    """Gives every rank the saved buffers of rank 0 (running statistics of BatchNorm): what a checkpoint holds is what is
+    """Gives every rank the saved buffers of rank 0 (running statistics, a codebook): what a checkpoint holds is what is trained and
     validated with, whoever computes it, also after a resume."""
-    if rt.world == 1:
-        return
+    if rt.world > 1:
+        send_buffers(saved_buffers(model), rt)
+
+
+def saved_buffers(model: nn.Module) -> list[torch.Tensor]:
+    """This rank's part of the buffers that a checkpoint holds, in an order in which their bytes lie well behind each other."""
     saved = model.state_dict(keep_vars=True)
-    for name, buffer in model.named_buffers():
-        if name in saved:
-            torch.distributed.broadcast(local(buffer.data), src=0)
+    return sorted((local(buffer.data) for name, buffer in model.named_buffers() if name in saved), key=lambda buffer: -buffer.element_size())
+
+
+def send_buffers(buffers: list[torch.Tensor], rt: Runtime) -> None:
+    """From rank 0 to the others, in one message."""
+    if not buffers:
+        return
+    packed = torch.cat([buffer.reshape(-1).view(torch.uint8) for buffer in buffers])
+    torch.distributed.broadcast(packed, src=0)
+    if rt.rank:
+        for buffer, piece in zip(buffers, packed.split([buffer.nbytes for buffer in buffers]), strict=True):
+            buffer.copy_(piece.view(buffer.dtype).view(buffer.shape))
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from jobs.rundir import RunDir
 from jobs.settings import Job
 from train import checkpoint
 from train.checkpoint import Rows, State
-from train.commit import DISK, Commit, Disk, prune
+from train.commit import DISK, Commit, Disk, amend, prune
 from train.runtime import Runtime
 
 _SLAB = 2**28
@@ -144,6 +144,16 @@ class Saver:
         else:
             self._thread = threading.Thread(target=self._write, args=(save,), kwargs={"background": True}, name="save", daemon=True)
             self._thread.start()
+
+    def validated(self, step: int, val_loss: float) -> None:
+        """The validation that the checkpoint of this step was saved without is done: it counts among the best from now on."""
+        if not self._rt.is_main:
+            return
+        self._own()
+        try:
+            amend(ckpt_format.path_of(self._run.checkpoints, step), val_loss=val_loss, pending=None)
+        except (OSError, CheckpointError) as err:
+            self._say(f"  WARNING: val_loss {val_loss:.4f} could not be written into the checkpoint of step {step}: {err}")
 
     def poll(self) -> None:
         """Raises what went wrong in the background since the last look."""

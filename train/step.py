@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from jobs.settings import Job
 from train import optim
 from train.models.contract import read_loss
 from train.numerics import LossScale
-from train.parallel import accumulating
+from train.parallel import accumulating, saved_buffers, send_buffers
 from train.runtime import Runtime
 
 Batch = dict[str, torch.Tensor]
@@ -41,12 +41,18 @@ class Stepper:
     optimizer: torch.optim.Optimizer
     context: Callable[[], AbstractContextManager[object]]
     scale: LossScale | None
+    _buffers: list[torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._buffers = saved_buffers(self.inner) if self.rt.world > 1 else []
 
     def run(self, batches: Iterable[Batch]) -> StepResult:
         """Trains on the micro-batches of one step. The optimizer's lr is already set."""
         job, rt = self.job, self.rt
         assert job.grad_accum_steps is not None
         scale = self.scale.scale if self.scale else 1.0
+        # Each rank's forward passes leave others behind, and a checkpoint has those of rank 0: a step that reads them begins with these.
+        send_buffers(self._buffers, rt)
         loss_total = torch.zeros((), device=rt.device)
         targets_total = torch.zeros((), dtype=torch.float64, device=rt.device)
         nominal = 0
@@ -64,7 +70,8 @@ class Stepper:
             loss_total += loss_sum.detach()
             targets_total += targets
         # One division by the targets of the whole global batch: short windows and padding weigh what they weigh.
-        everyone = rt.total(targets_total.clone())
+        # Where no target counts the gradient is zero, and the step is taken as any other.
+        everyone = rt.total(targets_total.clone()).clamp(min=1)
         optim.gradients_to_masters(self.optimizer, self.inner)
         factor = (nominal / (everyone * scale)).float()
         norm = optim.global_norm(optim.gradients_of(self.inner)) * factor

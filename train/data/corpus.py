@@ -48,6 +48,8 @@ class Corpus:
     def split_files(self, split: str) -> list[str]:
         """The relative paths of one split, in order. Both splits have a file wherever there are two."""
         val = {path for path, _ in self.files if _hash_share(path) < VAL_SHARE}
+        if len(val) == len(self.files) > 1:
+            val.discard(max(val, key=_hash_share))
         if not val and len(self.files) > 1:
             val = {min((path for path, _ in self.files), key=_hash_share)}
         return [path for path, _ in self.files if (path in val) == (split == "val")]
@@ -112,8 +114,9 @@ def load_split(corpus: Corpus, split: str, cache_dir: Path | None = None) -> NDA
         return whole[cut:] if split == "val" else whole[:cut]
     if cache_dir is None:
         return _read(corpus.root, corpus.split_files(split))
-    # The file list (paths and sizes) is hashed too: equal totals do not mean equal files.
-    listing = hashlib.sha256(repr(corpus.files).encode()).hexdigest()[:12]
+    # Equal names and sizes do not mean equal files: where they lie and when they were written is hashed too.
+    written = [(corpus.root / path).stat().st_mtime_ns for path, _ in corpus.files]
+    listing = hashlib.sha256(repr((str(corpus.root.resolve()), corpus.files, written)).encode()).hexdigest()[:12]
     cached = cache_dir / f"{corpus.name}-{corpus.total_bytes}-{listing}-{split}-r{RULES}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):
         return np.load(cached, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]

@@ -38,7 +38,8 @@ class Dataset(Protocol):
     """Samples by number. The same number is the same sample in every process and in every attempt of a run.
 
     One that draws random numbers (augmentation) is exact with NUM_WORKERS=1 or more, which seed the global generators for
-    each batch. An attribute `fixed_shapes = True` says that all samples have one shape, which CUDNN_BENCHMARK asks for."""
+    each batch. An attribute `fixed_shapes = True` says that all samples have one shape, which CUDNN_BENCHMARK asks for; a text `content`
+    is kept in checkpoints, and a resume with another one is refused."""
 
     name: str  # what was opened, versions included: a run that resumes can notice that it changed
     vocab_size: int  # how many different targets there can be: tokens, bytes or classes
@@ -103,6 +104,11 @@ def open_data(
             f"data {spec!r} has a vocabulary of {data.vocab_size}, the model one of {vocab_size}; use a model with a larger vocabulary or other data"
         )
     return data
+
+
+def content_of(data: Dataset) -> str | None:
+    """A short sum over what is in a dataset, where it tells: by it a resume notices what changed under the same name."""
+    return getattr(data, "content", None)
 
 
 def _windows(corpus: Corpus, split: Split, seq_len: int, cache_dir: Path | None) -> TokenWindows:

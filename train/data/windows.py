@@ -1,10 +1,15 @@
 """Windows over one long array of tokens: the dataset behind every source of text and token files."""
 
+import hashlib
+from functools import cached_property
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from jobs.errors import SettingError
+
+_PIECES, _PIECE = 256, 4096
 
 
 class TokenWindows:
@@ -33,6 +38,16 @@ class TokenWindows:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @cached_property
+    def content(self) -> str:
+        """Of a short stream a sum over every token, of a long one over its length and pieces from all over it: read within a second anywhere."""
+        digest = hashlib.sha256(str(len(self.stream)).encode())
+        whole = len(self.stream) <= _PIECES * _PIECE
+        for start in [0] if whole else np.linspace(0, len(self.stream) - _PIECE, _PIECES).astype(np.int64):
+            # As one type: the same tokens may lie in a file of another one.
+            digest.update(np.asarray(self.stream[start : None if whole else start + _PIECE], dtype="<i8").tobytes())
+        return digest.hexdigest()[:12]
 
     def batch(self, ids: NDArray[np.int64]) -> dict[str, torch.Tensor]:
         """{"tokens", "targets"}: int64 [len(ids), seq_len] each; targets[b, t] follows tokens[b, t] in the stream."""

@@ -77,7 +77,9 @@ class MeanLossModel(nn.Module):
         if count is None:
             count = count_targets(batch)
         count = torch.as_tensor(count, device=loss.device)
-        return LossSum(loss.float().reshape(()) * count, count)
+        total = loss.float().reshape(()) * count
+        # A mean over nothing is NaN, the sum over nothing is zero.
+        return LossSum(torch.where(count > 0, total, torch.zeros_like(total)), count)
 
 
 def _shape(output: Any) -> str:

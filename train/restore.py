@@ -1,0 +1,59 @@
+"""Going on from the newest checkpoint that verifies, or from the beginning where there is none."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from jobs import ckpt_format, ledger
+from jobs.contract import Event
+from jobs.errors import ImpossibleJobError
+from jobs.precision import Precision
+from jobs.rundir import RunDir
+from jobs.settings import Job
+from train import checkpoint
+from train.changes import changes, refusal
+from train.data.sources import Dataset
+from train.runtime import Runtime
+
+
+def resume(
+    job: Job,
+    run: RunDir,
+    rt: Runtime,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Dataset,
+    say: Callable[[str], None],
+    ahead: ckpt_format.Ahead | None,
+) -> checkpoint.State | None:
+    """Loads the newest checkpoint that verifies. Returns its state, None when there is none."""
+    chosen: str | None = None
+    asked = time.monotonic()
+    if rt.is_main:
+        ckpt_format.clear_leftovers(run.checkpoints)
+        path, damaged = ckpt_format.newest_verified(run.checkpoints, rt.attempt, ahead)
+        for name, reason in damaged:
+            ledger.append(run.ledger, Event.DAMAGED, attempt=rt.attempt, job_id=rt.job_id, name=name, reason=reason)
+            before = f"the one before, {path.name}, is used" if path else "there is none before it that is whole: training begins anew"
+            say(f"  WARNING: checkpoint {reason}; it is kept as checkpoints/{name}, and {before}")
+        chosen = path.name if path else None
+    # Rank 0 chooses for all: on a shared file system each node may see another listing.
+    chosen = rt.broadcast(chosen)
+    state: checkpoint.State | None = None
+    if chosen is not None:
+        begun = time.monotonic()
+        state, remarks = checkpoint.load(run.checkpoints / chosen, model, optimizer)
+        changed = changes(state, job, data, rt.world)
+        refused = rt.broadcast(refusal(changed, ledger.read(run.ledger)) if rt.is_main else None)
+        if refused:
+            raise ImpossibleJobError(refused)
+        remarks += [f"{name} was {then}, now {now}" for name, (then, now) in changed.items()]
+        if job.precision is Precision.FP8 and job.fp8_recipe == "delayed":
+            remarks.append("WARNING: the history of scales of FP8_RECIPE=delayed starts anew, so losses will be close and not identical")
+        took = f"waited {begun - asked:.1f} s for its sums, loaded in {time.monotonic() - begun:.1f} s"
+        say(f"  resumed at step {state.step:,} ({chosen}, {took})" + "".join(f"; {remark}" for remark in remarks))
+    if rt.is_main:
+        ledger.append(run.ledger, Event.RESUMED, attempt=rt.attempt, job_id=rt.job_id, step=state.step if state else 0)
+    return state
