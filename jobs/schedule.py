@@ -24,6 +24,8 @@ KINDS = ("constant", "linear", "cosine", "cosine_with_restarts", "wsd")
 # torch refuses a start factor of 0, so warm-up starts here: step 0 trains at practically nothing.
 WARMUP_START = 1e-10
 DEFAULT_DECAY_PCT = 0.1
+# A float ends at 2**1024.
+_MOST_DOUBLINGS = 1023
 
 _USED_BY = {
     "T_0": ("cosine_with_restarts",),
@@ -83,6 +85,13 @@ class Schedule:
             raise SettingError("decay_steps and decay_pct say the same thing; give one of them")
         if self.decay_pct is not None and not 0 < self.decay_pct <= 1:
             raise SettingError(f"decay_pct: {self.decay_pct} must be above 0 and at most 1")
+        if self.kind == "cosine_with_restarts" and self.T_0 is None and self.num_cycles is not None and self.T_mult > 1:
+            # Beyond that, how many first cycles the main phase is long is a number that no float holds.
+            most = max(1, int(_MOST_DOUBLINGS / math.log2(self.T_mult)))
+            if self.num_cycles > most:
+                raise SettingError(
+                    f"num_cycles: {self.num_cycles} is not allowed with T_mult {self.T_mult}; it must be at most {most}, or the first cycle has no length"
+                )
         if self.kind == "wsd" and self.decay_length > self.main_steps:
             raise SettingError(
                 f"decay_steps: {self.decay_length} do not fit behind a warm-up of {self.warmup_steps} in {self.horizon} steps; choose at most {self.main_steps}"

@@ -195,6 +195,18 @@ def test_an_impossible_curve_is_refused_and_what_is_allowed_is_named(wrong: dict
         Schedule(**given)
 
 
+def test_more_growing_cycles_than_a_number_can_count_are_refused_before_the_attempt() -> None:
+    given = {"kind": "cosine_with_restarts", "base_lr": BASE, "total_steps": 100, "warmup_steps": 10}
+    for cycles, mult, most in ((400, 10, 307), (308, 10, 307), (1024, 2, 1023), (10**300, 3, 645), (3, 10**300, 1)):
+        with pytest.raises(SettingError, match=f"^num_cycles: {cycles} is not allowed with T_mult {mult}; it must be at most {most}, or"):
+            Schedule(**given, num_cycles=cycles, T_mult=mult)
+        schedule = Schedule(**given, num_cycles=most, T_mult=mult)
+        assert all(0 <= lr_at(schedule, step) <= BASE for step in range(120)) and describe(schedule)
+    # Beside T_0 the number only ends the restarts, and other kinds have none.
+    for schedule in (Schedule(**given, num_cycles=400, T_mult=10, T_0=5), Schedule(**(given | {"kind": "cosine"}), num_cycles=400, T_mult=10)):
+        assert lr_at(schedule, 99) < BASE and describe(schedule)
+
+
 def test_parameters_of_a_settings_file_are_understood_and_unknown_ones_refused() -> None:
     schedule = Schedule.from_params("cosine", BASE, 100, {"eta_min": 1e-4, "T_max": 90.0, "warmup_steps": 10})
     assert (schedule.min_lr, schedule.T_max, schedule.warmup_steps) == (1e-4, 90, 10)
