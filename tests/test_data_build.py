@@ -162,6 +162,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "number.jsonl": (b'{"text": 3}\n', "number.jsonl:1: 'text' holds a int, not text"),
     "list.jsonl": (b'["a"]\n', "list.jsonl:1: holds a list"),
     "json.jsonl": (b'{"text": "a"}\n{"text": \n', "json.jsonl:2: not JSON"),
+    "deep.jsonl": (b'{"text": "a"}\n{"text": "b", "x": ' + b"[" * 100_000 + b"\n", "deep.jsonl:2: lists or objects lie too deep"),
+    "half.jsonl": (b'{"text": "a \\ud83d\\ude42"}\n{"text": "bad \\ud83d half"}\n', r"half.jsonl:2: 'text' holds half a surrogate pair \(\\ud83d at 4\)"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "latin.jsonl:2: not UTF-8"),
     "latin.txt": ("für".encode("latin-1") * 9, r"latin.txt: not UTF-8 \(byte 0xfc at 1\)"),
     "utf16.txt": ("a text".encode("utf-16"), "utf16.txt: not UTF-8"),

@@ -108,6 +108,8 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
         raise SettingError(f"{where}: not UTF-8 (byte 0x{err.object[err.start]:02x} at {err.start})") from err
     except ValueError as err:
         raise SettingError(f'{where}: not JSON ({err}); each line holds one object such as {{"text": "..."}}') from err
+    except RecursionError as err:
+        raise SettingError(f'{where}: lists or objects lie too deep in each other to be read; each line holds one object such as {{"text": "..."}}') from err
     if not isinstance(row, dict):
         raise SettingError(f'{where}: holds a {type(row).__name__}; each line holds one object such as {{"text": "..."}}')
     return row
@@ -121,6 +123,12 @@ def _field(row: dict[str, Any], column: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise SettingError(f"{where}: {column!r} holds a {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as err:
+        # JSON can write it as an escape, and Python reads it without a word.
+        half = f"\\u{ord(value[err.start]):04x} at {err.start}"
+        raise SettingError(f"{where}: {column!r} holds half a surrogate pair ({half}), which is no character; mend or remove it") from err
     return value
 
 
