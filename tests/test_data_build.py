@@ -259,6 +259,21 @@ def test_labels_say_which_tokens_of_a_row_count(tmp_path: Path) -> None:
     assert batch["targets"].tolist() == [[-100, 3, 4, -100]]
 
 
+@pytest.mark.parametrize(
+    ("label", "said"), [(8, "holds label 8, its vocabulary is stated as 8"), (-1, "holds label -1, its vocabulary is stated as 8; .* is -100")]
+)
+def test_a_label_outside_the_vocabulary_is_a_message_and_not_a_device_error(tmp_path: Path, label: int, said: str) -> None:
+    where = rows_set(tmp_path / "set", train={"input_ids": [[1, 2, 3, 4]] * 30, "labels": [[-100, label, 3, 7]] * 30})
+    with pytest.raises(SettingError, match=said):
+        open_data(f"hfds:{where}", seq_len=4, split="train", vocab_size=8).batch(np.array([0]))
+
+
+def test_labels_that_are_classes_of_rows_are_no_labels_of_tokens(tmp_path: Path) -> None:
+    where = rows_set(tmp_path / "set", train={"input_ids": [[1, 2, 3, 4]] * 30, "labels": [1] * 30})
+    with pytest.raises(SettingError, match="column 'labels' does not hold lists of whole numbers"):
+        open_data(f"hfds:{where}", seq_len=4, split="train", vocab_size=8).batch(np.array([0]))
+
+
 def test_rows_of_text_are_encoded_when_they_are_read_and_dealt_evenly(tmp_path: Path) -> None:
     where = rows_set(tmp_path / "set", train={"text": TEXTS})
     train, val = (open_data(f"hfds:{where}", seq_len=8, split=split) for split in ("train", "val"))
@@ -275,7 +290,14 @@ def test_rows_of_text_are_encoded_when_they_are_read_and_dealt_evenly(tmp_path: 
     [
         ({"colum": "a"}, "Did you mean 'column'"),  # codespell:ignore colum
         ({"column": "txt"}, "has no column 'txt'.*Did you mean --column text"),
+        ({"column": 5}, r"data_options: column 5 must be text; in quotation marks, as 'column=\"5\"', it is"),
+        ({"eos": True}, "data_options: eos True must be text"),
         ({"val_share": 2}, "must be between 0 and 1"),
+        ({"val_share": "abc"}, "data_options: val_share 'abc' must be between 0 and 1"),
+        ({"val_share": [0.1]}, r"data_options: val_share \[0.1\] must be between 0 and 1"),
+        ({"vocab_size": "abc"}, "data_options: vocab_size 'abc' must be a whole number of at least 1"),
+        ({"vocab_size": 0}, "data_options: vocab_size 0 must be a whole number of at least 1"),
+        ({"vocab_size": 256.5}, "data_options: vocab_size 256.5 must be a whole number of at least 1"),
         ({"tokenizer": "/nowhere"}, "not found; give a local tokenizer.json"),
     ],
 )

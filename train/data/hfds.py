@@ -5,6 +5,7 @@ when it is read. Longer rows are cut at seq_len, shorter ones filled up with tar
 makes one stream of such a set instead, which neither cuts nor fills.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,7 @@ def open_rows(location: str, split: str, *, seq_len: int, vocab_size: int | None
     """One split of a saved set. Without a split for validation every 20th row is for it (option val_share).
 
     Raises SettingError for an unknown option or column, or where nothing says how large the vocabulary is."""
-    for name in options:
-        if name not in OPTIONS:
-            raise unknown("data_options of hfds", name, OPTIONS)
+    _check(options)
     path = Path(location).expanduser()
     splits = load_splits(path)
     val = next((name for name in _VAL_NAMES if name in splits), None)
@@ -60,7 +59,7 @@ def open_rows(location: str, split: str, *, seq_len: int, vocab_size: int | None
     if val is not None:
         rows = splits[val] if split == "val" else rows
     else:
-        chosen = _every_nth(len(rows), float(options.get("val_share", DEFAULT_VAL_SHARE)), split)
+        chosen = _every_nth(len(rows), float(options.get("val_share") or DEFAULT_VAL_SHARE), split)
     column = options.get("column") or next((name for name in (*_TOKENS, *_TEXT) if name in rows.column_names), None)
     if column is None:
         raise SettingError(
@@ -71,11 +70,12 @@ def open_rows(location: str, split: str, *, seq_len: int, vocab_size: int | None
     kind = str(getattr(rows.features[column], "dtype", "list"))
     encoder = open_encoder(options.get("tokenizer"), options.get("eos"))
     is_text = kind in ("string", "large_string")
-    size = options.get("vocab_size") or (encoder.vocab_size if is_text or options.get("tokenizer") else vocab_size)
+    size = options.get("vocab_size")
+    size = size if size is not None else (encoder.vocab_size if is_text or options.get("tokenizer") else vocab_size)
     if size is None:
         raise SettingError(f"data 'hfds:{location}': nothing says how many tokens there are; give DATA_OPTIONS=vocab_size=N, or tokenizer=PATH")
     name = f"{path.name}-{getattr(rows, '_fingerprint', len(rows))}.{column}[{split}]"
-    return Rows(rows, chosen, column, encoder if is_text else None, seq_len=seq_len, vocab_size=int(size), name=name)
+    return Rows(rows, chosen, column, encoder if is_text else None, seq_len=seq_len, vocab_size=int(float(size)), name=name)
 
 
 class Rows:
@@ -103,26 +103,61 @@ class Rows:
         targets = np.full((len(ids), self.seq_len), IGNORE, dtype=np.int64)
         texts_or_tokens = found[self._column]
         try:
-            rows = (
-                self._encoder.encode([text or "" for text in texts_or_tokens])
-                if self._encoder
-                else [np.asarray(row or (), dtype=np.int64) for row in texts_or_tokens]
-            )
+            rows = self._encoder.encode([text or "" for text in texts_or_tokens]) if self._encoder else [_row(row) for row in texts_or_tokens]
         except (TypeError, ValueError) as err:
             raise SettingError(f"data {self.name!r}: column {self._column!r} holds neither text nor lists of whole numbers") from err
-        labels = rows if self._labels == self._column else [np.asarray(row, dtype=np.int64) for row in found[self._labels]]
+        try:
+            labels = rows if self._labels == self._column else [_row(row) for row in found[self._labels]]
+        except (TypeError, ValueError) as err:
+            raise SettingError(f"data {self.name!r}: column {self._labels!r} does not hold lists of whole numbers") from err
         for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
-            if len(row) and (row.max() >= self.vocab_size or row.min() < 0):
-                raise SettingError(f"data {self.name!r} holds token {int(row.max())}, its vocabulary is stated as {self.vocab_size}")
+            if (token := _outside(row, self.vocab_size)) is not None:
+                raise SettingError(f"data {self.name!r} holds token {token}, its vocabulary is stated as {self.vocab_size}")
+            if label is not row and (token := _outside(label[label != IGNORE], self.vocab_size)) is not None:
+                raise SettingError(f"data {self.name!r} holds label {token}, its vocabulary is stated as {self.vocab_size}; what is not to count is {IGNORE}")
             given, wanted = row[: self.seq_len], label[1 : self.seq_len + 1]
             tokens[index, : len(given)], targets[index, : len(wanted)] = given, wanted
         return {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
 
 
+def _check(options: Mapping[str, Any]) -> None:
+    """Raises SettingError for an option that there is not, or whose value is of another kind."""
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise unknown("data_options of hfds", name, OPTIONS)
+        if value is None:
+            continue
+        if name in ("column", "tokenizer", "eos"):
+            if not isinstance(value, str):
+                raise SettingError(f"data_options: {name} {value!r} must be text; in quotation marks, as '{name}=\"{value}\"', it is")
+            continue
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if name == "val_share" and not 0 < number < 1:
+            raise SettingError(f"data_options: val_share {value!r} must be between 0 and 1")
+        if name == "vocab_size" and not (number.is_integer() and number >= 1):
+            raise SettingError(f"data_options: vocab_size {value!r} must be a whole number of at least 1")
+
+
+def _row(values: Any) -> NDArray[np.int64]:
+    """A row of tokens or labels, [n]. Raises TypeError or ValueError for anything else."""
+    row = np.asarray(() if values is None else values, dtype=np.int64)
+    if row.ndim != 1:
+        raise ValueError(f"{row.ndim} dimensions")
+    return row
+
+
+def _outside(tokens: NDArray[np.integer], vocab_size: int) -> int | None:
+    """A token that the vocabulary does not have; None where there is none."""
+    if len(tokens) and tokens.min() < 0:
+        return int(tokens.min())
+    return int(tokens.max()) if len(tokens) and tokens.max() >= vocab_size else None
+
+
 def _every_nth(count: int, share: float, split: str) -> NDArray[np.int64]:
     """Rows of one split, spread evenly: saved sets are often sorted by something."""
-    if not 0 < share < 1:
-        raise SettingError(f"data_options: val_share {share} must be between 0 and 1")
     number = np.arange(count, dtype=np.int64)
     is_val = np.floor((number + 1) * share) > np.floor(number * share)
     return number[is_val == (split == "val")]
