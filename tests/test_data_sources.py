@@ -249,6 +249,16 @@ def test_a_token_file_that_does_not_match_its_description_is_refused(tmp_path: P
         write_tokens(path, np.array([10]), 10)
 
 
+@pytest.mark.parametrize("stated", ["256", 256.5, 0, -1, True, [256]])
+def test_a_vocabulary_that_is_no_number_is_refused_where_it_is_read(tmp_path: Path, stated: object) -> None:
+    for path in (tmp_path / "t.bin", tmp_path / "t.npy"):
+        write_tokens(path, np.arange(100), 256)
+        sidecar(path).write_text(json.dumps({"dtype": "uint16", "vocab_size": stated}))
+        with pytest.raises(SettingError) as err:
+            open_data(f"tokens:{path}", seq_len=4, split="train")
+        assert str(err.value) == f"{path}.json: vocab_size is {stated!r}; it must be a whole number of at least 1, not in quotation marks"
+
+
 @pytest.mark.parametrize("vocab", [2, 7, 256, 50_304])
 def test_synthetic_next_token_is_a_function_of_the_last(vocab: int) -> None:
     data = open_data("synthetic", seq_len=64, split="train", vocab_size=vocab)

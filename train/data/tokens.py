@@ -96,6 +96,10 @@ def _read_note(path: Path) -> dict[str, Any]:
         raise SettingError(f"{sidecar(path)}: is not JSON ({err})") from err
     if not isinstance(note, dict):
         raise SettingError(f"{sidecar(path)}: must hold one JSON object")
+    size = note.get("vocab_size")
+    # Not isinstance: true is an int too.
+    if size is not None and (type(size) is not int or size < 1):
+        raise SettingError(f"{sidecar(path)}: vocab_size is {size!r}; it must be a whole number of at least 1, not in quotation marks")
     return note
 
 
