@@ -38,6 +38,7 @@ def commit(source: Path, folder: Path, step: int, attempt: int, keep_last: int) 
         raise CheckpointError(f"{source} has no files in it; write the checkpoint there before it is committed")
     if MANIFEST in names:
         raise CheckpointError(f"{source}: {MANIFEST} is the name of the manifest that is written here; give your file another one")
+    _refuse_links_out(source)
     for name in names:
         _flush(source / name)
     sums = ckpt_format.hash_files(source, names)
@@ -62,7 +63,9 @@ def commit(source: Path, folder: Path, step: int, attempt: int, keep_last: int) 
     os.rename(source, final)
     _flush(folder)
     for old in ckpt_format.to_prune(folder, keep_last):
-        _discard(old, folder)
+        # Beside checkpoints of later steps it is not among the newest, and yet what was asked for.
+        if old != final:
+            _discard(old, folder)
     return final, manifest.bytes
 
 
@@ -86,6 +89,15 @@ def clear_leftovers(folder: Path, attempt: int) -> None:
             mine = attempt > 0 and path.name.endswith(f".tmp-{attempt}")
             if path.name.startswith((STAGING, TRASH)) and not path.name.startswith(DAMAGED) and not mine:
                 _discard(path, folder)
+
+
+def _refuse_links_out(source: Path) -> None:
+    """Raises CheckpointError for a symbolic link that will not lead to a file of the checkpoint under its final name: one that is absolute,
+    goes upwards, or leads nowhere already."""
+    for path in source.rglob("*"):
+        if path.is_symlink() and ((to := os.readlink(path)).startswith("/") or ".." in to.split("/") or not path.exists()):
+            name = path.relative_to(source).as_posix()
+            raise CheckpointError(f"{source}: {name} is a symbolic link to {to}, where the checkpoint does not keep it; copy the file to {name} instead")
 
 
 def _discard(path: Path, folder: Path) -> None:

@@ -245,6 +245,35 @@ def test_a_checkpoint_that_is_there_stays_and_a_damaged_one_makes_room(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".damaged-step-00000003-1", "step-00000003"]
 
 
+@pytest.mark.parametrize("to", ["{source}/weights.bin", "/etc/hostname", "../.step-00000002.tmp-1/weights.bin", "nowhere", "last.bin"])
+def test_a_link_that_would_not_lead_into_the_checkpoint_is_refused(tmp_path: Path, to: str) -> None:
+    source = filled(tmp_path, 2)
+    (source / "deep").mkdir()
+    (source / "deep" / "last.bin").symlink_to(to := to.format(source=source))
+    with pytest.raises(CheckpointError) as err:
+        own_ckpt.commit(source, tmp_path, 2, 1, 2)
+    said = f"{source}: deep/last.bin is a symbolic link to {to}, where the checkpoint does not keep it; copy the file to deep/last.bin instead"
+    assert str(err.value) == said and ckpt_format.complete(tmp_path) == []
+    (source / "deep" / "last.bin").unlink()
+    assert own_ckpt.commit(source, tmp_path, 2, 1, 2)[0].is_dir(), "it is as it was, and can be committed once that is mended"
+
+
+def test_a_link_to_a_file_beside_it_is_read_under_the_final_name(tmp_path: Path) -> None:
+    source = filled(tmp_path, 2, "weights")
+    (source / "last.bin").symlink_to("weights.bin")
+    final, _ = own_ckpt.commit(source, tmp_path, 2, 1, 2)
+    assert set(ckpt_format.verify(final).files) == {"last.bin", "weights.bin"} and (final / "last.bin").read_text() == "weights"
+
+
+def test_a_checkpoint_of_an_earlier_step_than_those_there_is_not_pruned_by_its_own_commit(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 5):
+        final, _ = own_ckpt.commit(filled(tmp_path, step), tmp_path, step, 1, 2)
+        assert ckpt_format.verify(final).step == step
+    assert [ckpt_format.step_of(path) for path in ckpt_format.complete(tmp_path)] == [30, 20, 5]
+    own_ckpt.commit(filled(tmp_path, 40), tmp_path, 40, 1, 2)
+    assert [ckpt_format.step_of(path) for path in ckpt_format.complete(tmp_path)] == [40, 30]
+
+
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_wherever_the_disk_refuses_nothing_half_has_a_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     own_ckpt.commit(filled(tmp_path, 1), tmp_path, 1, 1, 1)
