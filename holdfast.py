@@ -106,39 +106,53 @@ class _Here:
 
 
 class _Metrics:
-    """metrics.jsonl, one line per step. A line of step n replaces all lines from n on: they are of steps that are trained again."""
+    """metrics.jsonl, one line per step. A line of step n replaces all lines from n on: they are of steps that are trained again.
+    What a full disk refuses is kept, and written before the next line; it is said once, and ends nobody's training."""
 
     def __init__(self, path: Path):
-        self._path, self._start = path, 0
+        self._path, self._fd, self._said = path, -1, False
         self._values: dict[str, Any] = {}
-        self._fd: int | None = None
+        self._waiting: list[tuple[int, bytes]] = []
+        self._start = self._end = 0  # of the last line in the file
+        self._again: int | None = None  # the step from which on lines are to be taken out of it first
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         last = self._values.get("step")
-        if last == step:
-            values = {**self._values, **values}
-            os.ftruncate(self._open(), self._start)
-        elif last is None or step < last:
-            self.close()
-            metrics.cut_back(self._path, step - 1)
-        fd = self._open()
-        self._start, self._values = os.fstat(fd).st_size, values
-        os.write(fd, (json.dumps(values) + "\n").encode())
+        values = {**self._values, **values} if last == step else values
+        line = (json.dumps(values) + "\n").encode()
+        if last is None or step < last:
+            self._again = step if self._again is None else min(step, self._again)
+        elif last == step and not self._waiting:
+            self._end = self._start
+        self._values, self._waiting = values, [*(one for one in self._waiting if one[0] < step), (step, line)]
+        self.sync(to_disk=False)
 
-    def sync(self) -> None:
-        if self._fd is not None:
-            os.fsync(self._fd)
+    def sync(self, to_disk: bool = True) -> None:
+        try:
+            self._flush()
+            if to_disk:
+                os.fsync(self._fd)
+        except OSError as err:
+            if not self._said:
+                print(f"holdfast: {self._path} cannot be written: {err.strerror}. Its lines are kept until they can be.", file=sys.stderr, flush=True)
+            self._said = True
 
-    def close(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
-
-    def _open(self) -> int:
-        if self._fd is None:
+    def _flush(self) -> None:
+        if self._again is not None:
+            metrics.cut_back(self._path, self._again - 1)
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        return self._fd
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd, self._again, self._end = fd, None, os.fstat(fd).st_size
+        while self._waiting:
+            if os.fstat(self._fd).st_size > self._end:
+                os.ftruncate(self._fd, self._end)  # half a line, which would spoil the next one, or one that is written anew
+            rest = line = self._waiting[0][1]
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+            self._start, self._end = self._end, self._end + len(line)
+            self._waiting.pop(0)
 
 
 @cache

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, until
 
-from jobs import ckpt_format, ledger, own_ckpt
+import holdfast
+from jobs import ckpt_format, ledger, metrics, own_ckpt
 from jobs.contract import Cause, Exit
 from jobs.errors import CheckpointError, SettingError
 from jobs.rundir import RunDir
@@ -212,6 +213,60 @@ def test_silence_is_a_hang_only_after_the_script_has_spoken(tmp_path: Path, monk
     dog.tick(10.0)
     dog.tick(10.0)
     assert killed and json.loads(run.attempt(1).hang.read_text())["step"] == 3
+
+
+FULL = """
+import resource, holdfast
+holdfast.log(step=1, loss=1.0)
+room = resource.RLIM_INFINITY
+# A limit on the size of files is met like a full disk: a write is cut short, and the next one refused.
+resource.setrlimit(resource.RLIMIT_FSIZE, (250, room))
+for step in range(2, 7):
+    holdfast.log(step=step, loss=1.0)
+holdfast.log(step=6, val_loss=2.0)
+for step in again:
+    holdfast.log(step=step, loss=3.0)
+print(holdfast.run_dir.joinpath("metrics.jsonl").stat().st_size)
+resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+if save:
+    folder = holdfast.new_checkpoint(7)
+    (folder / "file").touch()
+    holdfast.commit(folder)
+else:
+    holdfast.log(step=7, loss=1.0)
+    holdfast.log(step=7, val_loss=2.0)
+"""
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("again", [[], [4, 5], [1]], ids=str)
+def test_a_full_disk_costs_no_line_of_metrics_and_ends_nothing(tmp_path: Path, again: list[int], save: bool) -> None:
+    program = f"again, save = {again}, {save}\n" + FULL
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**ENVIRON, "PYTHONPATH": str(REPOSITORY)}, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    path = tmp_path / "holdfast-run" / "metrics.jsonl"
+    assert done.returncode == 0 and done.stderr == f"holdfast: {path} cannot be written: File too large. Its lines are kept until they can be.\n"
+    before = [(step, 1.0, 2.0 if step == 6 else None) for step in range(1, 7)]
+    expected = [line for line in before if line[0] < min(again, default=9)] + [(step, 3.0, None) for step in again] + [(7, 1.0, 2.0)] * (not save)
+    assert [(line["step"], line["loss"], line.get("val_loss")) for line in map(json.loads, path.read_text().splitlines())] == expected
+    assert int(done.stdout) <= 250
+
+
+def test_lines_of_steps_that_are_trained_again_go_and_one_of_the_same_step_grows(tmp_path: Path) -> None:
+    first = holdfast._Metrics(tmp_path / "run" / "metrics.jsonl")
+    for step in (1, 2, 3, 4):
+        first.write(step, {"step": step, "loss": step})
+    first.write(4, {"step": 4, "val_loss": 5})
+    with pytest.raises(TypeError):
+        first.write(5, {"step": 5, "loss": first})
+    first.write(5, {"step": 5})
+    second = holdfast._Metrics(tmp_path / "run" / "metrics.jsonl")
+    second.write(5, {"step": 5, "loss": 6})
+    second.write(3, {"step": 3, "loss": 7})
+    second.write(3, {"step": 3, "loss": 8, "val_loss": 9})
+    second.sync()
+    assert metrics.read(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "loss": 1}, {"step": 2, "loss": 2}, {"step": 3, "loss": 8, "val_loss": 9}]
 
 
 # -- the commit of files that somebody else wrote ----------------------------------------------------------------------
