@@ -144,3 +144,20 @@ class Mean(nn.Module):
 
 def mean(vocab_size: int | None = None) -> nn.Module:
     return Mean()
+
+
+class Turned(Regression):
+    """Has a complex buffer, as rotary positions of Llama are often kept, and a complex weight that is not trained."""
+
+    def __init__(self, kind: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("freqs_cis", torch.polar(torch.ones(4), torch.arange(4.0)).to(kind))
+        self.turn = nn.Parameter(torch.polar(torch.ones(4), torch.rand(4)), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        turned = torch.view_as_complex(x.view(-1, 4, 2)) * self.freqs_cis * self.turn
+        return super().forward(torch.view_as_real(turned.to(torch.complex64)).flatten(1), y)
+
+
+def turned(vocab_size: int | None = None, kind: str = "complex64") -> nn.Module:
+    return Turned(getattr(torch, kind))

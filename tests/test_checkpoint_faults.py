@@ -17,7 +17,7 @@ from training import Farm, at_step, curve, events, farm, logs, result, saved
 
 from jobs import ckpt_format
 from jobs.contract import Exit
-from jobs.errors import CheckpointError
+from jobs.errors import CheckpointError, SettingError
 from jobs.rundir import RunDir
 from train import checkpoint
 from train.checkpoint import State
@@ -188,6 +188,46 @@ def test_rows_written_by_several_processes_come_back_whole(tmp_path: Path) -> No
     assert torch.equal(saved._rows("w", 2, 7), full[2:7]) and saved._rows("w", 7, 7).shape == (0, 5)
     with pytest.raises(CheckpointError, match="rows are missing of w"):
         checkpoint.Saved(path, ["model.00000-of-00004.safetensors"])
+
+
+@pytest.mark.parametrize("kind", checkpoint._TYPES, ids=str)
+def test_every_type_comes_back_as_it_was_whole_and_by_rows(tmp_path: Path, kind: torch.dtype) -> None:
+    full = (torch.arange(-6, 36).view(7, 6) * (1 + 1j if kind.is_complex else 1)).to(kind)
+    model, optimizer = small_model()
+    for name, tensor in (("whole", full), ("scalar", full[0, 0]), ("turned", full.clone().conj())):
+        model.register_buffer(name, tensor)
+    checkpoint.refuse_unsavable(model, "mine")
+    commit = Commit(tmp_path, 10, 1)
+    commit.begin()
+    files = {}
+    for name, rows in checkpoint.content(model, optimizer, 0).items():
+        copies = {
+            key: checkpoint.Rows(torch.empty(one.tensor.shape, dtype=checkpoint.host_type(name, one.tensor)).copy_(one.tensor)) for key, one in rows.items()
+        }
+        files[name] = commit.write(name, checkpoint.safetensors_parts(copies))
+    path = commit.finish(files, State(step=10, tokens=1, seed=0, max_steps=9, batch_size=1, data="d", precision="fp32", world=1).plain())
+    other, _ = small_model(1)
+    for name in ("whole", "scalar", "turned"):
+        other.register_buffer(name, torch.zeros_like(getattr(model, name)))
+    checkpoint.load(path, other, None)
+    assert torch.equal(other.whole, full) and torch.equal(other.scalar, full[0, 0]) and torch.equal(other.turned, full.conj())
+    for number, (start, end) in enumerate([(0, 3), (3, 7)]):
+        parts = checkpoint.safetensors_parts({"w": checkpoint.Rows(full[start:end].contiguous(), start, 7)})
+        (tmp_path / f"{number}").write_bytes(b"".join(parts))
+    saved = checkpoint.Saved(tmp_path, ["0", "1"])
+    assert saved.whole("w").dtype == kind and torch.equal(saved.whole("w"), full) and torch.equal(saved._rows("w", 2, 5), full[2:5])
+
+
+def test_types_that_the_library_does_not_read_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = small_model()
+    model.register_buffer("low", torch.zeros(2, dtype=torch.float8_e5m2))  # a weight: saved as fp32
+    model.register_buffer("anew", torch.zeros(2, dtype=torch.complex128), persistent=False)
+    checkpoint.refuse_unsavable(model, "mine")
+    model.register_buffer("freqs_cis", torch.zeros(2, dtype=torch.complex64))
+    # What safetensors 0.6 says.
+    monkeypatch.setitem(checkpoint._TYPES, torch.complex64, "C63")
+    with pytest.raises(SettingError, match=r"^model: 'mine' has what no checkpoint can hold: freqs_cis \(complex64\)\. .*: float64, .*, uint16$"):
+        checkpoint.refuse_unsavable(model, "mine")
 
 
 # --- saves in the background, and disks that refuse

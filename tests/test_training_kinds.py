@@ -52,6 +52,7 @@ def kinds(folder: Path) -> dict[str, dict[str, str]]:
         "transformers bert classifier": {"MODEL": f"hf:{folder}/bert.json", "MODEL_OPTIONS": "{}", "DATA": "own_models:sentences"},
         "convnet with BatchNorm on digits": {"MODEL": "convnet", "MODEL_OPTIONS": "{}", "DATA": "digits"},
         "a model that reads its own running mean": {"MODEL": "own_models:normalised", "MODEL_OPTIONS": "{}", "DATA": "own_models:numbers"},
+        "a module with complex numbers": {"MODEL": "own_models:turned", "MODEL_OPTIONS": "{}", "DATA": "own_models:numbers"},
         "a module and data of one's own": {"MODEL": "own_models:regression", "MODEL_OPTIONS": "{}", "DATA": "own_models:numbers"},
     }
 
@@ -79,6 +80,7 @@ def assert_a_kill_changes_nothing(farm: Farm, settings: dict[str, str]) -> None:
         ("convnet with BatchNorm on digits", "fp32"),
         ("a module and data of one's own", "bf16"),
         ("a model that reads its own running mean", "fp32"),
+        ("a module with complex numbers", "fp32"),
     ],
 )
 def test_a_killed_run_of_any_kind_of_model_ends_with_identical_bits(farm: Farm, tmp_path: Path, kind: str, precision: str) -> None:
@@ -88,6 +90,14 @@ def test_a_killed_run_of_any_kind_of_model_ends_with_identical_bits(farm: Farm, 
         pytest.importorskip("sklearn")
     settings = {**kinds(tmp_path)[kind], "PRECISION": precision, "MAX_STEPS": "24", "EVAL_EVERY": "12", "CHECKPOINT_EVERY": "6", "GRAD_ACCUM_STEPS": "2"}
     assert_a_kill_changes_nothing(farm, settings)
+
+
+def test_a_model_that_no_checkpoint_can_hold_is_refused_at_the_start_and_not_at_the_first_save(farm: Farm) -> None:
+    run = farm.prepare(MODEL="own_models:turned", MODEL_OPTIONS="kind=complex128", DATA="own_models:numbers", PRECISION="fp32")
+    assert farm.train(run) == Exit.USAGE
+    [end] = events(run, "end")
+    assert end["cause"] == "code_error" and "no checkpoint can hold: model.freqs_cis (complex128). Change the type" in end["evidence"], logs(run)
+    assert "first_step" not in end["parts"]
 
 
 @pytest.mark.parametrize("words", [{"AMP_OPT_LEVEL": "O2", "PRECISION": "bf16"}, {"GRAD_CHECKPOINTING": "true"}, {"PARALLEL": "fsdp"}])

@@ -14,6 +14,7 @@ from jobs.errors import SettingError
 from jobs.precision import Precision
 from jobs.settings import Job
 from train import optim
+from train.checkpoint import refuse_unsavable
 from train.data.sources import Dataset, open_data
 from train.fp8 import Recomputing, convert
 from train.kernels import usable
@@ -59,6 +60,7 @@ def build(
             say("  fused kernels: norm, SwiGLU, rotary positions, loss, AdamW")
         elif rt.device.type == "cuda":
             say(f"  warning: FUSED_KERNELS has no effect: {reason}")
+    refuse_unsavable(model, job.model)
     if job.parallel == "fsdp" and rt.world > 1:
         shard_model(model, job, rt)
     if job.compile:

@@ -17,6 +17,7 @@ from typing import Any
 
 import accelerate
 import numpy as np
+import safetensors
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -25,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from jobs import ckpt_format
 from jobs.ckpt_format import MANIFEST, MODEL, OPTIMIZER, complete, few, read_manifest, verify
-from jobs.errors import CheckpointError
+from jobs.errors import CheckpointError, SettingError
 from jobs.rundir import RunDir
 from train.filling import Filling
 from train.optim import fp32_of, load_state_by_name, masters_to_parameters, state_by_name
@@ -36,6 +37,7 @@ FILE_BYTES = 2 * 2**30
 _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.complex64: "C64",
 }  # fmt: skip
 
 
@@ -112,6 +114,28 @@ def host_type(kind: str, tensor: torch.Tensor) -> torch.dtype:
     """The type to save in: weights at least fp32, everything else as it is. `kind` may be the name of a file."""
     weights = kind.partition(".")[0] == MODEL
     return torch.float32 if weights and tensor.is_floating_point() and tensor.element_size() < 4 else tensor.dtype
+
+
+def refuse_unsavable(model: nn.Module, name: str) -> None:
+    """Raises SettingError for weights and buffers of a type that no checkpoint can hold: at the start, not hours later at the first save."""
+    held = {key: host_type(MODEL, tensor) for key, tensor in named_tensors(model).items()}
+    readable = {dtype for dtype in set(held.values()) if dtype in _TYPES and _is_read(dtype)}
+    wrong = [f"{key} ({str(dtype).removeprefix('torch.')})" for key, dtype in held.items() if dtype not in readable]
+    if wrong:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES if _is_read(dtype))
+        raise SettingError(
+            f"model: {name!r} has what no checkpoint can hold: {few(wrong)}. Change the type, or register a buffer that is computed anew with persistent=False;"
+            f" allowed with safetensors {safetensors.__version__}: {allowed}"
+        )
+
+
+def _is_read(dtype: torch.dtype) -> bool:
+    """Whether the library reads what is written here: complex64 only from 0.7 on."""
+    try:
+        safetensors.deserialize(b"".join(safetensors_parts({"one": Rows(torch.zeros(1, dtype=dtype))})))
+    except SafetensorError:
+        return False
+    return True
 
 
 def safetensors_parts(tensors: Mapping[str, Rows], about: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
