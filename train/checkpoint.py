@@ -199,9 +199,18 @@ def initialise(source: Path, model: nn.Module) -> str:
     candidates = [source] if (source / MANIFEST).is_file() else complete(run.checkpoints)
     if not candidates:
         raise CheckpointError(f"INIT_FROM: {source} is neither a checkpoint nor a run with one.")
-    verify(candidates[0])
-    state, _ = load(candidates[0], model, None)
-    return f"weights from {candidates[0]}, step {state.step:,}; optimizer, schedule and data start fresh"
+    damaged: list[str] = []
+    for path in candidates:
+        try:
+            verify(path)
+        except CheckpointError as err:
+            damaged.append(str(err))
+            continue
+        # Outside of that: one that is whole and does not fit is no reason to take an older one.
+        state, _ = load(path, model, None)
+        passed = f"; WARNING: passed over what is damaged: {'; '.join(damaged)}" if damaged else ""
+        return f"weights from {path}, step {state.step:,}; optimizer, schedule and data start fresh{passed}"
+    raise CheckpointError(f"INIT_FROM: {source} has no checkpoint that verifies: {'; '.join(damaged)}")
 
 
 class Saved:
