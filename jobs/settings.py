@@ -151,7 +151,7 @@ class Job(BaseModel):
         "let cuDNN time its convolutions and take the fastest, where all samples have one shape; a resumed run may differ in the last bits",
         group="model",
     )
-    init_from: Text | None = setting(None, "checkpoint or run to take the weights from at step 0", group="model")
+    init_from: Text | None = setting(None, "checkpoint, or run with the newest that verifies, to take the weights from at step 0", group="model")
     data: Text = setting("stdlib", "data: stdlib, synthetic, text:PATH, tokens:PATH, hfds:PATH, digits, or package.module:build", group="data")
     seq_len: int = setting(128, "tokens per sample", group="data", unit="tokens", ge=2, le=1_048_576)
 
