@@ -25,6 +25,15 @@ def unknown(what: str, given: str, allowed: Iterable[str]) -> SettingError:
     return SettingError(f"{what}: {given!r} is not known; choose one of {', '.join(names)}.{hint}")
 
 
+def check_form(what: str, given: str, specs: Iterable[str]) -> None:
+    """Refuses what is none of `specs`, words such as `nano`, `hf:PATH` and `package.module:build`, without importing or opening anything."""
+    known = list(specs)
+    kind, colon, rest = given.partition(":")
+    kinds = {spec.partition(":")[0] for spec in known if ":" in spec}
+    if given not in known and not (colon and (kind in kinds or rest.isidentifier())):
+        raise unknown(what, given, known)
+
+
 def import_callable(what: str, spec: str) -> Callable[..., Any]:
     """The callable that `package.module:name` points to; SettingError says which half could not be found.
 

@@ -30,3 +30,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "loss_chunk_tokens": 2048,
     },
 }
+
+# What the settings `model` and `data` may say: train/models/registry.py and train/data/sources.py make something of it.
+MODEL_SPECS = (*PRESETS, "convnet", "hf:PATH", "package.module:build")
+DATA_SPECS = ("stdlib", "text:PATH", "tokens:PATH", "hfds:PATH", "synthetic", "digits", "package.module:build")

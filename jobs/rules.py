@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.errors import SettingError
+from jobs.names import check_form
 from jobs.precision import FP8_RECIPES, MODES, MXFP8_ARCH, Precision, arch_number, nearest_that_runs, runs_on
+from jobs.presets import DATA_SPECS, MODEL_SPECS
 from jobs.schedule import Schedule, warmup_steps_from_pct
 from jobs.setting_types import step_range
 from jobs.settings import Job
@@ -14,11 +16,14 @@ BATCH_PARTS = ("micro_batch_size", "grad_accum_steps")
 
 
 def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:
-    """All problems of the combination, one line each, and the values that were left out and follow."""
+    """All problems of the combination, one line each, and the values that were left out and follow.
+
+    Raises SettingError for a model or data that no node could know."""
 
     def said(name: str) -> str:
         return f"{name.upper()}={job.text(name)} ({origins.get(name, 'default')})"
 
+    _names(job, origins)
     problems: list[str] = []
     derived: dict[str, Any] = {}
     # A person's own script has batches and a precision of its own: settings that it does not use must not stop it.
@@ -63,6 +68,18 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
         except SettingError as err:
             problems.append(f"{err} ({origins.get('lr_scheduler_params', 'default')}).")
     return problems, derived
+
+
+def _names(job: Job, origins: Mapping[str, str]) -> None:
+    """A misspelt name is refused here, not by the node after a night in the queue. What lies behind a path or a module only the node can tell."""
+    faults = []
+    for name, specs in (("model", MODEL_SPECS), ("data", DATA_SPECS)):
+        try:
+            check_form(name, job.text(name), specs)
+        except SettingError as err:
+            faults.append(f"{err} (from {origins.get(name, 'default')})")
+    if faults and job.entry is None:
+        raise SettingError("\n".join(faults))
 
 
 def schedule_of(job: Job) -> Schedule:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from jobs import rules
+from jobs.errors import SettingError
 from jobs.precision import Precision
 from jobs.settings import Job
 
@@ -150,3 +151,15 @@ def test_a_file_for_accelerate_is_read_where_accelerate_launches_a_script() -> N
         (said,) = problems(accelerate_config="a.yaml", **values)
         assert said.startswith("ACCELERATE_CONFIG=a.yaml (default) is read by accelerate launch for a script of your own")
     assert problems(launch="accelerate") == []
+
+
+def test_a_misspelt_model_or_data_set_is_refused_before_it_is_queued_and_all_that_a_node_may_know_is_not() -> None:
+    with pytest.raises(SettingError, match=r"(?s)'nanoo' is not known.*Did you mean 'nano'\? \(from command line\).*'stdlb'.*Did you mean 'stdlib'"):
+        rules.check(Job(model="nanoo", data="stdlb"), {"model": "command line"})
+    for spec in ("hf/folder", "module", "tokens", "text", "a:b:c", "my.module:2nd"):
+        with pytest.raises(SettingError, match="is not known"):
+            problems(data=spec)
+    for spec in ("tokens:a, b/c.bin", "hfds:x", "text:~/x y", "package.module:build", "digits"):
+        assert problems(data=spec) == []
+    # A script of one's own may mean anything by it.
+    assert problems(model="nanoo", entry="mine.py") == []

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from jobs.errors import SettingError
 from jobs.names import call_with_accepted, import_callable, unknown
+from jobs.presets import DATA_SPECS
 from train.data.corpus import BYTE_VOCAB, Corpus, byte_entropy, load_split, stdlib_corpus, text_corpus
 from train.data.synthetic import AffineTokens, Digits
 from train.data.tokens import missing_file, split_tokens, write_tokens
@@ -28,7 +29,6 @@ from train.data.windows import TokenWindows
 __all__ = ["Dataset", "Split", "byte_entropy", "open_data", "write_tokens"]
 
 Split = Literal["train", "val"]
-SPECS = ("stdlib", "text:PATH", "tokens:PATH", "hfds:PATH", "synthetic", "digits", "package.module:build")
 _WITHOUT_OPTIONS = ("stdlib", "text", "tokens", "synthetic", "digits")
 _DEFAULT_VOCAB = 256
 
@@ -98,7 +98,7 @@ def open_data(
     elif colon and argument.isidentifier():
         data = _own(spec, options or {}, seq_len=seq_len, split=split, cache_dir=cache_dir, vocab_size=vocab_size)
     else:
-        raise unknown("data", spec, SPECS)
+        raise unknown("data", spec, DATA_SPECS)
     if vocab_size is not None and data.vocab_size > vocab_size:
         raise SettingError(
             f"data {spec!r} has a vocabulary of {data.vocab_size}, the model one of {vocab_size}; use a model with a larger vocabulary or other data"

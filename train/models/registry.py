@@ -15,13 +15,13 @@ from torch import nn
 from jobs import presets
 from jobs.errors import SettingError
 from jobs.names import call_with_accepted, import_callable, unknown
+from jobs.presets import MODEL_SPECS
 from train.models.contract import MeanLossModel
 from train.models.convnet import ConvNet
 from train.models.gpt import GPT, GPTConfig
 
 PRESETS: Mapping[str, GPTConfig] = {name: GPTConfig(**fields) for name, fields in presets.PRESETS.items()}
 
-SPECS = (*PRESETS, "convnet", "hf:PATH", "package.module:build")
 _VOCAB_MULTIPLE = 128
 
 
@@ -31,7 +31,7 @@ def preset_config(name: str, *, vocab_size: int | None = None, seq_len: int | No
     A vocabulary larger than the preset's enlarges it, to a multiple of 128; a smaller one leaves the shape alone.
     `overrides` come last and may name any field of GPTConfig; others are a SettingError."""
     if name not in PRESETS:
-        raise unknown("model", name, SPECS)
+        raise unknown("model", name, MODEL_SPECS)
     config, options = PRESETS[name], dict(overrides or {})
     allowed = [f.name for f in fields(GPTConfig)]
     for option in options:
@@ -72,4 +72,4 @@ def build_model(spec: str, *, vocab_size: int | None = None, seq_len: int = 128,
         if not isinstance(found, nn.Module):
             raise SettingError(f"model: {spec!r} returned a {type(found).__name__}; it must return a torch.nn.Module")
         return found if getattr(found, "returns_loss_sum", False) else MeanLossModel(found)
-    raise unknown("model", spec, SPECS)
+    raise unknown("model", spec, MODEL_SPECS)
