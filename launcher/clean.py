@@ -188,27 +188,22 @@ def size_of(path: Path) -> int:
 
 
 def _remove(run: RunDir, keep_checkpoints: bool) -> list[str]:
-    """Takes a run away, or all of it but what `ckpt` and `diff` need. Returns what went wrong."""
-    if keep_checkpoints and ckpt_format.complete(run.checkpoints):
-        kept = {
-            run.checkpoints.name,
-            run.job_yaml.name,
-            run.origins.name,
-            run.snapshot.name,
-            run.diff.name,
-            run.code_sums.name,
-            run.ledger.name,
-            run.metrics.name,
-            run.script.name,
-        }
-        problems = []
-        for path in sorted(run.path.iterdir()):
-            if path.name not in kept:
-                problems += _away(path)
-        # Without its logs it would no longer be known for a run directory.
-        run.logs.mkdir(exist_ok=True)
-        return problems
-    return _away(run.path)
+    """Takes a run or an array away, or all of it but what `ckpt`, `diff` and `sweep show` need. Returns what went wrong."""
+    members = run_folders.members_of(run)
+    if not keep_checkpoints or not any(ckpt_format.complete(one.checkpoints) for one in (run, *members)):
+        return _away(run.path)
+    # The tasks that have no checkpoint keep their records too: without them a sweep would take its failed trials for missing ones.
+    return [problem for one in (run, *members) for problem in _strip(one)]
+
+
+def _strip(run: RunDir) -> list[str]:
+    """Takes away all of one run but its checkpoints and its records; of an array its tasks stay."""
+    records = (run.job_yaml, run.origins, run.snapshot, run.diff, run.code_sums, run.ledger, run.metrics, run.script, run.sweep, run.study, run.trial)
+    kept = {path.name for path in (run.checkpoints, run.members, *records)}
+    problems = [problem for path in sorted(run.path.iterdir()) if path.name not in kept for problem in _away(path)]
+    # Without its logs it would no longer be known for a run directory.
+    run.logs.mkdir(exist_ok=True)
+    return problems
 
 
 def _away(path: Path) -> list[str]:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -135,6 +136,26 @@ def test_checkpoints_and_records_can_be_kept(tmp_path: Path) -> None:
     assert names(run.path) == ["checkpoints", "job.yaml", "ledger.jsonl", "logs"]
     assert ckpt_format.verify(ckpt_format.path_of(run.checkpoints, 5)).step == 5
     assert cleaned(tmp_path / "runs", "kept", "--yes") == {"kept": ""}
+    assert names(tmp_path / "runs") == []
+
+
+def test_of_an_array_the_checkpoints_and_records_of_every_task_can_be_kept(tmp_path: Path) -> None:
+    array = made(tmp_path / "runs", "many")
+    for path in (array.sweep, array.study, array.script, array.sweep_plot):
+        path.touch()
+    shutil.rmtree(array.checkpoints)
+    tasks = [made(array.members, str(index), cause) for index, cause in enumerate(("finished", "code_error"))]
+    for task in tasks:
+        task.trial.touch()
+    shutil.rmtree(tasks[1].checkpoints)
+    assert cleaned(tmp_path / "runs", "many", "--keep-checkpoints", "--yes") == {"many": ""}
+    assert names(array.path) == ["job.yaml", "ledger.jsonl", "logs", "study.journal", "submit.sbatch", "sweep.json", "tasks"]
+    assert ckpt_format.verify(ckpt_format.path_of(tasks[0].checkpoints, 5)).step == 5
+    assert [names(task.path) for task in tasks] == [
+        ["checkpoints", "job.yaml", "ledger.jsonl", "logs", "trial.json"], ["job.yaml", "ledger.jsonl", "logs", "trial.json"]
+    ]  # fmt: skip
+    shutil.rmtree(tasks[0].checkpoints)
+    assert cleaned(tmp_path / "runs", "many", "--keep-checkpoints", "--yes") == {"many": ""}
     assert names(tmp_path / "runs") == []
 
 
