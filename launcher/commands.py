@@ -21,7 +21,7 @@ from launcher.doctor import said_at_submit
 from launcher.local import gpus_here, run_attempts
 from launcher.prepare import prepare, resolve_here, resolve_members
 from launcher.queued import taken_over
-from launcher.refreeze import change
+from launcher.refreeze import change, refuse_array
 from slurm.client import Slurm
 from slurm.render import run_dir_of, script_for
 
@@ -98,6 +98,7 @@ def run_here(words: Sequence[str], cwd: Path) -> int:
 def resume_run(run: RunDir, local: bool, words: Sequence[str] = (), allow: bool = False) -> int:
     """Starts a run again. Its settings are those that were frozen, with `words` over them; its budgets and a wish to stop are forgotten."""
     access.refuse_foreign(run.path, "holdfast resume")
+    refuse_array(run)
     events = ledger.read(run.ledger)
     attempts = ledger.attempts(events)
     if attempts and attempts[-1].cause is Cause.FINISHED and not allow:
@@ -218,6 +219,10 @@ def _already_there(run: RunDir, job: Job, slurm: Slurm, local: bool, as_json: bo
     state = show.collect([run], show.ask_queue()[0] if not local else None)[0]
     if as_json:
         print(json.dumps({"run": run.id, "path": str(run.path), "job_id": state.job_id, "members": 0, "state": state.state}))
+    elif run.has_members:
+        print(
+            f"array {run.id} exists already; nothing was submitted. holdfast status {run.id} shows it, holdfast resume {run.id}.N goes on with one of its tasks."
+        )
     else:
         print(f"run {run.id} exists already and is {state.state}; nothing was submitted. holdfast resume {run.id} goes on with it.")
     return Exit.DONE

@@ -34,6 +34,7 @@ def change(run: RunDir, words: Sequence[str], *, allow: bool, executable: str) -
 
     Raises SettingError and ImpossibleJobError as a submit does, and for a change that needs `--allow-change`; the run is
     then as it was."""
+    refuse_array(run)
     before = load(run.job_yaml)
     origins = json.loads(run.origins.read_text())
     given_before = {name: "the run" if origin == "command line" else origin for name, origin in origins.items()}
@@ -59,6 +60,14 @@ def change(run: RunDir, words: Sequence[str], *, allow: bool, executable: str) -
     if words:
         _freeze(run, job, {**origins, **dict.fromkeys(wanted, "holdfast resume")}, set(changed), executable)
     return changed
+
+
+def refuse_array(run: RunDir) -> None:
+    """Raises SettingError for an array: started as a whole it would train again what is finished, and its script is that of all tasks."""
+    if not run.has_members:
+        return
+    whole = f"a sweep; holdfast sweep --resume {run.id} goes on with what is missing or was stopped" if run.sweep.exists() else "an array"
+    raise SettingError(f"{run.id} is {whole}; holdfast resume {run.id}.N goes on with task N, such as {run.id}.0.")
 
 
 def _freeze(run: RunDir, job: Job, origins: dict[str, str], changed: set[str], executable: str) -> None:

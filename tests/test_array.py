@@ -10,11 +10,14 @@ from conftest import Cluster
 from counting import counted
 
 from jobs import ledger, run_folders
+from jobs.contract import Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
 from jobs.sources import load
 from launcher import prepare
+from launcher.cli import run_app
 from launcher.prepare import resolve_here, resolve_members
+from launcher.refreeze import change
 
 _POINTS = [
     ["SEED=1"],
@@ -76,6 +79,29 @@ def test_nothing_is_left_of_an_array_when_one_of_its_runs_cannot_be_made(tmp_pat
     with pytest.raises(SettingError, match="No space left on device"):
         prepare.prepare(resolve_here(words, {}, tmp_path), tmp_path, "python3", members)
     assert not (tmp_path / "runs").exists()
+
+
+def array_of(runs: Path, run_id: str, count: int, *words: str) -> RunDir:
+    """The directory of an array as a submission leaves it, named t."""
+    words = (f"RUNS_DIR={runs}", "JOB_NAME=t", f"RUN_ID={run_id}", *words)
+    members = resolve_members(words, [[f"SEED={seed}"] for seed in range(count)], {}, runs.parent)
+    return prepare.prepare(resolve_here(words, {}, runs.parent), runs.parent, "python3", members)[0]
+
+
+@pytest.mark.parametrize("words", [[], ["--local"], ["TIME_LIMIT=5"], ["MAX_STEPS=2000", "--allow-change"]], ids=" ".join)
+@pytest.mark.parametrize("is_sweep", [False, True])
+def test_an_array_is_not_resumed_as_a_whole(words: list[str], is_sweep: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its finished tasks would train again, and a script written anew for it would have no --array."""
+    array = array_of(tmp_path / "runs", "q1", 2)
+    if is_sweep:
+        array.sweep.touch()
+    before = {path: path.read_bytes() for path in array.path.rglob("*") if path.is_file()}
+    assert run_app(["resume", array.id, *words, f"RUNS_DIR={tmp_path}/runs"]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "holdfast resume t-q1.N goes on with task N" in said and ("holdfast sweep --resume t-q1" in said) == is_sweep
+    with pytest.raises(SettingError, match="goes on with task N"):
+        change(array, ["TIME_LIMIT=5"], allow=False, executable="python3")
+    assert before == {path: path.read_bytes() for path in array.path.rglob("*") if path.is_file()}
 
 
 def test_a_thousand_runs_are_one_submission_and_cost_little(cluster: Cluster) -> None:
