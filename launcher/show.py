@@ -148,13 +148,7 @@ def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> Ru
         return RunStatus(run.id, str(run.path), "damaged", "", 0, 0, 0, None, None, 0, [], None, None, str(err).splitlines()[0])
     events = ledger.read(run.ledger)
     attempts = ledger.attempts(events)
-    submitted = [event for event in events if event["event"] == Event.SUBMITTED]
-    job_id = str(submitted[-1]["job_id"]) if submitted else (attempts[-1].job_id if attempts else "")
-    if attempts and not attempts[-1].job_id.startswith(LOCAL):
-        job_id = attempts[-1].job_id
-    back = [event for event in events if event["event"] in (Event.REQUEUE, Event.SUBMITTED)]
-    if back and back[-1].get("successor") and attempts and attempts[-1].number == back[-1]["attempt"]:
-        job_id = str(back[-1]["successor"])
+    job_id = _newest_job(events)
     saves = [event for event in events if event["event"] == Event.CHECKPOINT]
     state, note = _state(run, job, events, attempts, job_id, queue)
     lines = metrics.tail(run.metrics, _PACE_LINES if state == "running" else 1)
@@ -186,6 +180,23 @@ def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> Ru
     )
 
 
+def _newest_job(events: list[dict[str, Any]]) -> str:
+    """The job that the ledger has last: submitted, begun, or submitted by the one before as its successor. Empty before the first."""
+    job_id, number, begun = "", 0, set()
+    for event in events:
+        said = str(event["job_id"])
+        if event["event"] == Event.START:
+            number = max(number, event["attempt"])
+            begun.add(said)
+            # A local submission trains in a child of the process that the person was told of.
+            job_id = job_id if said.startswith(LOCAL) and job_id.startswith(LOCAL) else said
+        elif event["event"] == Event.SUBMITTED and said not in begun:  # a quick job begins before its submission is written down
+            job_id = said
+        elif event["event"] == Event.REQUEUE and event.get("successor") and event["attempt"] >= number:
+            job_id = str(event["successor"])
+    return job_id
+
+
 def spent_by(run: RunDir, events: list[dict[str, object]], *, running: bool) -> goodput.Account:
     """Where the time of a run went, an attempt that still runs included."""
     newest = max((attempt.number for attempt in ledger.attempts(events)), default=0)
@@ -207,11 +218,14 @@ def _state(
     stops = [attempt.cause.value.replace("_", " ") for attempt in attempts[:-1] if attempt.cause]
     history = f"{len(stops)} interruption{'s' if len(stops) > 1 else ''} ({', '.join(dict.fromkeys(stops))}), {lost} steps lost" if stops else ""
     last = attempts[-1] if attempts else None
-    if last and last.cause is Cause.FINISHED:
-        return "finished", history
-    if last and last.cause is Cause.PRUNED:
-        return "finished", last.evidence
     queued = (queue or {}).get(job_id)
+    # Submitted since the newest attempt, as `resume` does; where Slurm cannot be asked, it waits.
+    resumed = bool(attempts and job_id) and not job_id.startswith(LOCAL) and all(attempt.job_id != job_id for attempt in attempts)
+    waits = resumed and (queue is None or queued is not None)
+    if last and last.cause is Cause.FINISHED and not waits:
+        return "finished", history
+    if last and last.cause is Cause.PRUNED and not waits:
+        return "finished", last.evidence
     if queued:
         state = base(queued[0])
         if state == "PENDING":
@@ -219,6 +233,8 @@ def _state(
                 filter(None, [f"{last.cause.value.replace('_', ' ')}, queued again" if last and last.cause else "", in_words(queued[1])])
             )
         return "running", history
+    if waits:
+        return "waiting", ""
     verdict = judge(events, budgets_of(job))
     gone = (
         ("stopped", f"job {job_id} is gone from the queue; holdfast resume {run.id}")
@@ -233,7 +249,7 @@ def _state(
         if queue is None and not job_id.startswith(LOCAL):
             return "waiting", ""
         return ("waiting", "") if job_id.startswith(LOCAL) else gone if job_id else ("stopped", "never submitted")
-    if last.cause is Cause.CANCELLED:
+    if last.cause is Cause.CANCELLED or verdict.reason == "cancelled":
         return "cancelled", f"holdfast resume {run.id} goes on"
     if verdict.again:
         return "stopped", f"{last.cause.value.replace('_', ' ') if last.cause else ''}; holdfast resume {run.id}"

@@ -174,6 +174,19 @@ def test_following_a_run_that_left_the_queue_ends(run: RunDir, monkeypatch: pyte
     assert "run mine-abcd is waiting: jobs of higher priority are before it" in capsys.readouterr().err
 
 
+def test_following_a_run_that_was_resumed_waits_for_its_new_job(run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("launcher.logs._ASK_S", 0.1)
+    monkeypatch.setattr("launcher.logs._DRAIN_S", 0.05)
+    monkeypatch.setattr("launcher.show.ask_queue", lambda: ({"13": ("PENDING", "Priority", "")}, ""))
+    begin(run, 1, "12")
+    end(run, 1, "12", Cause.CANCELLED)
+    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="13", by="resume")
+    begun = time.monotonic()
+    follow_logs(run, "0", None, io.BytesIO(), lambda seconds: time.sleep(0.01) or time.monotonic() - begun > 1)
+    assert time.monotonic() - begun > 1, "it ended by itself"
+    assert "is waiting: cancelled, queued again" in capsys.readouterr().err
+
+
 def test_following_can_be_left(run: RunDir) -> None:
     two_attempts(run)
     out = io.BytesIO()

@@ -21,7 +21,8 @@ from jobs import ledger, metrics, plain_yaml, run_folders, yaml_text
 from jobs.contract import Event
 from jobs.rundir import RunDir
 from jobs.settings import Job
-from launcher import show, table
+from launcher import commands, show, table
+from slurm.client import Slurm
 from slurm.reasons import in_words
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")
@@ -99,6 +100,43 @@ def test_a_cancelled_run_that_never_began_is_not_said_to_be_lost(tmp_path: Path)
     ledger.append(run.ledger, Event.CANCEL, attempt=0, job_id="104")
     row = show.collect([run], {})[0]
     assert row.state == "cancelled" and f"holdfast resume {run.id}" in row.note
+
+
+@pytest.mark.parametrize("cause", ["cancelled", "preempted", "code_error", "finished", "pruned", None])
+def test_a_run_that_was_resumed_waits_until_its_new_job_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: str | None) -> None:
+    run = many_runs.make(tmp_path / "runs", 3)[2]
+    if cause:
+        ledger.append(run.ledger, Event.END, attempt=3, job_id="102", cause=cause, evidence="so it was", step=900, saved_step=900)
+    before = show.collect([run], {})[0]
+    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="500", by="resume")
+    for queue in ({"500": ("PENDING", "Priority", "")}, None):  # None: Slurm does not say
+        row = show.collect([run], queue)[0]
+        assert (row.state, row.job_id) == ("waiting", "500")
+    # Cancelled before it began.
+    told: list[str] = []
+    monkeypatch.setattr(show, "ask_queue", lambda: ({"500": ("PENDING", "Priority", "")}, ""))
+    monkeypatch.setattr(Slurm, "cancel", lambda self, *job_ids: told.extend(job_ids))
+    commands.cancel_run(run)
+    row = show.collect([run], {})[0]
+    assert told == ["500"] and row.state == (before.state if before.state == "finished" else "cancelled")
+    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="501", by="resume")
+    ledger.append(run.ledger, Event.START, attempt=4, job_id="501", world=4)
+    row = show.collect([run], {"501": ("RUNNING", "None", "node1")})[0]
+    assert (row.state, row.job_id) == ("running", "501")
+
+
+def test_the_job_of_a_run_is_the_one_that_came_last(tmp_path: Path) -> None:
+    run = many_runs.make(tmp_path / "runs", 2)[1]  # finished as job 101, three attempts
+    # A submission that is written down after its job has begun; a successor, the line about which comes after its start.
+    for said in ({"event": Event.SUBMITTED, "attempt": 0, "job_id": "101"}, {"event": Event.REQUEUE, "attempt": 1, "job_id": "101", "successor": "7"}):
+        ledger.append(run.ledger, **said)
+        assert show.collect([run], {"7": ("PENDING", "", "")})[0].job_id == "101"
+    ledger.append(run.ledger, Event.REQUEUE, attempt=3, job_id="101", successor="8")
+    assert show.collect([run], {"8": ("PENDING", "Dependency", "")})[0].job_id == "8"
+    # A person is told the number of the process that was submitted; training is a child of it.
+    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="local-5")
+    ledger.append(run.ledger, Event.START, attempt=4, job_id="local-6", world=1)
+    assert show.collect([run], {})[0].job_id == "local-5"
 
 
 def test_the_share_of_the_peak_is_the_one_that_training_logs(tmp_path: Path) -> None:

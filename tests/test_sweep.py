@@ -403,6 +403,22 @@ def test_a_journal_that_cannot_be_read_is_written_anew_from_the_runs(tmp_path: P
     assert "written anew from the runs" in capsys.readouterr().err and bool(list(run.path.glob("study.journal.damaged-*"))) == (damage != "gone")
 
 
+def test_a_trial_that_a_person_resumed_is_not_submitted_a_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, described = made(tmp_path, "SEED=1,2")
+    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="1")
+    for number, cause in enumerate((Cause.CANCELLED, Cause.FINISHED)):
+        trial.take_up(run.member(number), "1_0")
+        ends(run.member(number), cause, {100: 2.0})
+    monkeypatch.setattr(sweep_show, "ask_queue", lambda run: ({"9_0": ("PENDING", "Priority", "")}, ""))
+    assert [row.state for row in sweep_show.trials_of(run, described, sweep_show.ask_queue(run)[0])] == ["cancelled", "finished"]
+    ledger.append(run.member(0).ledger, Event.SUBMITTED, attempt=0, job_id="9_0", by="resume")
+    assert [(row.state, row.job_id) for row in sweep_show.trials_of(run, described, sweep_show.ask_queue(run)[0])] == [("waiting", "9_0"), ("finished", "1_0")]
+    assert sweep.resume([str(run.path)], tmp_path, trials=None, parallel=None, local=False, wait=False, as_json=False) == Exit.DONE
+    assert "every trial is over, waits or runs; nothing was submitted" in capsys.readouterr().out
+
+
 def test_a_failed_trial_that_a_person_resumed_to_its_end_counts_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, described = made(tmp_path, "LR=1e-4..1e-2:log", trials=4, pruner="median")
     for number in range(3):
