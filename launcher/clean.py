@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jobs import ckpt_format, lease, ledger, run_folders
-from jobs.contract import Exit
+from jobs.contract import Event, Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
 from jobs.sources import load
-from launcher import show, table
+from launcher import show, table, trial
 
 _TRASH, _STAGING = ".trash-", ".staging-"
 # What lies aside for so long was left by a command that was killed.
@@ -93,7 +93,7 @@ def _look(run: RunDir, queue: dict[str, tuple[str, str, str]] | None, silent: bo
         return Candidate(run.id, str(run.path), "", 0.0, 0, why)
     members = [run.member(int(path.name)) for path in run.members.iterdir() if path.name.isdigit()] if run.has_members else [run]
     rows = show.collect([member for member in members if member.job_yaml.exists()], queue)
-    states = {row.state for row in rows}
+    states = {row.state for row in rows} | ({"waiting"} if queue is None and _not_begun(run, members) else set())
     touched = max(_touched(one) for one in {run, *members})
     state = next((word for word in (*_LIVE, "stopped", "failed", "damaged", "cancelled") if word in states), "finished" if states else "stopped")
     if state in _LIVE:
@@ -125,6 +125,12 @@ def _is_queued(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> bo
     """Whether Slurm has any job that ever belonged to a run, whatever the run's own state: a job array is one number for all."""
     known = {str(job_id).partition("_")[0] for event in ledger.read(run.ledger) for job_id in (event["job_id"], event.get("successor"))}
     return any(job_id.partition("_")[0] in known for job_id in queue or {})
+
+
+def _not_begun(run: RunDir, members: Sequence[RunDir]) -> bool:
+    """Whether a sweep that was submitted has trials that nobody has taken up: where Slurm cannot be asked, they wait."""
+    submitted = run.has_members and any(event["event"] == Event.SUBMITTED for event in ledger.read(run.ledger))
+    return submitted and any(not member.job_yaml.exists() and not trial.values_of(member)[1] for member in members)
 
 
 def not_ours(run: RunDir) -> str:

@@ -45,10 +45,10 @@ def made(folder: Path, name: str, cause: str | None = "finished", age_s: float =
     return run
 
 
-def cleaned(folder: Path, *words: str, code: int = 0) -> dict[str, str]:
-    """Run -> why it was left (empty: it goes), as the command says it on a machine without Slurm."""
+def cleaned(folder: Path, *words: str, code: int = 0, queue: dict[str, tuple[str, str, str]] | None = None, trouble: str = "") -> dict[str, str]:
+    """Run -> why it was left (empty: it goes), as the command says it on a machine without Slurm, or where squeue says `queue`."""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), mock.patch("launcher.show.ask_queue", lambda: (None, "")):
+    with contextlib.redirect_stdout(out), mock.patch("launcher.show.ask_queue", lambda: (queue, trouble)):
         assert run_app(["clean", "--json", *words, f"RUNS_DIR={folder}"]) == code, out.getvalue()
     return {one["run"]: one["why_left"] for one in json.loads(out.getvalue())["runs"]} if out.getvalue() else {}
 
@@ -128,6 +128,21 @@ def test_an_array_goes_as_a_whole_or_stays(tmp_path: Path) -> None:
     ledger.append(array.member(1).ledger, Event.END, attempt=1, job_id="local-1", cause="finished", step=5, saved_step=5)
     assert cleaned(runs, "many", "--yes") == {"many": ""}
     assert names(runs) == []
+
+
+def test_a_sweep_whose_last_trials_have_not_begun_stays_where_slurm_cannot_be_asked(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    array = made(runs, "many", job_id="7")
+    made(array.members, "0", job_id="7_0")
+    (array.member(1).path / "logs").mkdir(parents=True)
+    for trouble in ("", "Slurm does not answer"):
+        assert cleaned(runs, "many", "--yes", trouble=trouble) == {"many": "it is waiting"}
+    assert cleaned(runs, "many", queue={"7_1": ("PENDING", "Priority", "")}) == {"many": "a job of it is queued"}
+    # Values that cannot be run are an end too.
+    array.member(1).trial.write_text(json.dumps({"number": 1, "values": {}, "problem": "trial 1 cannot be run"}))
+    assert cleaned(runs, "many", trouble="Slurm does not answer") == {"many": ""}
+    array.member(1).trial.unlink()
+    assert cleaned(runs, "many", "--yes", queue={}) == {"many": ""}
 
 
 def test_checkpoints_and_records_can_be_kept(tmp_path: Path) -> None:
