@@ -65,6 +65,15 @@ def all_runs(runs_dir: Path) -> list[RunDir]:
     for path in _children(runs_dir):
         run = RunDir(path.absolute())
         found += members_of(run) if run.has_members else [run]
+    return _oldest_first(found)
+
+
+def runs_and_arrays(runs_dir: Path) -> list[RunDir]:
+    """Every run and array directly under a runs directory, oldest first."""
+    return _oldest_first([RunDir(path.absolute()) for path in _children(runs_dir)])
+
+
+def _oldest_first(found: list[RunDir]) -> list[RunDir]:
     made = [(time, run) for run in found if (time := _made(run)) is not None]
     return [run for _, run in sorted(made, key=lambda pair: (pair[0], pair[1].path.parts))]
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jobs import ckpt_format, lease, ledger, run_folders
+from jobs import ckpt_format, lease, ledger, run_folders, space
 from jobs.contract import Event, Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
@@ -164,20 +164,26 @@ def _why_left(one: Candidate, age_s: float | None, failed: bool, chosen: bool, n
         return f"last touched {show.ago(one.touched)}"
     if failed and one.state != "failed":
         return f"it is {one.state}, not failed"
-    user = next((run for path, run in needed.items() if path == one.path or path.startswith(one.path + os.sep)), "")
+    places = {one.path, os.path.realpath(one.path)}
+    user = next((run for path, run in needed.items() if any(path == place or path.startswith(place + os.sep) for place in places)), "")
     return f"run {user} starts from it" if user and user != one.run else ""
 
 
 def _needed(folder: Path) -> dict[str, str]:
-    """Path -> run, of everything that a run which is there takes its weights from."""
-    found = {}
-    for run in run_folders.all_runs(folder):
+    """Path -> run, of everything that a run which is there takes its weights from. Of an array also what its tasks will begin with."""
+    found: dict[str, str] = {}
+    arrays = [run for run in run_folders.runs_and_arrays(folder) if run.has_members]
+    for run in [*run_folders.all_runs(folder), *arrays]:
         try:
-            job = load(run.job_yaml)
+            wanted = [load(run.job_yaml).init_from]
+            if run.has_members and run.sweep.exists():
+                wanted += [choice for dimension in space.load(run.sweep).over if dimension.name == "init_from" for choice in dimension.choices]
         except HoldfastError:
             continue
-        if job.init_from:
-            found[os.path.abspath(job.init_from)] = run.id
+        for path in filter(None, wanted):
+            # Both as it is written and where it leads: on either way may be a link.
+            written = os.path.abspath(os.path.expanduser(path))
+            found |= {written: run.id, os.path.realpath(written): run.id}
     return found
 
 

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 from conftest import REPOSITORY, Cluster, until
 
-from jobs import ckpt_format, ledger, own_ckpt
+from jobs import ckpt_format, ledger, own_ckpt, space_words
 from jobs.contract import Event
 from jobs.errors import SettingError
 from jobs.rundir import RunDir
@@ -116,6 +116,26 @@ def test_what_is_not_certainly_a_run_of_ones_own_that_is_over_stays(tmp_path: Pa
     assert (elsewhere.path / "job.yaml").exists(), "a link inside of a run was followed"
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
     assert clean.not_ours(base) == "it belongs to somebody else"
+
+
+def test_what_a_queued_array_will_start_from_stays_and_so_does_what_is_reached_by_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = tmp_path / "runs"
+    for name in ("a", "b", "c", "d", "e"):
+        made(runs, name)
+    (tmp_path / "link").symlink_to(runs)
+    (tmp_path / "best").symlink_to(runs / "b" / "checkpoints" / "step-00000005")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    array = made(runs, "many", None, job_id="7", init_from=str(tmp_path / "link" / "a"))
+    (array.member(0).path / "logs").mkdir(parents=True)
+    made(runs, "by-link", None, init_from=str(tmp_path / "best")), made(runs, "of-home", None, init_from="~/runs/c")
+    search = made(runs, "search", None, job_id="8")
+    (search.member(0).path / "logs").mkdir(parents=True)
+    search.sweep.write_text(space_words.define([f"INIT_FROM={runs}/e,/elsewhere"], {}, None, "", 256).model_dump_json())
+    said = cleaned(runs, "a", "b", "c", "d", "e", "--yes", queue={"7_0": ("PENDING", "Priority", "")})
+    starts = {"a": "many", "b": "by-link", "c": "of-home", "e": "search"}
+    assert said == {"d": ""} | {run: f"run {user} starts from it" for run, user in starts.items()}
+    # The runs directory itself may be named by a link.
+    assert cleaned(tmp_path / "link", "a", "b", "--yes") == {"a": "run many starts from it", "b": "run by-link starts from it"}
 
 
 def test_an_array_goes_as_a_whole_or_stays(tmp_path: Path) -> None:
