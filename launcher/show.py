@@ -243,7 +243,7 @@ def _state(
     )
     if last and last.cause is None:
         if last.job_id.startswith(LOCAL):
-            return ("running", history) if _works(last.job_id) else ("stopped", f"its process is gone; holdfast resume {run.id}")
+            return ("running", history) if _works(run, last) else ("stopped", f"its process is gone; holdfast resume {run.id}")
         return ("running", history) if queue is None else gone
     if last is None:
         if queue is None and not job_id.startswith(LOCAL):
@@ -265,10 +265,11 @@ def _progress(run: RunDir, attempts: list[ledger.Attempt], logged: int) -> int:
         return attempts[-1].step or logged
 
 
-def _works(job_id: str) -> bool:
-    """Whether the process behind a local run still works."""
-    number = job_id.removeprefix(LOCAL)
-    return number.isdigit() and lease.alive(int(number))
+def _works(run: RunDir, attempt: ledger.Attempt) -> bool:
+    """Whether the process behind a local attempt still works; its number alone may be another one's by now."""
+    number = attempt.job_id.removeprefix(LOCAL)
+    stamp = lease.owner_of(run, attempt.number).get("stamp")
+    return number.isdigit() and lease.alive(int(number)) and (not stamp or lease.process_stamp(int(number)) == stamp)
 
 
 def is_recent(row: RunStatus) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import many_runs
-from jobs import ledger, metrics, plain_yaml, run_folders, yaml_text
+from jobs import lease, ledger, metrics, plain_yaml, run_folders, yaml_text
 from jobs.contract import Event
 from jobs.rundir import RunDir
 from jobs.settings import Job
@@ -137,6 +138,17 @@ def test_the_job_of_a_run_is_the_one_that_came_last(tmp_path: Path) -> None:
     ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="local-5")
     ledger.append(run.ledger, Event.START, attempt=4, job_id="local-6", world=1)
     assert show.collect([run], {})[0].job_id == "local-5"
+
+
+def test_a_process_with_the_number_of_one_that_is_gone_is_not_the_run(tmp_path: Path) -> None:
+    run = many_runs.make(tmp_path / "runs", 5)[4]
+    pid = os.getpid()
+    owner = {"job_id": f"local-{pid}", "host": socket.gethostname(), "pid": pid, "stamp": lease.process_stamp(pid)}
+    assert lease.claim(run, 1, owner) and lease.claim(run, 2, {**owner, "stamp": "another boot:77"})
+    for number, state in ((1, "running"), (2, "stopped")):
+        ledger.append(run.ledger, Event.START, attempt=number, job_id=f"local-{pid}", world=1)
+        assert show.collect([run], {})[0].state == state
+    assert "its process is gone" in show.collect([run], {})[0].note
 
 
 def test_the_share_of_the_peak_is_the_one_that_training_logs(tmp_path: Path) -> None:
