@@ -14,18 +14,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from jobs import goodput, lease, ledger, metrics, run_folders
-from jobs.contract import LOCAL, Cause, Event
+from jobs import goodput, ledger, metrics, run_folders
+from jobs.contract import Event
 from jobs.errors import HoldfastError, SubmitError
 from jobs.rundir import RunDir
-from jobs.settings import Job
 from jobs.sources import load
-from jobs.verdict import budgets_of, judge
-from launcher import table
+from launcher import run_state, table
 from launcher.left_behind import clock_record
 from slurm.client import Slurm
 from slurm.reasons import in_words
-from slurm.states import base
 
 _DAY_S = 86_400
 # Lines of metrics that say how fast a run is just now.
@@ -148,9 +145,9 @@ def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> Ru
         return RunStatus(run.id, str(run.path), "damaged", "", 0, 0, 0, None, None, 0, [], None, None, str(err).splitlines()[0])
     events = ledger.read(run.ledger)
     attempts = ledger.attempts(events)
-    job_id = _newest_job(events)
+    job_id = run_state.newest_job(events)
     saves = [event for event in events if event["event"] == Event.CHECKPOINT]
-    state, note = _state(run, job, events, attempts, job_id, queue)
+    state, note = run_state.state_of(run, job, events, attempts, job_id, queue)
     lines = metrics.tail(run.metrics, _PACE_LINES if state == "running" else 1)
     last = lines[-1] if lines else {}
     step = _progress(run, attempts, int(last.get("step", 0)))
@@ -180,23 +177,6 @@ def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> Ru
     )
 
 
-def _newest_job(events: list[dict[str, Any]]) -> str:
-    """The job that the ledger has last: submitted, begun, or submitted by the one before as its successor. Empty before the first."""
-    job_id, number, begun = "", 0, set()
-    for event in events:
-        said = str(event["job_id"])
-        if event["event"] == Event.START:
-            number = max(number, event["attempt"])
-            begun.add(said)
-            # A local submission trains in a child of the process that the person was told of.
-            job_id = job_id if said.startswith(LOCAL) and job_id.startswith(LOCAL) else said
-        elif event["event"] == Event.SUBMITTED and said not in begun:  # a quick job begins before its submission is written down
-            job_id = said
-        elif event["event"] == Event.REQUEUE and event.get("successor") and event["attempt"] >= number:
-            job_id = str(event["successor"])
-    return job_id
-
-
 def spent_by(run: RunDir, events: list[dict[str, object]], *, running: bool) -> goodput.Account:
     """Where the time of a run went, an attempt that still runs included."""
     newest = max((attempt.number for attempt in ledger.attempts(events)), default=0)
@@ -211,51 +191,6 @@ def _pace(lines: list[dict[str, Any]]) -> float | None:
     return median((new["time"] - old["time"]) / (new["step"] - old["step"]) for old, new in pairs) if pairs else None
 
 
-def _state(
-    run: RunDir, job: Job, events: list[dict[str, object]], attempts: list[ledger.Attempt], job_id: str, queue: dict[str, tuple[str, str, str]] | None
-) -> tuple[str, str]:
-    lost = sum(attempt.lost_steps for attempt in attempts)
-    stops = [attempt.cause.value.replace("_", " ") for attempt in attempts[:-1] if attempt.cause]
-    history = f"{len(stops)} interruption{'s' if len(stops) > 1 else ''} ({', '.join(dict.fromkeys(stops))}), {lost} steps lost" if stops else ""
-    last = attempts[-1] if attempts else None
-    queued = (queue or {}).get(job_id)
-    # Submitted since the newest attempt, as `resume` does; where Slurm cannot be asked, it waits.
-    resumed = bool(attempts and job_id) and not job_id.startswith(LOCAL) and all(attempt.job_id != job_id for attempt in attempts)
-    waits = resumed and (queue is None or queued is not None)
-    if last and last.cause is Cause.FINISHED and not waits:
-        return "finished", history
-    if last and last.cause is Cause.PRUNED and not waits:
-        return "finished", last.evidence
-    if queued:
-        state = base(queued[0])
-        if state == "PENDING":
-            return "waiting", "; ".join(
-                filter(None, [f"{last.cause.value.replace('_', ' ')}, queued again" if last and last.cause else "", in_words(queued[1])])
-            )
-        return "running", history
-    if waits:
-        return "waiting", ""
-    verdict = judge(events, budgets_of(job))
-    gone = (
-        ("stopped", f"job {job_id} is gone from the queue; holdfast resume {run.id}")
-        if verdict.reason != "cancelled"
-        else ("cancelled", f"holdfast resume {run.id} goes on")
-    )
-    if last and last.cause is None:
-        if last.job_id.startswith(LOCAL):
-            return ("running", history) if _works(run, last) else ("stopped", f"its process is gone; holdfast resume {run.id}")
-        return ("running", history) if queue is None else gone
-    if last is None:
-        if queue is None and not job_id.startswith(LOCAL):
-            return "waiting", ""
-        return ("waiting", "") if job_id.startswith(LOCAL) else gone if job_id else ("stopped", "never submitted")
-    if last.cause is Cause.CANCELLED or verdict.reason == "cancelled":
-        return "cancelled", f"holdfast resume {run.id} goes on"
-    if verdict.again:
-        return "stopped", f"{last.cause.value.replace('_', ' ') if last.cause else ''}; holdfast resume {run.id}"
-    return "failed", f"{last.evidence} (holdfast logs {run.id})"
-
-
 def _progress(run: RunDir, attempts: list[ledger.Attempt], logged: int) -> int:
     if not attempts:
         return logged
@@ -263,13 +198,6 @@ def _progress(run: RunDir, attempts: list[ledger.Attempt], logged: int) -> int:
         return int(run.attempt(attempts[-1].number).progress.read_text())
     except (OSError, ValueError):
         return attempts[-1].step or logged
-
-
-def _works(run: RunDir, attempt: ledger.Attempt) -> bool:
-    """Whether the process behind a local attempt still works; its number alone may be another one's by now."""
-    number = attempt.job_id.removeprefix(LOCAL)
-    stamp = lease.owner_of(run, attempt.number).get("stamp")
-    return number.isdigit() and lease.alive(int(number)) and (not stamp or lease.process_stamp(int(number)) == stamp)
 
 
 def is_recent(row: RunStatus) -> bool:
