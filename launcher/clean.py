@@ -20,7 +20,7 @@ from jobs.contract import Event, Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
 from jobs.sources import load
-from launcher import show, table, trial
+from launcher import run_state, show, table, trial
 
 _TRASH, _STAGING = ".trash-", ".staging-"
 # What lies aside for so long was left by a command that was killed.
@@ -100,10 +100,12 @@ def _look(run: RunDir, queue: dict[str, tuple[str, str, str]] | None, silent: bo
         why = f"it is {state}"
     elif any(_is_queued(one, queue) for one in {run, *members}):
         why = "a job of it is queued"
+    elif elsewhere := next(filter(None, (run_state.begun_elsewhere(one, ledger.attempts(ledger.read(one.ledger))) for one in members)), ""):
+        why = f"it was {elsewhere}"
     elif silent and state != "finished":
         why = "Slurm does not answer, so nobody knows whether it is queued"
     elif state == "stopped" and time.time() - touched < _FRESH_S and any(_is_open(one) for one in members):
-        # A submit that is at work just now, a run on another machine, another cluster's job: from here nobody can see them.
+        # A submit that is at work just now, another cluster's job: from here nobody can see them.
         why = f"it has no end yet and was written to {show.ago(touched)}"
     return Candidate(run.id, str(run.path), state, touched, size_of(run.path), why)
 

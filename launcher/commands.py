@@ -11,12 +11,12 @@ from pathlib import Path
 
 from jobs import access, ledger, run_folders
 from jobs.contract import LOCAL, Cause, Event, Exit
-from jobs.errors import SettingError, SubmitError
+from jobs.errors import RunOwnedError, SettingError, SubmitError
 from jobs.rundir import RunDir
 from jobs.setting_names import setting_name
 from jobs.settings import Job, group_of, names
 from jobs.sources import Resolved, load
-from launcher import show, show_settings
+from launcher import run_state, show, show_settings
 from launcher.doctor import said_at_submit
 from launcher.local import gpus_here, run_attempts
 from launcher.prepare import prepare, resolve_here, resolve_members
@@ -107,6 +107,8 @@ def resume_run(run: RunDir, local: bool, words: Sequence[str] = (), allow: bool 
     state = show.collect([run], show.ask_queue()[0])[0]
     if state.state in ("running", "waiting"):
         raise SettingError(f"run {run.id} is {state.state} as job {state.job_id}; holdfast cancel {run.id} stops it first.")
+    if elsewhere := run_state.begun_elsewhere(run, attempts):
+        raise RunOwnedError(f"run {run.id} was {elsewhere}")
     if not (local or (attempts and attempts[-1].job_id.startswith(LOCAL))) and Slurm.available():
         queued = taken_over(run, Slurm())
         if queued is not None:

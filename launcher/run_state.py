@@ -1,5 +1,7 @@
 """What a run is doing, and as which job: read from its ledger and one answer of squeue."""
 
+import socket
+from collections.abc import Sequence
 from typing import Any
 
 from jobs import lease, ledger
@@ -61,7 +63,9 @@ def state_of(
     )
     if last and last.cause is None:
         if last.job_id.startswith(LOCAL):
-            return ("running", history) if _works(run, last) else ("stopped", f"its process is gone; holdfast resume {run.id}")
+            return (
+                ("running", history) if _works(run, last) else ("stopped", begun_elsewhere(run, attempts) or f"its process is gone; holdfast resume {run.id}")
+            )
         return ("running", history) if queue is None else gone
     if last is None:
         if queue is None and not job_id.startswith(LOCAL):
@@ -79,3 +83,13 @@ def _works(run: RunDir, attempt: ledger.Attempt) -> bool:
     number = attempt.job_id.removeprefix(LOCAL)
     stamp = lease.owner_of(run, attempt.number).get("stamp")
     return number.isdigit() and lease.alive(int(number)) and (not stamp or lease.process_stamp(int(number)) == stamp)
+
+
+def begun_elsewhere(run: RunDir, attempts: Sequence[ledger.Attempt]) -> str:
+    """Of a run whose newest attempt is a local one of another machine without an end: that nobody can tell what became of it. Else empty."""
+    number = lease.newest(run)
+    owner = {} if any(attempt.number == number and attempt.cause for attempt in attempts) else lease.owner_of(run, number)
+    host = owner.get("host")
+    if not str(owner.get("job_id")).startswith(LOCAL) or host in (None, socket.gethostname()):
+        return ""
+    return f"begun on {host} without Slurm, and from here nobody can see whether it still runs. If it does not, delete {run.attempt(number).owner}."

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 from conftest import REPOSITORY, Cluster, until
 
-from jobs import ckpt_format, ledger, own_ckpt, space_words
+from jobs import ckpt_format, lease, ledger, own_ckpt, space_words
 from jobs.contract import Event
 from jobs.errors import SettingError
 from jobs.rundir import RunDir
@@ -136,6 +136,18 @@ def test_what_a_queued_array_will_start_from_stays_and_so_does_what_is_reached_b
     assert said == {"d": ""} | {run: f"run {user} starts from it" for run, user in starts.items()}
     # The runs directory itself may be named by a link.
     assert cleaned(tmp_path / "link", "a", "b", "--yes") == {"a": "run many starts from it", "b": "run by-link starts from it"}
+
+
+def test_a_local_run_of_another_machine_stays_until_it_has_an_end_or_is_said_to_be_gone(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    run = made(runs, "far", None, 9 * DAY_S, job_id="local-999999999")
+    assert lease.claim(run, 1, {"job_id": "local-999999999", "host": "gpubox", "pid": 999_999_999, "stamp": "x:1"})
+    (why,) = cleaned(runs, "far", "--yes").values()
+    assert why.startswith("it was begun on gpubox without Slurm") and f"delete {run.attempt(1).owner}" in why
+    shutil.copytree(run.path, runs / "ended")
+    ledger.append(RunDir(runs / "ended").ledger, Event.END, attempt=1, job_id="local-999999999", cause="finished", step=5, saved_step=5)
+    run.attempt(1).owner.unlink()
+    assert cleaned(runs, "far", "ended", "--yes") == {"far": "", "ended": ""}
 
 
 def test_an_array_goes_as_a_whole_or_stays(tmp_path: Path) -> None:

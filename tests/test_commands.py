@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, SMALL, Cluster, losses, until, weights_sha
 
-from jobs import ledger
+from jobs import lease, ledger
+from jobs.contract import Event, Exit
 from jobs.rundir import RunDir
+from launcher.cli import run_app
 from launcher.local import pid_of_rank
+from launcher.prepare import prepare, resolve_here
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")
 ONE = {**SMALL, "NODES": "1", "GPUS_PER_NODE": "1", "DEVICE": "cpu", "MAX_STEPS": "60", "CHECKPOINT_EVERY": "20", "EVAL_EVERY": "30"}
@@ -195,6 +198,19 @@ def test_run_trains_in_the_foreground_and_ctrl_c_saves_and_resume_goes_on(tmp_pa
     reference = RunDir(runs / "quickstart-straight")
     assert weights_sha(run) == weights_sha(reference)
     assert losses(run) == losses(reference)
+
+
+@pytest.mark.parametrize("words", [["--local"], ["--local", "TIME_LIMIT=5"], ["TIME_LIMIT=5"]], ids=" ".join)
+def test_a_local_run_of_another_machine_is_not_resumed_and_stays_as_it_is(tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = prepare(resolve_here([f"RUNS_DIR={tmp_path}/runs", "RUN_ID=far", "DEVICE=cpu"], {}, tmp_path), tmp_path, sys.executable)
+    run.stop_file.touch()
+    assert lease.claim(run, 1, {"job_id": "local-999999999", "host": "gpubox", "pid": 999_999_999, "stamp": "x:1"})
+    ledger.append(run.ledger, Event.START, attempt=1, job_id="local-999999999", world=1)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    assert run_app(["resume", str(run.path), *words]) == Exit.REQUEUE
+    said = capsys.readouterr().err
+    assert "was begun on gpubox without Slurm" in said and f"delete {run.attempt(1).owner}" in said
+    assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
 
 
 @pytest.mark.trains
