@@ -100,7 +100,7 @@ def runs_in(run: RunDir) -> list[RunDir]:
 
 
 def find(word: str | None, runs_dir: Path) -> RunDir:
-    """The run that a person means: a directory, an id, a name (its newest run), or nothing (the newest of all).
+    """The run or array that a person means: a directory, an id, a name (the newest of it), or nothing (the newest run of all).
 
     Raises NotFoundError that names what there is."""
     if word:
@@ -113,7 +113,8 @@ def find(word: str | None, runs_dir: Path) -> RunDir:
         if runs:
             return runs[-1]
         raise NotFoundError(f"there is no run in {runs_dir}/ yet; holdfast submit makes one")
-    for run in reversed(runs):
+    # Arrays before their tasks: a name or an id that an array shares with them means all of it.
+    for run in [*reversed(runs_and_arrays(runs_dir)), *reversed(runs)]:
         name, _, run_id = run.id.rpartition("-")
         if word in (run.id, run_id, name):
             return run

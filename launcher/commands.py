@@ -151,6 +151,11 @@ def cancel_run(run: RunDir) -> None:
 
 
 def _cancel_array(array: RunDir) -> None:
+    if array.sweep.exists():
+        from launcher import sweep  # knows the trials that have not begun, too
+
+        sweep.cancel([str(array.path)], Path.cwd())
+        return
     members = run_folders.runs_in(array)
     live = [(member, state) for member, state in zip(members, show.collect(members, show.ask_queue()[0]), strict=True) if state.state in ("running", "waiting")]
     if not live:

@@ -1,6 +1,7 @@
 """Many runs at once: an array means what its runs would mean one by one, and a thousand of them are one quick submission."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from counting import counted
 
 from jobs import ledger, run_folders
 from jobs.contract import Exit
-from jobs.errors import HoldfastError, SettingError
+from jobs.errors import HoldfastError, NotFoundError, SettingError
 from jobs.rundir import RunDir
 from jobs.sources import load
 from launcher import prepare
@@ -86,6 +87,25 @@ def array_of(runs: Path, run_id: str, count: int, *words: str) -> RunDir:
     words = (f"RUNS_DIR={runs}", "JOB_NAME=t", f"RUN_ID={run_id}", *words)
     members = resolve_members(words, [[f"SEED={seed}"] for seed in range(count)], {}, runs.parent)
     return prepare.prepare(resolve_here(words, {}, runs.parent), runs.parent, "python3", members)[0]
+
+
+def test_a_name_or_an_id_of_an_array_means_the_array(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    array = array_of(runs, "q1", 3)
+    for word in ("t", "q1", "t-q1", str(array.path)):
+        assert run_folders.find(word, runs) == array
+    for word in ("q1.2", "t-q1.2", str(array.member(2).path)):
+        assert run_folders.find(word, runs) == array.member(2)
+    assert run_folders.find(None, runs).is_member
+    # A name means the newest, array or not, whenever its tasks were made.
+    other = array_of(runs, "a0", 2)
+    single = array_of(runs, "z9", 0)
+    os.utime(array.member(1).job_yaml, ns=(2 * other.job_yaml.stat().st_mtime_ns,) * 2)
+    assert run_folders.find("t", runs) == single
+    shutil.rmtree(single.path)
+    assert run_folders.find("t", runs) == other
+    with pytest.raises(NotFoundError, match="no run 'q'"):
+        run_folders.find("q", runs)
 
 
 @pytest.mark.parametrize("words", [[], ["--local"], ["TIME_LIMIT=5"], ["MAX_STEPS=2000", "--allow-change"]], ids=" ".join)

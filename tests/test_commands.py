@@ -258,7 +258,7 @@ def test_an_array_is_shown_and_cancelled_as_a_whole(cluster: Cluster) -> None:
     shown = json.loads(cluster.holdfast("status", "--json", answer["path"]).stdout)
     assert [row["run"] for row in shown] == [f"{answer['run']}.{index}" for index in range(12)]
     assert {row["state"] for row in shown} == {"waiting"}
-    assert "cancelled 12 runs of array" in cluster.holdfast("cancel", answer["path"]).stdout
+    assert "cancelled 12 runs of array" in cluster.holdfast("cancel", answer["run"].rpartition("-")[2]).stdout  # by its id
     until(lambda: not cluster.slurm("squeue", "-h", "-j", answer["job_id"]), 30, "the tasks to leave the queue")
     assert "nothing to cancel" in cluster.holdfast("cancel", answer["path"]).stdout
 

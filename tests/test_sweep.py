@@ -24,6 +24,7 @@ from jobs.sources import load
 from jobs.space import Dimension, Sweep
 from jobs.yaml_text import dump_yaml
 from launcher import pruning, study, sweep, sweep_show, trial
+from launcher.cli import run_app
 from launcher.prepare import resolve_here
 
 BASE = resolve_here(["NODES=1", "GPUS_PER_NODE=1", "DEVICE=cpu"], {}, REPOSITORY)
@@ -401,6 +402,20 @@ def test_a_journal_that_cannot_be_read_is_written_anew_from_the_runs(tmp_path: P
     after = [(t.number, t.state.name, t.params, t.value) for t in study.opened(run, described).get_trials()]
     assert after[:4] == before[:4] and after[4][1] == "RUNNING"
     assert "written anew from the runs" in capsys.readouterr().err and bool(list(run.path.glob("study.journal.damaged-*"))) == (damage != "gone")
+
+
+def test_cancel_with_the_name_of_a_sweep_stops_the_trials_that_have_not_begun_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = made(tmp_path, "SEED=1,2,3")
+    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="1")
+    trial.take_up(run.member(0), "1_0")
+    ledger.append(run.member(0).ledger, Event.START, attempt=1, job_id="1_0", world=1)
+    queue = {"1_0": ("RUNNING", "None", "node1"), "1_1": ("PENDING", "Priority", ""), "1_2": ("PENDING", "Priority", "")}
+    monkeypatch.setattr(sweep_show, "ask_queue", lambda run: (queue, ""))
+    told: list[str] = []
+    monkeypatch.setattr(sweep.Slurm, "run", lambda self, *words: told.extend(words))
+    assert run_app(["cancel", "search", f"RUNS_DIR={tmp_path}"]) == Exit.DONE
+    assert told == ["scancel", "1_0", "1_1", "1_2"]
+    assert ledger.read(run.member(0).ledger)[-1]["event"] == Event.CANCEL
 
 
 def test_a_trial_that_a_person_resumed_is_not_submitted_a_second_time(
