@@ -10,7 +10,7 @@ from jobs.rundir import RunDir
 from jobs.settings import Job
 from jobs.verdict import budgets_of, judge
 from slurm.reasons import in_words
-from slurm.states import base
+from slurm.states import WAITING, base
 
 
 def newest_job(events: list[dict[str, Any]]) -> str:
@@ -47,8 +47,7 @@ def state_of(
     if last and last.cause is Cause.PRUNED and not waits:
         return "finished", last.evidence
     if queued:
-        state = base(queued[0])
-        if state == "PENDING":
+        if base(queued[0]) in WAITING:
             return "waiting", "; ".join(
                 filter(None, [f"{last.cause.value.replace('_', ' ')}, queued again" if last and last.cause else "", in_words(queued[1])])
             )

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -65,7 +66,7 @@ FIELDS: dict[str, str] = {
     "attempt": "number of the newest attempt; 0 before the first",
     "step": "the last optimizer step that was done",
     "max_steps": "optimizer steps of the whole run",
-    "loss": "the last logged one, or null",
+    "loss": "the last logged one, or null; null also where it is no finite number",
     "tokens_per_s": "the last logged rate, or null",
     "lost_steps": "steps that were trained again after interruptions, over all attempts",
     "causes": "why each attempt that is over ended, oldest first",
@@ -96,11 +97,16 @@ def status(runs_dir: Path, word: str | None, as_json: bool, every: bool) -> None
     if not word and not every and not as_json:
         rows = [row for row in rows if is_recent(row)]
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        print(json.dumps([{name: _or_null(value) for name, value in asdict(row).items()} for row in rows], indent=1))
         return
     if trouble:
         print(trouble)
     print_runs(rows)
+
+
+def _or_null(value: Any) -> Any:
+    """None for NaN and infinity: a loss may be either, and JSON knows neither."""
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def print_runs(rows: Iterable[RunStatus]) -> None:

@@ -140,6 +140,31 @@ def test_the_job_of_a_run_is_the_one_that_came_last(tmp_path: Path) -> None:
     assert show.collect([run], {})[0].job_id == "local-5"
 
 
+@pytest.mark.parametrize("state", ["PENDING", "SPECIAL_EXIT", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING"])
+def test_a_job_that_waits_in_any_way_waits(tmp_path: Path, state: str) -> None:
+    run = many_runs.make(tmp_path / "runs", 3)[2]
+    row = show.collect([run], {"102": (state, "JobHeldUser", "")})[0]
+    assert row.state == "waiting" and row.queue_reason == "held by you: scontrol release starts it" == row.note
+
+
+@pytest.mark.parametrize("loss", ["NaN", "Infinity", "-Infinity"])
+def test_a_loss_that_is_no_number_is_null_in_json_and_itself_in_the_table(tmp_path: Path, loss: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = many_runs.make(tmp_path / "runs", 1)[0]
+    run.metrics.write_text(f'{{"step": 5, "loss": {loss}, "tokens_per_s": {loss}, "time": 1}}\n')
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    for as_json in (True, False):
+        show.status(tmp_path / "runs", run.id, as_json, every=True)
+        said = capsys.readouterr().out
+        if as_json:
+            (row,) = json.loads(said, parse_constant=refuse)
+            assert row["loss"] is None and row["tokens_per_s"] is None
+        else:
+            assert f" {float(loss)} " in said
+
+
 def test_a_process_with_the_number_of_one_that_is_gone_is_not_the_run(tmp_path: Path) -> None:
     run = many_runs.make(tmp_path / "runs", 5)[4]
     pid = os.getpid()
