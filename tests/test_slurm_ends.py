@@ -1,7 +1,9 @@
 """The main promise, on a real Slurm, for what ends an attempt other than preemption: time limit, requeue, a killed rank, scancel."""
 
+import json
 import os
 import signal
+from typing import Any
 
 import pytest
 from conftest import SMALL, Cluster, assert_same_result, until
@@ -75,6 +77,31 @@ def test_scancel_stops_a_run_for_good_and_resume_goes_on(cluster: Cluster, undis
     attempts = cluster.finished(run)
     assert [attempt.cause.value for attempt in attempts if attempt.cause] == ["cancelled", "finished"], cluster.logs(run)
     assert_same_result(run, undisturbed_pair)
+
+
+def test_a_run_that_waits_again_is_said_to_wait_and_can_be_cancelled(cluster: Cluster) -> None:
+    def row() -> dict[str, Any]:
+        return dict(json.loads(cluster.holdfast("status", "--json", str(run.path)).stdout)[0])
+
+    run = cluster.submit(**PAIR)
+    cluster.at_step(run, 5)
+    first = cluster.job_id(run)
+    cluster.slurm("scontrol", "requeuehold", "State=SpecialExit", first)
+    until(lambda: cluster.slurm("squeue", "-h", "-j", first, "-o", "%T").strip() == "SPECIAL_EXIT", 60, "the job to be held")
+    until(lambda: ledger.attempts(ledger.read(run.ledger))[-1].cause, 30, "the end of the attempt")
+    held = row()
+    assert (held["state"], held["job_id"]) == ("waiting", first) and held["queue_reason"], held
+    assert f"cancelled job {first}" in cluster.holdfast("cancel", str(run.path)).stdout
+    until(lambda: not cluster.slurm("squeue", "-h", "-n", run.id).strip(), 30, "the job to leave the queue")
+    assert row()["state"] == "cancelled"
+    cluster.holdfast("resume", str(run.path), "SBATCH_OPTIONS=begin=now+1hour")
+    second = cluster.job_id(run)
+    again = row()
+    assert (again["state"], again["job_id"]) == ("waiting", second) and second != first, again
+    assert f"is waiting as job {second}" in cluster.holdfast("resume", str(run.path), check=False).stderr
+    assert f"cancelled job {second}" in cluster.holdfast("cancel", str(run.path)).stdout
+    until(lambda: not cluster.slurm("squeue", "-h", "-n", run.id).strip(), 30, "the job to leave the queue")
+    assert row()["state"] == "cancelled"
 
 
 def kill_rank(run: RunDir, rank: int) -> None:
