@@ -123,13 +123,13 @@ def test_a_mapping_is_refused_in_a_clear_line_or_arrives_unchanged(folder: Path,
 @given(value=anything)
 @examples(100)
 def test_text_that_an_environment_can_hold_arrives_from_there_unchanged(folder: Path, value: str) -> None:
-    environ = {"NOTE": value, "HOLDFAST_DATA": value}
+    environ = {"NOTE": value, "HOLDFAST_DATA": f"text:{value}"}
     try:
         job = resolve([], environ, folder, lambda word: sitefile.find(word, folder)).job
     except SettingError as err:
         assert {said.partition(":")[0] for said in str(err).splitlines()} == {"NOTE", "DATA"}
         return
-    assert (job.note, job.data) == (value, value)
+    assert (job.note, job.data) == (value, f"text:{value}")
 
 
 # -- through the script ------------------------------------------------------------------------------------------------
