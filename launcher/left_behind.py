@@ -15,6 +15,7 @@ from jobs.setting_types import parse_minutes
 from jobs.settings import Job
 from launcher.cause import Evidence
 from slurm.client import JobInfo, Slurm
+from slurm.states import is_lost
 
 # Where an attempt keeps the size that the batch log had when it began.
 LOG_OFFSET = "HOLDFAST_LOG_OFFSET"
@@ -166,7 +167,7 @@ def _lost(slurm: Slurm | None, nodes: list[str], job: Job, missing: Sequence[int
         states = slurm.node_states(wanted)
     except SubmitError:
         return []
-    return [node for node in wanted if any(word in states.get(node, "") for word in ("DOWN", "NOT_RESPONDING", "FAIL", "*"))]
+    return [node for node in wanted if is_lost(states.get(node, ""))]
 
 
 def _cancel_wished(run: RunDir) -> bool:

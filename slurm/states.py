@@ -1,4 +1,4 @@
-"""Slurm's job states and what each one says about an attempt: the one table of it."""
+"""Slurm's states of jobs and nodes, and what each one says about an attempt: the one table of it."""
 
 from jobs.contract import Cause
 
@@ -20,6 +20,9 @@ ENDED: dict[str, Cause] = {
 WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING"})
 RUNNING = frozenset({"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"})
 
+# Words of a node's state that say it is lost, or is given up.
+LOST_NODE = frozenset({"DOWN", "NOT_RESPONDING", "FAIL", "FAILING"})
+
 
 def base(state: str) -> str:
     """PREEMPTED for `PREEMPTED+`, CANCELLED for `CANCELLED by 1000`."""
@@ -29,3 +32,10 @@ def base(state: str) -> str:
 def is_live(state: str) -> bool:
     """Whether a job in this state holds nodes or may still get them."""
     return base(state) in WAITING | RUNNING
+
+
+def is_lost(state: str) -> bool:
+    """Whether a node in this state, such as `DOWN*+DRAIN`, is lost. One that saves power (`IDLE+CLOUD+POWERED_DOWN`) is not."""
+    # Behind a word stand marks: `*` for no answer, others for power and plans.
+    words = state.upper().split("+")
+    return "*" in state or any(word.rstrip("~#!%$@^-") in LOST_NODE for word in words)

@@ -25,9 +25,11 @@ from jobs.contract import LOCAL, Cause, Event
 from jobs.errors import HoldfastError, RunOwnedError, SubmitError
 from jobs.rundir import RunDir
 from jobs.settings import Job
+from jobs.sources import load
 from jobs.verdict import FINAL, UNLIMITED, Budgets, budgets_of, judge
 from jobs.yaml_text import dump_yaml
 from launcher import attempt, show
+from launcher.left_behind import evidence_of
 from launcher.prepare import resolve_here
 from slurm.client import Slurm
 
@@ -657,3 +659,17 @@ def test_ranks_killed_without_a_word_are_called_so_where_slurm_did_not_fail_to_a
     with mock.patch.object(slurm, "run", refuse):
         attempt.end(run, environ, slurm, 137, [])
     assert ledger.attempts(ledger.read(run.ledger))[0].cause == cause
+
+
+@pytest.mark.parametrize(
+    ("state", "lost"),
+    [
+        ("DOWN", True), ("DOWN*+DRAIN", True), ("IDLE*", True), ("IDLE+CLOUD+NOT_RESPONDING", True), ("FAIL", True), ("MIXED+FAILING", True), ("DOWN~", True),
+        ("IDLE+CLOUD+POWERED_DOWN", False), ("IDLE+CLOUD+POWERING_DOWN", False), ("IDLE+POWER_DOWN", False), ("ALLOCATED+CLOUD", False), ("IDLE~", False), ("", False),
+    ],
+)  # fmt: skip
+def test_a_node_is_lost_by_a_whole_word_of_its_state_and_not_while_it_saves_power(tmp_path: Path, state: str, lost: bool) -> None:
+    run, _ = made_run(tmp_path)
+    ledger.append(run.ledger, Event.START, attempt=1, job_id="7", nodes=["node1"], world=2)
+    with mock.patch.object(slurm := FakeSlurm(), "node_states", return_value={"node1": state}):
+        assert evidence_of(run, load(run.job_yaml), 1, "7", slurm).lost_nodes == (["node1"] if lost else [])
