@@ -128,6 +128,11 @@ def test_where_a_node_has_no_scontrol_squeue_says_whether_a_job_lives(tmp_path: 
     assert not programs(tmp_path / "b", scontrol=refused, squeue="echo '7|COMPLETED|None|node1'").is_live("7")
 
 
+@pytest.mark.parametrize("state", ["REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"])
+def test_a_job_that_is_held_lives_whatever_it_is_held_for(tmp_path: Path, state: str) -> None:
+    assert programs(tmp_path / "a", scontrol=f"echo 'JobId=7 JobState={state}'").is_live("7")
+
+
 def test_a_refusal_without_a_word_has_at_least_its_exit_code(tmp_path: Path) -> None:
     with pytest.raises(SubmitError, match=r"^scancel: exit code 3$"):
         programs(tmp_path / "a", scancel="exit 3").cancel("7")
