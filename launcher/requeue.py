@@ -28,15 +28,24 @@ def send_back(run: RunDir, job: Job, number: int, job_id: str, restarts: int, sl
             fields["successor"] = successor
         except SubmitError as err:
             way = f"could not be requeued: {refused}; and no successor could be submitted: {err}"
-    bad = avoided(ledger.read(run.ledger), job.avoid_node_h, time.time())
+    events = ledger.read(run.ledger)
+    bad = avoided(events, job.avoid_node_h, time.time())
+    # Slurm keeps a list of nodes over requeues: it is ours to take back when their time is over.
+    earlier = any(event["event"] == Event.REQUEUE and event.get("successor", event["job_id"]) == job_id and event.get("avoids") for event in events)
+    if bad:
+        fields["avoids"] = bad
     # What follows may be cut short: Slurm ends this script when its job is requeued. TERM is ignored here, KILL is not.
     ledger.append(run.ledger, Event.REQUEUE, attempt=number, job_id=job_id, way=way, **fields)
     print(f"holdfast: {way}", flush=True)
-    if bad:
+    if bad or earlier:
         try:
             waiting = fields.get("successor", job_id)
-            if slurm.partition_nodes(waiting) - len(bad) >= job.nodes:
-                slurm.exclude(waiting, sorted({*bad, *job.exclude}))
+            if bad and slurm.partition_nodes(waiting) - len(bad) >= job.nodes:
+                # In the order that was given: of node[1,3] each half is an item of its own.
+                slurm.exclude(waiting, [*job.exclude, *(node for node in bad if node not in job.exclude)])
                 print(f"holdfast: the next attempt stays away from {', '.join(bad)}", flush=True)
+            elif earlier:
+                slurm.exclude(waiting, job.exclude)
+                print("holdfast: nodes that earlier attempts stayed away from may be used again", flush=True)
         except (SubmitError, IndexError, ValueError) as err:
-            print(f"holdfast: the next attempt cannot be kept away from {', '.join(bad)}: {err}", flush=True)
+            print(f"holdfast: the nodes of the next attempt cannot be chosen ({', '.join(bad) or 'none'} to be avoided): {err}", flush=True)

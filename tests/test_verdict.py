@@ -31,6 +31,7 @@ from jobs.yaml_text import dump_yaml
 from launcher import attempt, show
 from launcher.left_behind import evidence_of
 from launcher.prepare import resolve_here
+from launcher.requeue import send_back
 from slurm.client import Slurm
 
 BUDGETS = budgets_of(Job())
@@ -673,3 +674,41 @@ def test_a_node_is_lost_by_a_whole_word_of_its_state_and_not_while_it_saves_powe
     ledger.append(run.ledger, Event.START, attempt=1, job_id="7", nodes=["node1"], world=2)
     with mock.patch.object(slurm := FakeSlurm(), "node_states", return_value={"node1": state}):
         assert evidence_of(run, load(run.job_yaml), 1, "7", slurm).lost_nodes == (["node1"] if lost else [])
+
+
+def left_out(run: RunDir, job: Job, number: int, job_id: str, slurm: FakeSlurm) -> tuple[str, ...]:
+    """Sends the job back at the end of an attempt, and returns what Slurm is told of its nodes."""
+    slurm.jobs[job_id].state, slurm.jobs[job_id].restarts = "RUNNING", number - 1
+    with mock.patch.object(slurm, "run", wraps=slurm.run) as ran, mock.patch("launcher.requeue.signal.signal"):
+        send_back(run, job, number, job_id, number - 1, slurm)
+    return next((call.args[2:] for call in ran.call_args_list if call.args[:2] == ("scontrol", "update")), ())
+
+
+def test_a_bad_node_is_left_out_beside_the_jobs_own_and_used_again_when_its_time_is_over(tmp_path: Path) -> None:
+    run, _ = made_run(tmp_path)
+    # As EXCLUDE=node[1,3] is read: split at the comma.
+    job = load(run.job_yaml).model_copy(update={"exclude": ("node[1", "3]")})
+    slurm = FakeSlurm()
+    job_id = slurm.new().id
+    assert left_out(run, job, 1, job_id, slurm) == ()
+    ledger.append(run.ledger, Event.BAD_NODE, attempt=1, job_id=job_id, node="node2", reason="x")
+    assert left_out(run, job, 2, job_id, slurm) == (f"JobId={job_id}", "ExcNodeList=node[1,3],node2")
+    later = mock.patch("launcher.requeue.time.time", return_value=time.time() + job.avoid_node_h * 3600 + 60)
+    with later:
+        assert left_out(run, job, 3, job_id, slurm) == (f"JobId={job_id}", "ExcNodeList=node[1,3]")
+        assert left_out(run, job.model_copy(update={"exclude": ()}), 4, job_id, slurm) == (f"JobId={job_id}", "ExcNodeList=")
+    # When too few nodes would be left, those of before are not held back either; the partition has four.
+    assert left_out(run, job.model_copy(update={"nodes": 4}), 5, job_id, slurm) == (f"JobId={job_id}", "ExcNodeList=node[1,3]")
+
+
+def test_a_successor_that_was_kept_away_from_a_node_takes_it_again_too(tmp_path: Path) -> None:
+    run, _ = made_run(tmp_path)
+    job, slurm = load(run.job_yaml), FakeSlurm()
+    first, slurm.requeue_works = slurm.new().id, False
+    ledger.append(run.ledger, Event.BAD_NODE, attempt=1, job_id=first, node="node2", reason="x")
+    told = left_out(run, job, 1, first, slurm)
+    successor = ledger.read(run.ledger)[-1]["successor"]
+    assert told == (f"JobId={successor}", "ExcNodeList=node2")
+    slurm.requeue_works = True
+    with mock.patch("launcher.requeue.time.time", return_value=time.time() + job.avoid_node_h * 3600 + 60):
+        assert left_out(run, job, 2, successor, slurm) == (f"JobId={successor}", "ExcNodeList=")
