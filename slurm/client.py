@@ -125,6 +125,12 @@ def expand_nodelist(text: str) -> list[str]:
     return names
 
 
+def _lies_in(text: str, folder: Path) -> bool:
+    """Whether the path that a text begins with lies in a folder, by whatever links. Where it ends need not be known: names may hold ` a=`."""
+    real = os.path.realpath(folder)
+    return any(os.path.realpath(text[: slash.start()]) == real for slash in re.finditer("/", text) if slash.start())
+
+
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without what an outer job left in it: a nested sbatch would inherit its node and GPU counts."""
     outer = re.compile(
@@ -201,12 +207,12 @@ class Slurm:
             if name not in words.split("|") and comment not in words.split("|"):
                 continue
             try:
-                log = next((record.get("StdOut", "") for record in parse_scontrol(self.run("scontrol", "-o", "show", "job", job_id))), "")
+                log = re.search(r"\sStdOut=(\S.*)", self.run("scontrol", "-o", "show", "job", job_id))
             except SubmitError as err:
                 if "Invalid job id" in str(err):
                     continue
-                log = ""  # no scontrol here: the name must do
-            if not log or log.startswith(f"{folder}/"):
+                log = None  # no scontrol here: the name must do
+            if log is None or _lies_in(log[1], folder):
                 found.append((job_id, state))
         return found
 

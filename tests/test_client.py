@@ -153,6 +153,20 @@ def test_submissions_of_a_run_are_found_by_name_or_comment_and_told_apart_by_fol
     assert [number for number, _ in denied.named("a-1", "holdfast:a-1", folder)] == ["1", "2", "4", "5"]
 
 
+@pytest.mark.parametrize("name", ["runs", "my lr=3 runs", "a Power= b/runs", "r50%a", "ünï x"])
+def test_a_submission_is_found_through_links_and_under_odd_names(tmp_path: Path, name: str) -> None:
+    folder, link = tmp_path / name / "a-1", tmp_path / "link"
+    folder.mkdir(parents=True)
+    link.symlink_to(folder.parent)
+    squeue = "printf '%s\\n' '1|PENDING|a-1|' '2|PENDING|a-1|' '3|PENDING|a-1|'"
+    scontrol = f"""case $4 in 1) log='{folder}' ;; 2) log='{link}/a-1' ;; 3) log='{folder}b' ;; esac
+        echo "JobId=$4 WorkDir=/x StdErr=$log/logs/$4.batch.out StdIn=/dev/null StdOut=$log/logs/$4.batch.out Power= TresPerNode=gres/gpu:4"
+    """
+    slurm = programs(tmp_path / "bin", squeue=squeue, scontrol=scontrol)
+    for asked in (folder, link / "a-1"):
+        assert [number for number, _ in slurm.named("a-1", "holdfast:a-1", asked)] == ["1", "2"]
+
+
 def test_a_job_that_slurm_requeued_itself_is_not_thrown_out_again(tmp_path: Path) -> None:
     shown = "[ $2 = show ] && echo 'JobId=7 JobState=RUNNING Restarts=2' && exit 0"
     refuse = "echo 'Job is pending execution' >&2; exit 1"
