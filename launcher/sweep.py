@@ -27,7 +27,7 @@ from jobs.setting_names import setting_name
 from jobs.sources import Resolved
 from jobs.whole_file import replace_file
 from jobs.words import split_words, words_from_make
-from launcher import show, show_settings, sweep_show
+from launcher import show, show_settings, sweep_jobs, sweep_show
 from launcher.choose import which_run
 from launcher.commands import start_estimate
 from launcher.doctor import said_at_submit
@@ -218,6 +218,13 @@ def resume(naming: Sequence[str], cwd: Path, *, trials: int | None, parallel: st
         sweep = sweep.model_copy(update={"parallel": int(parallel)})
     if sweep != space.load(run.sweep):
         replace_file(run.sweep, sweep.model_dump_json(indent=1) + "\n")
+    slurm = Slurm()
+    try:
+        if slurm.available():
+            sweep_jobs.taken_over(run, slurm)
+    except SubmitError as err:
+        if not local:
+            raise SubmitError(f"{err}\nWhich trials wait or run is not known, so nothing was submitted.") from err
     queue, trouble = sweep_show.ask_queue(run)
     if trouble and not local:
         raise SubmitError(f"{trouble}\nWhich trials wait or run is not known, so nothing was submitted.")
@@ -235,9 +242,7 @@ def resume(naming: Sequence[str], cwd: Path, *, trials: int | None, parallel: st
     numbers = [row.number for row in open_ones]
     if local:
         return _run_here(run, sweep, numbers, as_json)
-    said = Slurm().run("sbatch", "--parsable", f"--array={ranges(numbers)}%{sweep.parallel}", str(run.script))
-    job_id = said.strip().partition(";")[0]
-    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id, by="sweep --resume", tasks=ranges(numbers))
+    job_id = sweep_jobs.submit(run, ranges(numbers), sweep.parallel, slurm)
     if as_json:
         print(json.dumps({"sweep": run.id, "path": str(run.path), "job_id": job_id, "trials": len(numbers)}), flush=True)
     else:

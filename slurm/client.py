@@ -26,7 +26,6 @@ _RETRY_S = 2.0
 # Seconds for one client call. slurmctld answers in milliseconds; a client that cannot reach it gives up after about 8 s by itself.
 CALL_TIMEOUT_S = 30.0
 
-
 Answer = TypeVar("Answer")
 
 
@@ -163,8 +162,7 @@ class Slurm:
         return done.stdout
 
     def test_only(self, script: str) -> str:
-        """Slurm's estimate of when and where a script would start (it queues nothing)."""
-        # sbatch says it on standard error, whether it is good or bad news.
+        """Slurm's estimate of when and where a script would start (it queues nothing). sbatch says it, good or bad, on standard error."""
         try:
             done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=CALL_TIMEOUT_S, env=self.environ)
         except FileNotFoundError:
@@ -200,19 +198,21 @@ class Slurm:
     def named(self, name: str, comment: str, folder: Path) -> list[tuple[str, str]]:
         """(id, state) of this user's jobs that carry this name or comment and write their log below `folder`, in any state that
         squeue shows. A site may change one of the two; two runs in different folders may have the same name. Raises SubmitError."""
-        found = []
+        found, ours = [], {}
         for line in self.run("squeue", "-h", "-r", "--me", "-o", "%i|%T|%j|%k").splitlines():
-            job_id, _, rest = line.strip().partition("|")
-            state, _, words = rest.partition("|")
-            if name not in words.split("|") and comment not in words.split("|"):
+            job_id, state, *words = [*line.strip().split("|"), ""]
+            if name not in words and comment not in words:
                 continue
-            try:
-                log = re.search(r"\sStdOut=(\S.*)", self.run("scontrol", "-o", "show", "job", job_id))
-            except SubmitError as err:
-                if "Invalid job id" in str(err):
-                    continue
-                log = None  # no scontrol here: the name must do
-            if log is None or _lies_in(log[1], folder):
+            # Tasks of an array, a thousand perhaps, write below one folder.
+            if (array := job_id.partition("_")[0]) not in ours:
+                try:
+                    log = re.search(r"\sStdOut=(\S.*)", self.run("scontrol", "-o", "show", "job", job_id))
+                    ours[array] = log is None or _lies_in(log[1], folder)
+                except SubmitError as err:
+                    if "Invalid job id" in str(err):
+                        continue
+                    ours[array] = True  # no scontrol here: the name must do
+            if ours[array]:
                 found.append((job_id, state))
         return found
 

@@ -149,6 +149,9 @@ def test_submissions_of_a_run_are_found_by_name_or_comment_and_told_apart_by_fol
     esac"""
     folder = Path("/runs/a-1")
     assert programs(tmp_path / "a", squeue=squeue, scontrol=scontrol).named("a-1", "holdfast:a-1", folder) == [("1", "PENDING"), ("2", "RUNNING")]
+    # Tasks of an array are asked about once.
+    array = programs(tmp_path / "c", squeue="printf '%s\\n' '6_1|RUNNING|a-1|' '6_2|PENDING|a-1|'", scontrol=f'echo "$4" >> {tmp_path}/asked; {scontrol}')
+    assert array.named("a-1", "holdfast:a-1", folder) == [("6_1", "RUNNING"), ("6_2", "PENDING")] and (tmp_path / "asked").read_text() == "6_1\n"
     denied = programs(tmp_path / "b", squeue=squeue, scontrol="echo denied >&2; exit 1")
     assert [number for number, _ in denied.named("a-1", "holdfast:a-1", folder)] == ["1", "2", "4", "5"]
 

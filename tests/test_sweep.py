@@ -18,7 +18,7 @@ from training import TINY, Farm, farm  # noqa: F401
 
 from jobs import ledger, metrics, space, space_words
 from jobs.contract import Cause, Event, Exit
-from jobs.errors import ImpossibleJobError, SettingError
+from jobs.errors import ImpossibleJobError, SettingError, SubmitError
 from jobs.rundir import RunDir
 from jobs.sources import load
 from jobs.space import Dimension, Sweep
@@ -470,6 +470,52 @@ def test_a_trial_whose_values_cannot_be_run_is_told_to_the_study_and_shown(tmp_p
     assert study.opened(run, described).get_trials()[0].state.name == "FAIL"
     row = sweep_show.trial_of(run.member(0), described, None, ["1"])
     assert row.state == "failed" and "cannot be run" in row.note
+
+
+def lossy(folder: Path, monkeypatch: pytest.MonkeyPatch, run: RunDir) -> None:
+    """A Slurm whose sbatch queues an array and reports that the answer was lost. One squeue shows it, with the run's name."""
+    folder.mkdir()
+    shown = f'printf \'%s\\n\' "${{job}}_0|PENDING|{run.path.name}|x" "${{job}}_1|PENDING|{run.path.name}|x"'
+    scripts = {
+        "sbatch": f'echo "$@" >> {folder}/asked; echo 7 >> {folder}/queue; echo "sbatch: error: Socket timed out on send/recv operation" >&2; exit 1',
+        "squeue": f"[ ! -e {folder}/queue ] || sort -u {folder}/queue | while read job; do {shown}; done",
+        "scontrol": f'echo "JobId=$4 StdOut={run.path}/logs/$4.batch.out Power="',
+        "srun": "true",
+    }
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def resumed(run: RunDir) -> int:
+    return sweep.resume([str(run.path)], run.path.parent, trials=None, parallel=None, local=False, wait=False, as_json=True)
+
+
+def test_a_resume_whose_answer_was_lost_has_submitted_and_the_next_one_submits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = made(tmp_path, "LR=1,2")
+    lossy(tmp_path / "bin", monkeypatch, run)
+    assert resumed(run) == Exit.DONE and json.loads(capsys.readouterr().out)["job_id"] == "7"
+    assert [event["job_id"] for event in ledger.read(run.ledger)] == ["7"]
+    # Nor where the launcher was killed before the ledger knew.
+    run.ledger.unlink()
+    assert resumed(run) == Exit.DONE and json.loads(capsys.readouterr().out)["trials"] == 0
+    assert [(event["job_id"], event["by"]) for event in ledger.read(run.ledger)] == [("7", "found in the queue")]
+    assert len((tmp_path / "bin" / "asked").read_text().splitlines()) == 1
+
+
+def test_a_resume_that_sbatch_refuses_or_a_queue_that_does_not_answer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = made(tmp_path, "LR=1,2")
+    lossy(tmp_path / "bin", monkeypatch, run)
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2; exit 1\n")
+    with pytest.raises(SubmitError, match="invalid partition"):
+        resumed(run)
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+    with pytest.raises(SubmitError, match="is not known, so nothing was submitted"):
+        resumed(run)
+    assert ledger.read(run.ledger) == []
 
 
 # -- giving up ---------------------------------------------------------------------------------------------------------
