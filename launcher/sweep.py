@@ -242,11 +242,11 @@ def resume(naming: Sequence[str], cwd: Path, *, trials: int | None, parallel: st
     numbers = [row.number for row in open_ones]
     if local:
         return _run_here(run, sweep, numbers, as_json)
-    job_id = sweep_jobs.submit(run, ranges(numbers), sweep.parallel, slurm)
+    job_id = sweep_jobs.submit(run, numbers, sweep.parallel, slurm)
     if as_json:
         print(json.dumps({"sweep": run.id, "path": str(run.path), "job_id": job_id, "trials": len(numbers)}), flush=True)
     else:
-        print(f"submitted job {job_id} for {len(numbers)} trial{'s' if len(numbers) > 1 else ''} of sweep {run.id} ({ranges(numbers)})", flush=True)
+        print(f"submitted job {job_id} for {len(numbers)} trial{'s' if len(numbers) > 1 else ''} of sweep {run.id} ({sweep_jobs.ranges(numbers)})", flush=True)
     return wait_for(run, as_json) if wait else Exit.DONE
 
 
@@ -295,17 +295,6 @@ def wait_for(run: RunDir, as_json: bool) -> int:
     if not as_json:
         sweep_show.print_sweep(run, as_json=False)
     return Exit.DONE if any(row.state == "finished" for row in rows) else Exit.FAILED
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """0-3,7 for 0, 1, 2, 3 and 7: what --array takes."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and parts[-1][-1] == number - 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[1]}" for part in parts)
 
 
 def _run_here(run: RunDir, sweep: space.Sweep, numbers: Sequence[int], as_json: bool) -> int:

@@ -3,6 +3,8 @@
 It does not where the answer of sbatch was lost, or where a launcher was killed between sbatch and the ledger.
 """
 
+from collections.abc import Sequence
+
 from jobs import ledger
 from jobs.contract import Event
 from jobs.errors import SubmitError
@@ -22,10 +24,10 @@ def taken_over(run: RunDir, slurm: Slurm) -> set[str]:
     return queued
 
 
-def submit(run: RunDir, tasks: str, parallel: int, slurm: Slurm) -> str:
-    """Submits trials of a sweep once more, such as `0-3,7`, and returns the job's id; also that of a job that sbatch made
-    although it reported a lost connection. Raises SubmitError."""
-    known = _queued(run, slurm)
+def submit(run: RunDir, numbers: Sequence[int], parallel: int, slurm: Slurm) -> str:
+    """Submits trials of a sweep once more, and returns the job's id; also that of a job that sbatch made although it reported
+    a lost connection. Raises SubmitError."""
+    known, tasks = _queued(run, slurm), ranges(numbers)
     try:
         said = slurm.run("sbatch", "--parsable", f"--array={tasks}%{parallel}", str(run.script))
         job_id = said.strip().partition(";")[0]
@@ -36,6 +38,17 @@ def submit(run: RunDir, tasks: str, parallel: int, slurm: Slurm) -> str:
         job_id = max(made, key=int)
     ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id, by="sweep --resume", tasks=tasks)
     return job_id
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """0-3,7 for 0, 1, 2, 3 and 7: what --array takes."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[1]}" for part in parts)
 
 
 def _queued(run: RunDir, slurm: Slurm) -> set[str]:

@@ -23,7 +23,7 @@ from jobs.rundir import RunDir
 from jobs.sources import load
 from jobs.space import Dimension, Sweep
 from jobs.yaml_text import dump_yaml
-from launcher import pruning, study, sweep, sweep_show, trial
+from launcher import pruning, study, sweep, sweep_jobs, sweep_show, trial
 from launcher.cli import run_app
 from launcher.prepare import resolve_here
 
@@ -247,7 +247,7 @@ def test_the_sweeps_that_come_with_holdfast_can_be_run(file: Path) -> None:
 
 
 def test_ranges_of_an_array() -> None:
-    assert sweep.ranges([7, 0, 1, 2, 12, 13]) == "0-2,7,12-13"
+    assert sweep_jobs.ranges([7, 0, 1, 2, 12, 13]) == "0-2,7,12-13"
 
 
 # -- the study ---------------------------------------------------------------------------------------------------------
