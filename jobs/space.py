@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from jobs.errors import ImpossibleJobError, SettingError
 from jobs.settings import Job
 from jobs.sources import Resolved, amend, given_values
+from jobs.yaml_text import dump_yaml
 
 # The most trials of a sweep, as of any array.
 MAX_TRIALS = 10_000
@@ -159,7 +160,12 @@ def words_of(sweep: Sweep, base: Job, values: Mapping[str, Any]) -> list[str]:
             mappings.setdefault(dimension.name, dict(getattr(base, dimension.name)))[dimension.key] = _typed(value)
         else:
             words.append(f"{dimension.label}={value if isinstance(value, str) else number(value, isinstance(value, int))}")
-    return words + [f"{name.upper()}={json.dumps(mapping)}" for name, mapping in mappings.items()]
+    return words + [mapping_word(name, mapping) for name, mapping in mappings.items()]
+
+
+def mapping_word(name: str, mapping: Mapping[str, Any]) -> str:
+    """KEY={...} of a setting that holds a mapping, read back as the same values whatever characters they hold."""
+    return dump_yaml({name.upper(): mapping}).rstrip("\n").replace(": ", "=", 1)
 
 
 def _typed(value: Any) -> Any:

@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,15 @@ def test_two_words_for_one_value_are_refused() -> None:
 def test_what_follows_from_a_value_follows_for_each_trial() -> None:
     jobs = [space.trial_of(BASE.job, BASE.origins, [f"BATCH_SIZE={size}"], "trial 0").job for size in (16, 48)]
     assert [job.micro_batch_size for job in jobs] == [16, 48]
+
+
+@pytest.mark.parametrize("text", ["😀", "é\x85\u2028\x7f", 'a, "b": {c}'])
+def test_a_key_varies_beside_any_text_in_its_mapping(text: str) -> None:
+    base = replace(BASE, job=BASE.job.model_copy(update={"data_options": {"said": text}}))
+    described = define("DATA_OPTIONS.x=1,2")
+    space.check(described, base)
+    words = space.words_of(described, base.job, described.point(0))
+    assert space.trial_of(base.job, base.origins, words, "x").job.data_options == {"said": text, "x": 1}
 
 
 def test_keys_of_a_mapping_are_put_into_the_jobs_own() -> None:
