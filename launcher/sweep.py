@@ -21,9 +21,12 @@ from jobs import ledger, run_folders, space, space_words
 from jobs.contract import Event, Exit
 from jobs.errors import HoldfastError, ImpossibleJobError, NotFoundError, SettingError, SubmitError
 from jobs.job_files import DEFAULT_JOB, find_job_file
+from jobs.layers import Given
+from jobs.merge import plain
 from jobs.names import nearest
 from jobs.rundir import RunDir
 from jobs.setting_names import setting_name
+from jobs.settings import Job, is_mapping_of_numbers
 from jobs.sources import Resolved
 from jobs.whole_file import replace_file
 from jobs.words import split_words, words_from_make
@@ -174,14 +177,21 @@ def described(words: Sequence[str], cwd: Path, over: Sequence[str], file: str | 
     space.check(sweep, base)
     asked = named or os.environ.get("HOLDFAST_JOB") or os.environ.get("JOB") or DEFAULT_JOB
     job = base.job.model_copy(update={"array_parallel": min(sweep.parallel, sweep.trials)})
-    swept = {dimension.name for dimension in sweep.over}
-    chosen = {
-        name: base.job.text(name) for name, origin in base.origins.items() if name not in swept and origin.startswith(("environment", "command line", "auto"))
-    }
     # RUN_ID names this sweep, a run of the best values is another one; NODE_ENV may hold a token.
-    kept = tuple(f"{name.upper()}={value or 'none'}" for name, value in chosen.items() if name not in ("run_id", "array_parallel", "node_env"))
-    sweep = sweep.model_copy(update={"job": find_job_file(asked, cwd)[1], "words": kept})
+    left_out = {"run_id", "array_parallel", "node_env", *(dimension.name for dimension in sweep.over)}
+    chosen = [name for name, origin in base.origins.items() if name not in left_out and origin.startswith(("environment", "command line", "auto"))]
+    # An own script without a job file has none: the default one is an example of the built-in training.
+    shown = find_job_file(asked, cwd)[1] if str(cwd / asked) in base.files else ""
+    sweep = sweep.model_copy(update={"job": shown, "words": tuple(_word(base.job, name) for name in chosen)})
     return replace(base, job=job, origins={**base.origins, "array_parallel": "--parallel"}), sweep
+
+
+def _word(job: Job, name: str) -> str:
+    """KEY=value of a setting, which reads back as this value."""
+    value, text = getattr(job, name), job.text(name) or "none"
+    # A list or a comma in a mapping needs its longer form.
+    is_plain = not is_mapping_of_numbers(name) or plain(Given(name, text, "")) == value
+    return f"{name.upper()}={text}" if is_plain else space.mapping_word(name, value)
 
 
 def _with_some_point(sweep: space.Sweep, words: Sequence[str], cwd: Path, impossible: ImpossibleJobError | None) -> Resolved:

@@ -199,7 +199,7 @@ def command_of(run: RunDir, sweep: space.Sweep, values: Mapping[str, Any]) -> tu
     words = [*sweep.words, *space.words_of(sweep, base, values)]
     shortened = [word for word in words if word.startswith("MAX_STEPS=") and word in sweep.words]
     words = [word for word in words if word not in shortened]
-    return " ".join(["holdfast", "submit", shlex.quote(sweep.job), *map(shlex.quote, words)]), " ".join(shortened)
+    return " ".join(["holdfast", "submit", *map(shlex.quote, filter(None, [sweep.job, *words]))]), " ".join(shortened)
 
 
 def importance(run: RunDir, sweep: space.Sweep, rows: Sequence[Trial]) -> tuple[dict[str, float], str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import signal
 import sys
 import time
@@ -209,6 +210,30 @@ def test_keys_of_a_mapping_are_put_into_the_jobs_own() -> None:
     words = space.words_of(described, base.job, described.point(2))
     assert words == ["LR=1", 'MODEL_OPTIONS={"n_layers": 1, "d_model": 128}']
     assert space.trial_of(base.job, base.origins, words, "x").job.model_options == {"n_layers": 1, "d_model": 128}
+
+
+@pytest.mark.parametrize(
+    ("words", "over"),
+    [
+        (["ENTRY=t.py"], "SEED=1,2"),
+        (["ENTRY=t.py", "ENTRY_ARGS=--a,--b", "NOTE=it's $HOME", "MODEL=true", "TIME_LIMIT=2-12"], "SEED=1,2"),
+        (["MODEL_OPTIONS={a: [1, 2], b: 'x,y', c: {d: 😀}, e: \"it's\"}", "JOB_NAME=x"], "SEED=1,2"),
+        (["MODEL_OPTIONS=n_layers=2,tied=true,theta=1e4", "SBATCH_OPTIONS=begin=now+1hour,licenses=a:1"], "MODEL_OPTIONS.d_model=64,128"),
+        (["ENTRY=t.py", "MODEL_OPTIONS={a: [1, 2], b: 'x,y'}"], "MODEL_OPTIONS.d_model=64,128"),
+        (["jobs/quickstart.yaml", "ENTRY=t.py", "LR_SCHEDULER_PARAMS={eta_min: 1e-5}", "NOTE=none"], "SEED=1,2"),
+    ],
+)
+def test_the_command_in_full_reads_back_as_the_trial(tmp_path: Path, words: list[str], over: str) -> None:
+    (tmp_path / "t.py").touch()
+    (tmp_path / "sweep").mkdir()
+    run = RunDir(tmp_path / "sweep")
+    base, described = sweep.described([*words, "DEVICE=cpu", "NODES=1", "GPUS_PER_NODE=1"], tmp_path, [over], None, {})
+    run.job_yaml.write_text(dump_yaml(base.job.model_dump(mode="json")))
+    command, left_out = sweep_show.command_of(run, described, described.point(1))
+    assert not left_out and ("quickstart.yaml" in command) == (words[0] != "ENTRY=t.py")
+    said = resolve_here(shlex.split(command)[2:], {}, tmp_path).job
+    trained = space.trial_of(base.job, base.origins, space.words_of(described, base.job, described.point(1)), "x").job
+    assert said == trained.model_copy(update={"array_parallel": said.array_parallel})
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
