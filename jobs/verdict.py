@@ -17,6 +17,11 @@ FINAL = frozenset({Cause.FINISHED, Cause.CANCELLED, Cause.PRUNED})
 # may be thrown out while it still imports. So many times the budget of attempts without progress are allowed to end so.
 _OUTSIDE = frozenset({Cause.PREEMPTED, Cause.REQUEUED, Cause.NODE_FAILURE})
 _OUTSIDE_FACTOR = 10
+# How the evidence begins where a person's script left with 75 although nobody had asked it to stop.
+BY_OWN_WISH = "your script asked to be started again"
+# Seconds. A shorter attempt that ended so, and whose saves nobody sees, counts as one without progress: a script that leaves with 75
+# whatever happens would otherwise be started for ever. One that trains in pieces takes longer for each.
+_SHORT_S = 300
 
 
 @dataclass(frozen=True)
@@ -111,18 +116,20 @@ def _without_progress(ends: list[Mapping[str, Any]]) -> tuple[int, int]:
     by themselves, and how many were ended from outside before their first step."""
     stuck = early = 0
     for end in reversed(ends):
-        start = _step(end, "start_step")
+        start = _number(end, "start_step")
+        own_wish = str(end.get("evidence")).startswith(BY_OWN_WISH)
         # None: a person's own script, which saves where nobody sees it.
-        if end.get("saved_step", 0) is None or _step(end, "saved_step") > start:
+        unseen = end.get("saved_step", 0) is None and not (own_wish and _number(end, "seconds") < _SHORT_S)
+        if unseen or _number(end, "saved_step") > start:
             break
-        if cause_of(end) in _OUTSIDE and _step(end, "step") <= start:
+        if cause_of(end) in _OUTSIDE and not own_wish and _number(end, "step") <= start:
             early += 1
         else:
             stuck += 1
     return stuck, early
 
 
-def _step(end: Mapping[str, Any], name: str) -> int:
+def _number(end: Mapping[str, Any], name: str) -> int:
     value = end.get(name)
     return int(value) if isinstance(value, int | float) else 0
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jobs.contract import LEAD_SIGNAL, PRUNED_WORD, Cause, Exit
 from jobs.stop import OWN_WISH, STOP_FILE
+from jobs.verdict import BY_OWN_WISH
 from slurm.client import JobInfo
 from slurm.states import ENDED, base
 
@@ -102,7 +103,9 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
     if seen.own_script and seen.code == Exit.REQUEUE:
         # Which signal it heard is not known: USR2 comes to the ranks alone, TERM before a kill to the batch script as well.
         near = seen.seconds_to_limit is not None and seen.seconds_to_limit <= seen.lead_s + _EARLY_S
-        return _stopped(seen, "USR2" if near and "TERM" not in seen.signals else "TERM")
+        # In a grace time slurmstepd's line is the only sign; where Slurm does not answer there may have been any.
+        asked = seen.signals or seen.unanswered or _DAEMON_LINE.search(seen.log)
+        return _stopped(seen, "USR2" if near and "TERM" not in seen.signals else "TERM" if asked else "")
     # Before the ranks' errors: when a node is lost, the others fail in many ways, and all of them are its echo.
     daemon = _daemon_cause(seen) or _accounting_cause(seen)
     if daemon:
@@ -149,7 +152,7 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
 
 
 def _stopped(seen: Evidence, signal: str) -> tuple[Cause, str]:
-    """The ranks were asked to stop: by whom?"""
+    """The ranks were asked to stop: by whom? `signal` is empty where no sign of a stop was seen."""
     if seen.stop_file.startswith(PRUNED_WORD):
         # Whoever was faster: another attempt would stop at its first step.
         return Cause.PRUNED, seen.stop_file
@@ -159,7 +162,7 @@ def _stopped(seen: Evidence, signal: str) -> tuple[Cause, str]:
     if daemon:
         return daemon
     if signal == OWN_WISH:
-        return Cause.REQUEUED, "your script asked to be started again"
+        return Cause.REQUEUED, BY_OWN_WISH
     if seen.job is not None:
         if seen.job.preempted_at:
             return Cause.PREEMPTED, f"slurmctld: preempted at {seen.job.preempted_at}"
@@ -179,6 +182,8 @@ def _stopped(seen: Evidence, signal: str) -> tuple[Cause, str]:
         return Cause.PREEMPTED, "SIGUSR2 long before the time limit"
     if seen.job is not None and base(seen.job.state) in ("PENDING", "REQUEUED"):
         return Cause.REQUEUED, "slurmctld has put the job back into the queue"
+    if not signal:
+        return Cause.REQUEUED, f"{BY_OWN_WISH}: it left with {Exit.REQUEUE.value}, and no stop was seen"
     return Cause.REQUEUED, f"SIG{signal}, sent by a person or a tool"
 
 

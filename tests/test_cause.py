@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jobs.contract import Cause
+from jobs.verdict import BY_OWN_WISH
 from launcher.cause import Evidence, classify
 from slurm.client import JobInfo
 from slurm.states import ENDED
@@ -191,6 +192,7 @@ TABLE: dict[str, tuple[dict[str, object], Cause]] = {
     "own script, stopped at a preemption": ({"code": 75, "own_script": True, "signals": ["TERM"], "log": PREEMPTION}, Cause.PREEMPTED),
     "own script, stopped in the grace": ({"code": 75, "own_script": True, "log": line(), "job": job(preempted_at="2026-11-21T23:43:00")}, Cause.PREEMPTED),
     "own script, stopped at the warning": ({"code": 75, "own_script": True, "job": job(), "seconds_to_limit": 50.0, "lead_s": 45}, Cause.TIME_LIMIT),
+    "own script, leaves with 75 unasked": ({"code": 75, "own_script": True, "job": job(), "seconds_to_limit": 3500.0, "lead_s": 120}, Cause.REQUEUED),
     "own script, knows no signals": ({"code": 143, "own_script": True, "signals": ["TERM"], "log": PREEMPTION}, Cause.PREEMPTED),
     "own script, scancel": ({"code": 143, "own_script": True, "signals": ["TERM"], "log": line(), "job": job("COMPLETING")}, Cause.CANCELLED),
     "own script, raises": ({"code": 1, "own_script": True}, Cause.CODE_ERROR),
@@ -220,6 +222,19 @@ def test_the_failing_rank_is_named_and_not_its_echo() -> None:
 def test_of_two_own_errors_the_first_is_named() -> None:
     seen = Evidence(code=1, world=2, markers={**failed(0, "ValueError", "late", 9.0), **failed(1, "KeyError", "early", 2.0)})
     assert "rank 1" in classify(seen)[1]
+
+
+def test_a_script_that_leaves_with_75_asked_for_it_itself_only_where_no_sign_of_a_stop_was_seen() -> None:
+    seen = Evidence(code=75, own_script=True, job=job(), seconds_to_limit=3500.0, lead_s=120)
+    assert classify(seen)[1].startswith(BY_OWN_WISH)
+    helped = {0: {"rank": 0, "reason": "stopped", "signal": "its own wish"}}
+    assert classify(replace(seen, markers=helped))[1].startswith(BY_OWN_WISH)
+    asked: list[dict[str, Any]] = [
+        {"signals": ["TERM"]}, {"signals": ["INT"]}, {"job": job("PENDING")}, {"job": job(preempted_at="2026-11-21T23:43:00")},
+        {"log": PREEMPTION}, {"log": line(), "job": None}, {"seconds_to_limit": 100.0}, {"unanswered": True, "job": None},
+    ]  # fmt: skip
+    for more in asked:
+        assert not classify(replace(seen, **more))[1].startswith(BY_OWN_WISH), more
 
 
 def test_every_state_that_ends_a_job_has_a_cause() -> None:

@@ -26,7 +26,7 @@ from jobs.errors import HoldfastError, RunOwnedError, SubmitError
 from jobs.rundir import RunDir
 from jobs.settings import Job
 from jobs.sources import load
-from jobs.verdict import FINAL, UNLIMITED, Budgets, budgets_of, judge
+from jobs.verdict import BY_OWN_WISH, FINAL, UNLIMITED, Budgets, budgets_of, judge
 from jobs.yaml_text import dump_yaml
 from launcher import attempt, show
 from launcher.left_behind import evidence_of
@@ -147,6 +147,23 @@ def test_a_script_that_saves_where_nobody_sees_it_is_not_said_to_make_no_progres
     assert judge(unseen, BUDGETS).again
     unsaid = [{key: value for key, value in line.items() if key != "saved_step"} for line in unseen]
     assert not judge(unsaid, BUDGETS).again
+
+
+def test_a_script_that_leaves_with_75_whatever_happens_is_given_up_and_one_that_trains_in_pieces_is_not() -> None:
+    def asks(number: int, seconds: float, **more: Any) -> dict[str, Any]:
+        return {**ended(number, "requeued"), "saved_step": None, "step": 0, "seconds": seconds, "evidence": f"{BY_OWN_WISH}: it left with 75", **more}
+
+    short = [asks(number, 4.0) for number in range(1, 4)]
+    assert judge(short[:2], BUDGETS).again
+    verdict = judge(short, BUDGETS)
+    assert not verdict.again and "max_no_progress 3" in verdict.reason
+    assert judge([asks(number, 3600.0) for number in range(1, 100)], BUDGETS).again
+    # One in between that was long, or that was ended from outside, says that it can work.
+    assert judge([*short[:2], asks(3, 3600.0), asks(4, 4.0)], BUDGETS).again
+    assert judge([*short[:2], asks(3, 4.0, evidence="slurmstepd: cancelled due to job requeue"), asks(4, 4.0)], BUDGETS).again
+    # With the helper it is seen whether it saves: then the time says nothing.
+    assert judge([asks(number, 4.0, start_step=number * 10 - 10, saved_step=number * 10) for number in range(1, 100)], BUDGETS).again
+    assert not judge([asks(number, 3600.0, start_step=10, saved_step=10, step=10) for number in range(1, 4)], BUDGETS).again
 
 
 def test_an_attempt_that_says_no_step_began_at_the_first() -> None:
@@ -674,6 +691,26 @@ def test_a_node_is_lost_by_a_whole_word_of_its_state_and_not_while_it_saves_powe
     ledger.append(run.ledger, Event.START, attempt=1, job_id="7", nodes=["node1"], world=2)
     with mock.patch.object(slurm := FakeSlurm(), "node_states", return_value={"node1": state}):
         assert evidence_of(run, load(run.job_yaml), 1, "7", slurm).lost_nodes == (["node1"] if lost else [])
+
+
+@pytest.mark.parametrize(("lived", "signals", "attempts"), [(2.0, "", 3), (3000.0, "", 12), (2.0, "TERM", 12)])
+def test_a_script_of_ones_own_that_always_leaves_with_75_comes_to_an_end(tmp_path: Path, lived: float, signals: str, attempts: int) -> None:
+    run, _ = made_run(tmp_path)
+    run.job_yaml.write_text(dump_yaml(load(run.job_yaml).model_copy(update={"entry": "t.py", "time_limit": 60}).model_dump(mode="json")))
+    slurm = FakeSlurm()
+    job, made = slurm.new(), 0
+    for number in range(1, 13):
+        job.state, job.restarts = "RUNNING", number - 1
+        environ = {"SLURM_JOB_ID": job.id, "SLURM_RESTART_COUNT": str(job.restarts), "SLURM_JOB_NODELIST": HERE}
+        with mock.patch("launcher.attempt.checked", return_value={}), mock.patch("launcher.requeue.signal.signal"):
+            environ |= attempt.begin(run, environ, slurm)
+            environ["HOLDFAST_STARTED"] = f"{time.monotonic() - lived:.3f}"
+            verdict, cause = attempt.end(run, environ, slurm, 75, [signals] if signals else [])
+        made += 1
+        assert cause is Cause.REQUEUED
+        if not verdict.again:
+            break
+    assert made == attempts
 
 
 def left_out(run: RunDir, job: Job, number: int, job_id: str, slurm: FakeSlurm) -> tuple[str, ...]:
