@@ -11,7 +11,7 @@ from jobs.errors import SubmitError
 from jobs.rundir import RunDir
 from jobs.settings import Job
 from launcher.nodes import avoided
-from slurm.client import Slurm
+from slurm.client import Slurm, expand_nodelist
 
 
 def send_back(run: RunDir, job: Job, number: int, job_id: str, restarts: int, slurm: Slurm) -> None:
@@ -40,7 +40,8 @@ def send_back(run: RunDir, job: Job, number: int, job_id: str, restarts: int, sl
     if bad or earlier:
         try:
             waiting = fields.get("successor", job_id)
-            if bad and slurm.partition_nodes(waiting) - len(bad) >= job.nodes:
+            out = {*bad, *expand_nodelist(",".join(job.exclude))}
+            if bad and slurm.partition_nodes(waiting) - len(out) >= job.nodes:
                 # In the order that was given: of node[1,3] each half is an item of its own.
                 slurm.exclude(waiting, [*job.exclude, *(node for node in bad if node not in job.exclude)])
                 print(f"holdfast: the next attempt stays away from {', '.join(bad)}", flush=True)

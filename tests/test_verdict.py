@@ -730,12 +730,11 @@ def test_a_bad_node_is_left_out_beside_the_jobs_own_and_used_again_when_its_time
     assert left_out(run, job, 1, job_id, slurm) == ()
     ledger.append(run.ledger, Event.BAD_NODE, attempt=1, job_id=job_id, node="node2", reason="x")
     assert left_out(run, job, 2, job_id, slurm) == (f"JobId={job_id}", "ExcNodeList=node[1,3],node2")
-    later = mock.patch("launcher.requeue.time.time", return_value=time.time() + job.avoid_node_h * 3600 + 60)
-    with later:
+    with mock.patch("launcher.requeue.time.time", return_value=time.time() + job.avoid_node_h * 3600 + 60):
         assert left_out(run, job, 3, job_id, slurm) == (f"JobId={job_id}", "ExcNodeList=node[1,3]")
         assert left_out(run, job.model_copy(update={"exclude": ()}), 4, job_id, slurm) == (f"JobId={job_id}", "ExcNodeList=")
-    # When too few nodes would be left, those of before are not held back either; the partition has four.
-    assert left_out(run, job.model_copy(update={"nodes": 4}), 5, job_id, slurm) == (f"JobId={job_id}", "ExcNodeList=node[1,3]")
+    # When too few nodes would be left, those of before are not held back either; the partition has four, and EXCLUDE takes two.
+    assert left_out(run, job.model_copy(update={"nodes": 2}), 5, job_id, slurm) == (f"JobId={job_id}", "ExcNodeList=node[1,3]")
 
 
 def test_a_successor_that_was_kept_away_from_a_node_takes_it_again_too(tmp_path: Path) -> None:
