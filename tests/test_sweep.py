@@ -462,6 +462,7 @@ def test_a_trial_that_a_person_resumed_is_not_submitted_a_second_time(
         trial.take_up(run.member(number), "1_0")
         ends(run.member(number), cause, {100: 2.0})
     monkeypatch.setattr(sweep_show, "ask_queue", lambda run: ({"9_0": ("PENDING", "Priority", "")}, ""))
+    monkeypatch.setattr(sweep_jobs, "taken_over", lambda run, slurm: {"9"})
     assert [row.state for row in sweep_show.trials_of(run, described, sweep_show.ask_queue(run)[0])] == ["cancelled", "finished"]
     ledger.append(run.member(0).ledger, Event.SUBMITTED, attempt=0, job_id="9_0", by="resume")
     assert [(row.state, row.job_id) for row in sweep_show.trials_of(run, described, sweep_show.ask_queue(run)[0])] == [("waiting", "9_0"), ("finished", "1_0")]

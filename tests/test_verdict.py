@@ -341,6 +341,8 @@ class Histories(RuleBasedStateMachine):
 
     def start(self, job: FakeJob) -> None:
         """A ghost may still be alive on its node meanwhile; another live job makes this one give way."""
+        # Slurm needs seconds to start a job again, and sacct tells times in seconds: two attempts never share one.
+        self.offset += 2
         job.state, job.started = "RUNNING", time.time()
         environ = {"SLURM_JOB_ID": job.id, "SLURM_RESTART_COUNT": str(job.restarts), "SLURM_JOB_NODELIST": HERE}
         reachable, self.slurm.reachable = self.slurm.reachable, True
