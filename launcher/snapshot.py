@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib import metadata, resources
 from pathlib import Path
@@ -24,6 +24,8 @@ from jobs.rundir import ALONE, RunDir
 MAX_BYTES = 200 * 2**20
 # Larger files are data, in which nobody writes a token by hand.
 _SEARCHED_BYTES = 2**20
+# Beside the runs: what is being made, and what is being deleted.
+_UNFINISHED = (".staging-", ".trash-")
 _OWN_PACKAGES = ("jobs", "slurm", "launcher", "train")
 # What `import holdfast` in a person's own script means.
 _HELPER = "holdfast.py"
@@ -37,8 +39,8 @@ def place_of(entry: str, cwd: Path) -> str:
 
 
 def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, environ: Mapping[str, str], entry: str | None = None) -> list[Path]:
-    """Copies the working tree around `cwd` into run.code, without `leave_out` (the runs directory) and what scripts left that were
-    started by hand. Returns the files of git that were not copied because they may keep secrets.
+    """Copies the working tree around `cwd` into run.code, without the runs in `leave_out` (the runs directory) and what scripts left
+    that were started by hand. Returns the files of git that were not copied because they may keep secrets.
 
     `entry` is a person's own script (`place_of`) or `-m module`; the script is copied also where git does not track it.
     Raises SettingError when a listed path does not exist, the copy would be larger than MAX_BYTES, or a file holds the value of
@@ -47,7 +49,8 @@ def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, envi
     found = _tracked_and_new(root) if root else []
     kept_back = [path for path in found if secret.is_secret_file(path) and (root / path).is_file()] if root else []
     files = [path for path in found if not secret.is_secret_file(path)]
-    origin = root or cwd
+    origin = (root or cwd).resolve()
+    is_of_runs = _of_runs(origin, leave_out.resolve())
     files += _entry_file(entry, origin)
     for word in include:
         path = (cwd / word).resolve()
@@ -60,7 +63,7 @@ def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, envi
             for p in ([path] if path.is_file() else sorted(path.rglob("*")))
             if p.is_file() and (p == path or not secret.is_secret_file(p))
         ]
-    chosen = [path for path in dict.fromkeys(files) if (origin / path).is_file() and not (origin / path).is_relative_to(leave_out) and ALONE not in path.parts]
+    chosen = [path for path in dict.fromkeys(files) if (origin / path).is_file() and not is_of_runs(path) and ALONE not in path.parts]
     sizes = {path: (origin / path).stat().st_size for path in chosen}
     total = sum(sizes.values())
     if total > MAX_BYTES:
@@ -82,6 +85,19 @@ def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, envi
     run.code_sums.write_text(json.dumps(sums_of(run.code), indent=0) + "\n")
     run.diff.write_bytes(_uncommitted(root, environ) if root and git.get("commit") else b"")
     return [path for path in kept_back if path not in set(chosen)]
+
+
+def _of_runs(origin: Path, runs_dir: Path) -> Callable[[Path], bool]:
+    """Tells whether a path of the tree is no code of it: it lies in the runs directory or, where that holds the tree itself, in a run."""
+    if not origin.is_relative_to(runs_dir):
+        return lambda path: (origin / path).is_relative_to(runs_dir)
+    # With RUNS_DIR=. the runs stand among the code. Both files, since a folder of the project may well have a job.yaml.
+    runs = {
+        path.name
+        for path in (origin.iterdir() if origin == runs_dir else ())
+        if path.name.startswith(_UNFINISHED) or (RunDir(path).job_yaml.exists() and RunDir(path).origins.exists())
+    }
+    return lambda path: path.parts[0] in runs
 
 
 def _refuse_secrets(origin: Path, sizes: Mapping[Path, int], environ: Mapping[str, str]) -> None:
