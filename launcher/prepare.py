@@ -115,11 +115,14 @@ def write_settings(run: RunDir, resolved: Resolved) -> None:
 
 
 def freeze_tree(run: RunDir, job: Job, cwd: Path) -> None:
-    """Copies the working tree around `cwd` into the run, and says which files were left out because secrets may stand there."""
-    kept_back = snapshot.freeze(run, cwd, job.code_include, leave_out=run.path.parent, environ=os.environ, entry=job.entry)
+    """Copies the working tree around `cwd` into the run, and says what was left out: files in which secrets may stand, and what cannot be copied."""
+    kept_back, missing = snapshot.freeze(run, cwd, job.code_include, leave_out=run.path.parent, environ=os.environ, entry=job.entry)
     if kept_back:
         names = ", ".join(map(str, kept_back[:8])) + (f" and {len(kept_back) - 8} more" if len(kept_back) > 8 else "")
         print(f"not copied with the code, since secrets may stand there: {names}. CODE_INCLUDE={kept_back[0]} copies it all the same.", file=sys.stderr)
+    if missing:
+        names = ", ".join(f"{path} ({why})" for path, why in list(missing.items())[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        print(f"not copied with the code: {names}.", file=sys.stderr)
 
 
 def anchor_paths(job: Job, cwd: Path) -> Job:

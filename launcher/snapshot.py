@@ -6,6 +6,7 @@ A requeued attempt runs this copy, whatever happened to the working tree in the 
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -38,15 +39,19 @@ def place_of(entry: str, cwd: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
-def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, environ: Mapping[str, str], entry: str | None = None) -> list[Path]:
+def freeze(
+    run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, environ: Mapping[str, str], entry: str | None = None
+) -> tuple[list[Path], dict[Path, str]]:
     """Copies the working tree around `cwd` into run.code, without the runs in `leave_out` (the runs directory) and what scripts left
-    that were started by hand. Returns the files of git that were not copied because they may keep secrets.
+    that were started by hand. Returns the files of git that were not copied because they may keep secrets, and what else of git was not, with
+    the reason.
 
     `entry` is a person's own script (`place_of`) or `-m module`; the script is copied also where git does not track it.
     Raises SettingError when a listed path does not exist, the copy would be larger than MAX_BYTES, or a file holds the value of
     a secret variable of `environ`."""
     root = _git_root(cwd)
-    found = _tracked_and_new(root) if root else []
+    tracked, new = _tracked_and_new(root) if root else ([], [])
+    found = [*tracked, *new]
     kept_back = [path for path in found if secret.is_secret_file(path) and (root / path).is_file()] if root else []
     files = [path for path in found if not secret.is_secret_file(path)]
     origin = (root or cwd).resolve()
@@ -61,9 +66,10 @@ def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, envi
         files += [
             p.relative_to(origin)
             for p in ([path] if path.is_file() else sorted(path.rglob("*")))
-            if p.is_file() and (p == path or not secret.is_secret_file(p))
+            if p.is_file() and (p == path or not (secret.is_secret_file(p) or ".git" in p.relative_to(path).parts))
         ]
-    chosen = [path for path in dict.fromkeys(files) if (origin / path).is_file() and not is_of_runs(path) and ALONE not in path.parts]
+    wanted = [path for path in dict.fromkeys(files) if not is_of_runs(path) and ALONE not in path.parts]
+    chosen = [path for path in wanted if (origin / path).is_file()]
     sizes = {path: (origin / path).stat().st_size for path in chosen}
     total = sum(sizes.values())
     if total > MAX_BYTES:
@@ -77,6 +83,7 @@ def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, envi
         target = run.code / path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(origin / path, target)
+    links = _add_links(run.code, origin, [path for path in wanted if _is_folder_link(origin / path)])
     _add_own_packages(run.code, entry)
     access.close_to_others(run.code)
     git = _git_facts(root) if root else {}
@@ -84,7 +91,10 @@ def freeze(run: RunDir, cwd: Path, include: Iterable[str], leave_out: Path, envi
     run.snapshot.write_text(json.dumps(facts, indent=1) + "\n")
     run.code_sums.write_text(json.dumps(sums_of(run.code), indent=0) + "\n")
     run.diff.write_bytes(_uncommitted(root, environ) if root and git.get("commit") else b"")
-    return [path for path in kept_back if path not in set(chosen)]
+    there = set(chosen)
+    kept_back = [path for path in kept_back if path not in there]
+    there |= {*links, *kept_back, *(folder for path in chosen for folder in path.parents)}
+    return kept_back, _missing(origin, [path for path in tracked if path not in there], [path for path in new if path not in there], is_of_runs)
 
 
 def _of_runs(origin: Path, runs_dir: Path) -> Callable[[Path], bool]:
@@ -98,6 +108,43 @@ def _of_runs(origin: Path, runs_dir: Path) -> Callable[[Path], bool]:
         if path.name.startswith(_UNFINISHED) or (RunDir(path).job_yaml.exists() and RunDir(path).origins.exists())
     }
     return lambda path: path.parts[0] in runs
+
+
+def _is_folder_link(path: Path) -> bool:
+    return path.is_symlink() and path.is_dir()
+
+
+def _add_links(code: Path, origin: Path, links: list[Path]) -> list[Path]:
+    """Puts links to folders into the frozen code, as they are. Returns those that lead to a folder in it; the others do not stay."""
+    for path in links:
+        (code / path).parent.mkdir(parents=True, exist_ok=True)
+        (code / path).symlink_to(os.readlink(origin / path))
+    # One that is taken away may have been the way of another.
+    while lost := [path for path in links if not ((code / path).is_dir() and (code / path).resolve().is_relative_to(code.resolve()))]:
+        for path in lost:
+            (code / path).unlink()
+        links = [path for path in links if path not in lost]
+    return links
+
+
+def _missing(origin: Path, tracked: Iterable[Path], new: Iterable[Path], is_of_runs: Callable[[Path], bool]) -> dict[Path, str]:
+    """Of what git lists and was not copied: what a run may miss, and why it is not there."""
+    missing = {}
+    for path in tracked:
+        if ALONE in path.parts or not os.path.lexists(origin / path):
+            continue
+        if is_of_runs(path):
+            # A .gitignore or .gitkeep is why the folder exists, and no code.
+            if not path.name.startswith("."):
+                missing[path] = "lies in RUNS_DIR"
+        elif (origin / path).is_symlink():
+            missing[path] = "a link to what is not frozen"
+        elif (origin / path).is_dir():
+            missing[path] = "a submodule that is not there; git submodule update --init"
+    for path in new:
+        if (origin / path).is_dir() and not (origin / path).is_symlink() and not is_of_runs(path):
+            missing[path] = f"a repository of its own; CODE_INCLUDE={path} copies it"
+    return missing
 
 
 def _refuse_secrets(origin: Path, sizes: Mapping[Path, int], environ: Mapping[str, str]) -> None:
@@ -135,7 +182,7 @@ def freeze_again(run: RunDir, source: RunDir) -> None:
         )
     for path in known:
         (run.code / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source.code / path, run.code / path)
+        shutil.copy2(source.code / path, run.code / path, follow_symlinks=not _is_folder_link(source.code / path))
     run.code_sums.write_text(json.dumps(known, indent=0) + "\n")
     run.snapshot.write_text(json.dumps({**facts_of(source), "rerun_of": source.id, "versions": versions_here()}, indent=1) + "\n")
     top = RunDir(source.path.parent.parent) if source.is_member else source
@@ -161,13 +208,17 @@ def read_sums(run: RunDir) -> dict[str, str]:
 
 
 def sums_of(code: Path) -> dict[str, str]:
-    """Path -> sha256 of every file below a folder but compiled ones."""
-    paths = sorted(path.relative_to(code).as_posix() for path in code.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    """Path -> sha256 of every file below a folder but compiled ones; of a link to a folder, where it leads."""
+    paths = sorted(
+        path.relative_to(code).as_posix() for path in code.rglob("*") if (path.is_file() or _is_folder_link(path)) and "__pycache__" not in path.parts
+    )
     return {path: _sum(code / path) for path in paths}
 
 
 def _sum(path: Path) -> str:
     try:
+        if _is_folder_link(path):
+            return f"link to {os.readlink(path)}"
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         return ""
@@ -218,9 +269,20 @@ def _git_root(cwd: Path) -> Path | None:
     return Path(out) if out else None
 
 
-def _tracked_and_new(root: Path) -> list[Path]:
-    out = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    return [Path(name.decode(errors="surrogateescape")) for name in out.split(b"\0") if name]
+def _tracked_and_new(root: Path) -> tuple[list[Path], list[Path]]:
+    """What git tracks and what it would add, with what submodules hold in their own place."""
+    tracked, new = _listed(root, "--cached"), _listed(root, "--others", "--exclude-standard")
+    # A folder that git lists as if it were a file.
+    for path in [path for path in tracked if (root / path / ".git").exists() and not (root / path).is_symlink()]:
+        below = _tracked_and_new(root / path)
+        tracked.remove(path)
+        tracked += [path / name for name in below[0]]
+        new += [path / name for name in below[1]]
+    return tracked, new
+
+
+def _listed(root: Path, *which: str) -> list[Path]:
+    return [Path(name.decode(errors="surrogateescape")) for name in _git(root, "ls-files", "-z", *which).split(b"\0") if name]
 
 
 def _git_facts(root: Path) -> dict[str, object]:

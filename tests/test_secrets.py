@@ -228,7 +228,7 @@ def test_files_that_keep_secrets_are_known(path: str, expected: bool) -> None:
 def frozen(here: Path, tmp_path: Path, include: tuple[str, ...] = (), **environ: str) -> tuple[RunDir, list[Path]]:
     run = RunDir(tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}")
     run.path.mkdir()
-    return run, snapshot.freeze(run, here, include, tmp_path / "runs", environ)
+    return run, snapshot.freeze(run, here, include, tmp_path / "runs", environ)[0]
 
 
 def test_key_files_are_frozen_only_when_each_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.errors import SettingError
 from jobs.rundir import RunDir
+from launcher import snapshot
 from launcher.prepare import prepare, resolve_here
 
 
@@ -53,3 +55,59 @@ def test_runs_are_kept_out_of_the_code_also_where_the_folder_is_reached_by_a_lin
     (tmp_path / "link").symlink_to("real")
     for _ in range(2):
         assert code_of(frozen(tmp_path / "link")) == {"mine.py", "conf/job.yaml"}
+
+
+def test_what_submodules_hold_and_links_to_folders_are_frozen_and_kept_by_a_rerun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = project(tmp_path / "p")
+    git(project(tmp_path / "inner"), "submodule", "add", str(project(tmp_path / "innermost")), "deep")
+    git(tmp_path / "inner", "commit", "-m", "x")
+    git(here, "submodule", "add", str(tmp_path / "inner"), "vendor/inner")
+    git(here, "submodule", "update", "--init", "--recursive")
+    (here / "vendor/inner/deep/new.py").touch()
+    (here / "vendor/inner/deep/.env").touch()
+    (here / "settings").symlink_to("conf")
+    (here / "conf/back").symlink_to("../vendor/inner")
+    git(here, "add", ".")
+    run = frozen(here)
+    inner = {f"vendor/inner/{at}{name}" for at in ("", "deep/") for name in ("mine.py", "conf/job.yaml")}
+    assert code_of(run) - {".gitmodules", "vendor/inner/.gitmodules"} == {
+        "mine.py", "conf/job.yaml", "conf/back", "settings", *inner, "vendor/inner/deep/new.py"
+    }  # fmt: skip
+    assert (run.code / "settings/back/deep/mine.py").is_file() and (run.code / "settings").readlink() == Path("conf")
+    said = capsys.readouterr().err
+    assert "secrets may stand there: vendor/inner/deep/.env" in said and "not copied with the code: " not in said
+    again = RunDir(tmp_path / "again")
+    again.path.mkdir()
+    snapshot.freeze_again(again, run)
+    assert code_of(again) == code_of(run) and snapshot.sums_of(again.code) == snapshot.read_sums(run)
+    (run.code / "settings").unlink()
+    (run.code / "settings").symlink_to("vendor")
+    with pytest.raises(SettingError, match="was changed since it was submitted .settings"):
+        snapshot.freeze_again(RunDir(tmp_path / "third"), run)
+
+
+def test_whatever_git_has_and_the_frozen_code_has_not_is_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = project(tmp_path / "p")
+    git(here, "submodule", "add", str(project(tmp_path / "inner")), "empty")
+    git(here, "submodule", "deinit", "-f", "empty")
+    (here / ".gitignore").write_text("big/\n")
+    (here / "big").mkdir()
+    for name, target in {"ignored": "big", "via": "ignored", "data": str(tmp_path), "up": "..", "nowhere": "nothing"}.items():
+        (here / name).symlink_to(target)
+    (here / "runs").mkdir()
+    for name in ("kept.py", ".gitkeep"):
+        (here / "runs" / name).touch()
+    git(here, "add", ".")
+    (here / "conf" / "job.yaml").unlink()
+    project(here / "clone")
+    run = frozen(here)
+    assert code_of(run) == {"mine.py", ".gitignore", ".gitmodules"}
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not copied with the code: ")]
+    assert set(line.removeprefix("not copied with the code: ").removesuffix(".").split(", ")) == {
+        *(f"{name} (a link to what is not frozen)" for name in ("ignored", "via", "data", "up", "nowhere")),
+        "runs/kept.py (lies in RUNS_DIR)", "empty (a submodule that is not there; git submodule update --init)",
+        "clone (a repository of its own; CODE_INCLUDE=clone copies it)",
+    }  # fmt: skip
+    included = code_of(frozen(here, "CODE_INCLUDE=clone"))
+    assert "clone/mine.py" in included and not [path for path in included if "clone/.git/" in path]
+    assert "(a repository" not in capsys.readouterr().err
