@@ -23,6 +23,7 @@ from jobs import access, ledger
 from jobs.contract import Cause, Event, Exit, RankEnv
 from jobs.errors import HoldfastError, RunOwnedError, SubmitError
 from jobs.rundir import RunDir
+from jobs.setting_names import PREFIX
 from jobs.setting_types import parse_minutes
 from jobs.settings import Job
 from jobs.sources import load
@@ -193,11 +194,15 @@ def _ask(slurm: Slurm | None, job_id: str, patience_s: float = 0.0) -> tuple[Job
 
 
 def adopt(environ: Mapping[str, str], cwd: Path) -> Path:
-    """The script of the run that belongs to this Slurm job, which is made at its first attempt."""
+    """The script of the run that belongs to this Slurm job, which is made at its first attempt.
+
+    Later attempts look for it first: whatever became of job file and working tree meanwhile, the run is the same."""
+    known = _made_before(environ, cwd / (environ.get(f"{PREFIX}RUNS_DIR") or environ.get("RUNS_DIR") or Job.model_fields["runs_dir"].default))
+    if known is not None:
+        return known.script
     from launcher.prepare import prepare, resolve_here  # git and hashing: only a first attempt needs them
 
-    job_id = job_id_of(environ).replace("_", ".")
-    allocation: dict[str, object] = {"run_id": f"j{job_id}", "nodes": int(environ.get("SLURM_JOB_NUM_NODES", "1"))}
+    allocation: dict[str, object] = {"run_id": f"j{_word_of(environ)}", "nodes": int(environ.get("SLURM_JOB_NUM_NODES", "1"))}
     nodes = int(environ.get("SLURM_JOB_NUM_NODES", "1"))
     allocation["gpus_per_node"] = int(environ.get("SLURM_NTASKS_PER_NODE") or max(int(environ.get("SLURM_NTASKS", "1")) // nodes, 1))
     info, _ = _ask(Slurm(environ), job_id_of(environ))
@@ -207,10 +212,30 @@ def adopt(environ: Mapping[str, str], cwd: Path) -> Path:
         except ValueError:  # UNLIMITED
             allocation["time_limit"] = 365 * 1440
     resolved = resolve_here([], environ, cwd, allocation=allocation)
+    # Where the job file or the site says RUNS_DIR; its name may be another one by now.
+    known = _made_before(environ, cwd / resolved.job.runs_dir)
+    if known is not None:
+        return known.script
     run, made = prepare(resolved, cwd, sys.executable)
     if made:
-        ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id_of(environ), by="sbatch")
+        ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id_of(environ), by="sbatch", cluster=environ.get("SLURM_CLUSTER_NAME", ""))
     return run.script
+
+
+def _word_of(environ: Mapping[str, str]) -> str:
+    return job_id_of(environ).replace("_", ".")
+
+
+def _made_before(environ: Mapping[str, str], runs_dir: Path) -> RunDir | None:
+    """The run that an earlier attempt of this very job made in a folder. Ids come again, in other clusters and after years: the newest."""
+    if not restarts_of(environ):
+        return None
+    found = []
+    for run in (RunDir(path.absolute()) for path in runs_dir.glob(f"*-j{_word_of(environ)}") if (path / "job.yaml").exists()):
+        clusters = {event.get("cluster") for event in ledger.read(run.ledger) if event.get("event") == Event.SUBMITTED} - {None, ""}
+        if not clusters or environ.get("SLURM_CLUSTER_NAME", "") in {"", *clusters}:
+            found.append(run)
+    return max(found, key=lambda run: run.job_yaml.stat().st_mtime, default=None)
 
 
 def run_folder() -> str:

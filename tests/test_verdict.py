@@ -628,6 +628,29 @@ def test_a_run_without_slurm_is_left_alone_while_its_process_lives_and_taken_ove
     assert ledger.attempts(ledger.read(run.ledger))[0].cause is Cause.KILLED
 
 
+@pytest.mark.parametrize("place", ["variable", "file", "default"])
+def test_a_job_submitted_by_hand_comes_back_to_its_run_whatever_became_of_its_job_file(tmp_path: Path, place: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("entry: mine.py\ndevice: cpu\njob_name: first\n" + ("runs_dir: there\n" if place == "file" else ""))
+    (tmp_path / "mine.py").touch()
+    environ = {"SLURM_JOB_ID": "17", "SLURM_CLUSTER_NAME": "a", "HOLDFAST_JOB": str(file)} | ({"RUNS_DIR": "there"} if place == "variable" else {})
+    first = attempt.adopt(environ, tmp_path)
+    assert first == tmp_path / ("runs" if place == "default" else "there") / "first-j17" / "submit.sbatch"
+    again = {**environ, "SLURM_RESTART_COUNT": "1"}
+    file.write_text(file.read_text().replace("first", "second"))
+    assert attempt.adopt(again, tmp_path) == first
+    if place != "file":
+        file.write_text("no_such_setting: 1\n")
+        assert attempt.adopt(again, tmp_path) == first
+        file.unlink()
+        assert attempt.adopt(again, tmp_path) == first
+    # The same number in another cluster, or of a job that begins, is another job.
+    file.write_text(f"entry: mine.py\ndevice: cpu\njob_name: third\nruns_dir: {first.parent.parent}\n")
+    assert attempt.adopt({**again, "SLURM_CLUSTER_NAME": "b"}, tmp_path).parent.name == "third-j17"
+    file.write_text(file.read_text().replace("third", "fourth"))
+    assert attempt.adopt(environ, tmp_path).parent.name == "fourth-j17"
+
+
 def test_a_ghost_neither_writes_nor_requeues(tmp_path: Path) -> None:
     run, _ = made_run(tmp_path)
     slurm = FakeSlurm()
