@@ -126,16 +126,25 @@ def freeze_tree(run: RunDir, job: Job, cwd: Path) -> None:
 
 
 def anchor_paths(job: Job, cwd: Path) -> Job:
-    """The job with whole paths: nodes start in another folder than the person who submits."""
-    update: dict[str, str] = {}
+    """The job with whole paths: nodes start in another folder than the person who submits, and no shell looks at a quoted `~`."""
+    update: dict[str, Any] = {}
     for name, words in _PATH_WORDS.items():
         word, colon, path = getattr(job, name).partition(":")
-        if colon and word in words and not os.path.isabs(os.path.expanduser(path)):
-            update[name] = f"{word}:{cwd / path}"
+        if colon and word in words:
+            update[name] = f"{word}:{_whole(path, cwd)}"
     for name in ("setup_script", "init_from", "notify_webhook_file"):
-        path = getattr(job, name)
-        if path and not os.path.isabs(os.path.expanduser(path)):
-            update[name] = str(cwd / path)
+        if path := getattr(job, name):
+            update[name] = _whole(path, cwd)
+    # These may be no path at all but a command or the address of an image.
+    for name in ("node_python", "container_image", "accelerate_config"):
+        if path := getattr(job, name):
+            update[name] = os.path.expanduser(path)
+    update["container_mounts"] = tuple(map(os.path.expanduser, job.container_mounts))
     if job.entry and not job.entry.startswith("-m "):
-        update["entry"] = snapshot.place_of(job.entry, cwd)
-    return job.model_copy(update=update) if update else job
+        update["entry"] = snapshot.place_of(os.path.expanduser(job.entry), cwd)
+    return job.model_copy(update={name: value for name, value in update.items() if value != getattr(job, name)})
+
+
+def _whole(path: str, cwd: Path) -> str:
+    path = os.path.expanduser(path)
+    return path if os.path.isabs(path) else str(cwd / path)

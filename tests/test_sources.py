@@ -21,6 +21,7 @@ from jobs.settings import Job
 from jobs.sources import Resolved, amend, given_values, load, resolve, resolve_each
 from jobs.words import split_words, words_from_make
 from jobs.yaml_text import dump_yaml, read_yaml
+from launcher.prepare import resolve_here
 from slurm import sitefile
 
 REPO = Path(__file__).resolve().parents[1]
@@ -125,6 +126,31 @@ def test_none_clears_what_a_lower_layer_gave(desk: Desk, word: str, name: str, c
 def test_none_is_an_ordinary_text_for_a_setting_that_must_have_one(desk: Desk) -> None:
     assert desk("NOTE=none").job.note == "none"
     assert desk.refused("LR=none")[0].startswith("LR: 'none' is not a number (command line)")
+
+
+def test_a_path_is_whole_before_it_reaches_a_script_and_what_is_none_stays(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (desk.folder / "mine.py").touch()
+    paths = {
+        "setup_script": ("~/setup.sh", "setup.sh", "/opt/setup.sh"), "init_from": ("~/a run/x", "x", "/x/"), "notify_webhook_file": ("~/hook", "hook", "/hook"),
+        "data": ("text:~/d.txt", "text:d.txt", "text:/d//e"), "model": ("hf:~/m", "hf:m", "hf:/m"),
+    }  # fmt: skip
+    for name, (short, near, whole) in paths.items():
+        word, colon, rest = near.rpartition(":")
+        assert getattr(at(desk, f"{name.upper()}={short}"), name) == short.replace("~", "/home/me"), name
+        assert getattr(at(desk, f"{name.upper()}={near}"), name) == f"{word}{colon}{desk.folder / rest}", name
+        assert getattr(at(desk, f"{name.upper()}={whole}"), name) == whole, name
+    for name in ("node_python", "container_image"):
+        assert getattr(at(desk, f"{name.upper()}=~/a b/c"), name) == "/home/me/a b/c"
+        for same in ("python3", "docker://nvcr.io/nvidia/pytorch:24.01-py3", "nvidia/pytorch", "/opt/~x", "~nobody-of-that-name/x"):
+            assert getattr(at(desk, f"{name.upper()}={same}"), name) == same
+    assert at(desk, "CONTAINER_MOUNTS=~/data:/data,~/x,/y").container_mounts == ("/home/me/data:/data", "/home/me/x", "/y")
+    monkeypatch.setenv("HOME", str(desk.folder))
+    assert at(desk, "ENTRY=~/mine.py").entry == "mine.py" and at(desk, "ENTRY=-m mine").entry == "-m mine"
+
+
+def at(desk: Desk, *words: str) -> Job:
+    return resolve_here(["job.yaml", *words], {}, desk.folder).job
 
 
 # -- ways to write a word ----------------------------------------------------------------------------------------------
