@@ -19,12 +19,15 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmiss
 
 from jobs import access, ledger
 from jobs.contract import Event
-from jobs.errors import SubmitError
+from jobs.errors import SettingError, SubmitError
 from jobs.rundir import RunDir
 from jobs.settings import Job
 from launcher.prepare import in_parallel
 from launcher.queued import lost_answer, taken_over
 from slurm.client import Slurm, clean_environment, explain
+
+# What submitit replaces in the name of its folder (`submitit.core.utils.JobPaths`).
+_TAGS = ("%j", "%t", "%A", "%a")
 
 
 class ScriptExecutor(submitit.SlurmExecutor):
@@ -57,6 +60,7 @@ def train_run(run_dir: str) -> int:
 
 def to_slurm(run: RunDir, job: Job, environ: Mapping[str, str], members: int = 0) -> str:
     """Submits a run (or the array in its directory). Returns Slurm's job id. Raises SubmitError with sbatch's own words."""
+    _refuse_tags(run)
     if shutil.which("srun") is None or shutil.which("sbatch") is None:
         raise SubmitError("sbatch and srun are not on this machine; is this a login node of the cluster? `holdfast submit --local` needs no Slurm")
     if job.run_id is not None and not members:
@@ -88,6 +92,7 @@ def to_slurm(run: RunDir, job: Job, environ: Mapping[str, str], members: int = 0
 
 def to_local(run: RunDir, job: Job) -> "submitit.Job[int]":
     """Starts a run on this machine by submitit's local executor, in the background."""
+    _refuse_tags(run)
     # submitit's own process loads the pickle that is written here.
     access.refuse_foreign(run.path, "holdfast submit --local")
     executor = submitit.LocalExecutor(folder=run.submitit, python=sys.executable)
@@ -110,6 +115,15 @@ def resubmit(run: RunDir, job: Job, environ: Mapping[str, str]) -> str:
         ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id, by="resume")
         return job_id
     return to_slurm(run, job, environ)
+
+
+def _refuse_tags(run: RunDir) -> None:
+    """Raises SettingError for a folder in whose name submitit would put numbers: it finds out when sbatch has made the job."""
+    found = [tag for tag in _TAGS if tag in str(run.submitit)]
+    if found:
+        raise SettingError(
+            f"RUNS_DIR: {str(run.submitit.parent.parent)!r} has {found[0]}, which submitit takes for a number of the job; choose a folder without {', '.join(_TAGS)} in its path."
+        )
 
 
 @contextlib.contextmanager

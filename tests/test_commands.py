@@ -94,6 +94,22 @@ def test_without_slurm_submit_says_what_to_do(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("tag", ["%j", "%t", "%A", "%a"])
+def test_a_folder_in_whose_name_submitit_would_put_a_number_is_refused_before_sbatch_is_asked(tmp_path: Path, tag: str) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("sbatch", "srun", "squeue", "scontrol"):
+        (programs / name).write_text(f"#!/bin/sh\nfor word; do [ $word = --test-only ] && exit 0; done\ntouch {tmp_path}/asked.{name}\necho Submitted batch job 17\n")
+        (programs / name).chmod(0o755)
+    runs = tmp_path / f"50{tag}"
+    for words in ([], ["--local"], ["--array", "SEED=1,2"]):
+        done = holdfast("submit", f"RUNS_DIR={runs}", *words, PATH=f"{programs}:{os.environ['PATH']}")
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert f"RUNS_DIR: '{runs}' has {tag}" in done.stderr and "choose a folder without %j, %t, %A, %a" in done.stderr
+    assert not (tmp_path / "asked.sbatch").exists() and not list(runs.iterdir())
+    assert holdfast("submit", f"RUNS_DIR={tmp_path}/50%", PATH=f"{programs}:{os.environ['PATH']}").returncode == 0
+
+
 @pytest.mark.slurm
 def test_sbatch_refusing_is_told_in_its_own_words_and_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
     done = cluster.holdfast("submit", f"RUNS_DIR={tmp_path}/runs", "GPUS_PER_NODE=9", "BATCH_SIZE=18", check=False)
