@@ -75,6 +75,10 @@ def _portable(values: dict[str, Any]) -> dict[str, Any]:
         json.dumps(values, ensure_ascii=False).encode("utf-8")
     except (ValueError, TypeError, RecursionError):
         raise ValueError("holds something else than numbers, text, lists and mappings of these, so no job file can carry it") from None
+    try:
+        json.dumps(values, allow_nan=False)
+    except ValueError:
+        raise ValueError("holds a number that is infinite or none at all, which no job file can carry; give a finite one, or leave it out") from None
     return values
 
 

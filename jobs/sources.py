@@ -155,7 +155,8 @@ def _combine(layers: list[Layer], default_name: str, notes: tuple[str, ...], cwd
         raise ImpossibleJobError("This job cannot run as asked:\n" + "\n".join(f"  {problem}" for problem in problems))
     job = job.model_copy(update=derived)
     complete = {name: origins.get(name, "default") for name in Job.model_fields}
-    complete |= {name: "derived" for name in derived if complete[name] == "default"}
+    # Cleared by `none`, it follows as if it had been left out.
+    complete |= {name: "derived" for name in derived if complete[name] == "default" or values.get(name) is None}
     return Resolved(job, complete, notes, taken)
 
 

@@ -99,7 +99,9 @@ def test_a_folder_in_whose_name_submitit_would_put_a_number_is_refused_before_sb
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("sbatch", "srun", "squeue", "scontrol"):
-        (programs / name).write_text(f"#!/bin/sh\nfor word; do [ $word = --test-only ] && exit 0; done\ntouch {tmp_path}/asked.{name}\necho Submitted batch job 17\n")
+        (programs / name).write_text(
+            f"#!/bin/sh\nfor word; do [ $word = --test-only ] && exit 0; done\ntouch {tmp_path}/asked.{name}\necho Submitted batch job 17\n"
+        )
         (programs / name).chmod(0o755)
     runs = tmp_path / f"50{tag}"
     for words in ([], ["--local"], ["--array", "SEED=1,2"]):

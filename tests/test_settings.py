@@ -93,6 +93,14 @@ def test_numbers_are_finite(name: str) -> None:
             Job(**{name: wrong})
 
 
+@pytest.mark.parametrize("name", ["model_options", "data_options", "lr_scheduler_params"])
+@pytest.mark.parametrize("wrong", [math.inf, -math.inf, math.nan])
+def test_numbers_in_mappings_are_finite(name: str, wrong: float) -> None:
+    for value in ({"x": wrong},) if name == "lr_scheduler_params" else ({"x": wrong}, {"x": [1, {"y": wrong}]}):
+        with pytest.raises(ValidationError, match="finite"):
+            Job(**{name: value})
+
+
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [

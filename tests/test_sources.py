@@ -123,6 +123,16 @@ def test_none_clears_what_a_lower_layer_gave(desk: Desk, word: str, name: str, c
     assert getattr(desk().job, name) == cleared
 
 
+@pytest.mark.parametrize("name", ["micro_batch_size", "grad_accum_steps"])
+def test_what_none_clears_follows_from_the_others_and_goes_on_following(desk: Desk, name: str) -> None:
+    desk.job(f"{name}: 4\nbatch_size: 32\nnodes: 1\ngpus_per_node: 1\n")
+    left_out = desk(f"{name.upper()}=none")
+    assert left_out.origins[name] == "derived" and name not in left_out.not_default()
+    assert desk(f"{name.upper()}=none", "DEBUG=true").origins[name] == "derived"
+    larger = amend(given_values(left_out.job, left_out.origins), left_out.origins, ["GPUS_PER_NODE=4"])
+    assert larger.job.micro_batch_size == 8 and larger.job.grad_accum_steps == 1
+
+
 def test_none_is_an_ordinary_text_for_a_setting_that_must_have_one(desk: Desk) -> None:
     assert desk("NOTE=none").job.note == "none"
     assert desk.refused("LR=none")[0].startswith("LR: 'none' is not a number (command line)")
