@@ -20,13 +20,14 @@ from datetime import datetime
 from pathlib import Path
 
 from jobs import access, ledger
-from jobs.contract import Cause, Event, Exit, RankEnv
+from jobs.contract import LEAD_SIGNAL, STOP_SIGNALS, Cause, Event, Exit, RankEnv
 from jobs.errors import HoldfastError, RunOwnedError, SubmitError
 from jobs.rundir import RunDir
 from jobs.setting_names import PREFIX
 from jobs.setting_types import parse_minutes
 from jobs.settings import Job
 from jobs.sources import load
+from jobs.stop import StopFlag
 from jobs.verdict import Verdict, budgets_of, judge
 from launcher.cause import classify
 from launcher.closing import blame, is_ghost, write_end
@@ -50,10 +51,11 @@ from slurm.client import JobInfo, Slurm, expand_nodelist, unreachable
 _ASK_PATIENCE_S = 20.0
 
 
-def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> dict[str, str]:
+def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, stop: StopFlag | None = None) -> dict[str, str]:
     """Counts the attempt, closes the one before if nobody could, and returns the variables that the ranks need.
 
-    They are also written to the attempt's folder as a file to source.
+    They are also written to the attempt's folder as a file to source. Once `stop` is set the nodes are not judged any more: their
+    checks are being killed.
 
     Raises RunOwnedError when another job is training this run or a node did not pass its checks, HoldfastError when the run
     is over."""
@@ -80,7 +82,7 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> dict[
         RankEnv.MASTER_PORT.value: str(free_port(run.path, job_id, restarts)),
         "HOLDFAST_JOB_ID": job_id,
         "HOLDFAST_RANK_LOG": pattern(run.logs) + f"/{job_id}.%t.out",
-        LOG_OFFSET: str(batch_log.stat().st_size if batch_log.exists() else 0),
+        LOG_OFFSET: str(_log_offset(environ, batch_log)),
         RankEnv.STARTED.value: f"{time.monotonic():.3f}",
         # The last collectives of every rank are kept and written down when one of them times out.
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
@@ -105,11 +107,34 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None) -> dict[
         world=job.world_size,
         restarts=restarts,
         host=socket.gethostname(),
+        setup_s=_setup_seconds(environ),
     )
-    bad = checked(run, job, number, nodes, {**environ, **values}, under_slurm=slurm is not None)
-    if bad:
+    stop = stop or StopFlag()
+    bad = {} if stop.code() else checked(run, job, number, nodes, {**environ, **values}, under_slurm=slurm is not None)
+    if bad and not stop.code():
         _turn_away(run, job, number, job_id, restarts, bad, slurm, environ)
     return values
+
+
+def _code_of_warning(job: Job, code: int, signals: list[str]) -> int:
+    """The exit code as evidence: where the batch script heard the warning before it started ranks, that of ranks which the warning killed.
+
+    Ranks that were there and stopped have said so, which goes before any code."""
+    alone = code == Exit.REQUEUE and signals and "TERM" not in signals and job.entry is None
+    return 128 + LEAD_SIGNAL if alone else code
+
+
+def _log_offset(environ: Mapping[str, str], batch_log: Path) -> int:
+    """Where the batch script's words begin: as it saw it itself, since Slurm may have said something while it was being set up."""
+    size = batch_log.stat().st_size if batch_log.exists() else 0
+    said = environ.get(LOG_OFFSET, "")
+    return min(int(said), size) if said.isdecimal() else size
+
+
+def _setup_seconds(environ: Mapping[str, str]) -> int:
+    """What the batch script did before the attempt began."""
+    said = environ.get("BATCH_SECONDS", "")
+    return int(said) if said.isdecimal() else 0
 
 
 def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int, signals: list[str]) -> tuple[Verdict, Cause]:
@@ -122,16 +147,18 @@ def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int,
         print(f"holdfast: attempt {number} was closed by a later one; nothing is written and nothing requeued", flush=True)
         return Verdict(True, "a later attempt has taken over"), Cause.UNKNOWN
     info, unanswered = _ask(slurm, job_id, _ASK_PATIENCE_S)
-    if info is not None and info.preempted_at and local_time(info.preempted_at) < started_at(run, number) - 1:
+    setup_s = next((int(event.get("setup_s", 0)) for event in ledger.read(run.ledger) if event["event"] == Event.START and event["attempt"] == number), 0)
+    left_s = seconds_to_limit(run, number, job, info, environ) if slurm else None
+    if info is not None and info.preempted_at and local_time(info.preempted_at) < started_at(run, number) - setup_s - 1:
         info = replace(info, preempted_at=None)  # of an earlier attempt
     seen = replace(
         evidence_of(run, job, number, job_id, slurm),
-        code=code,
+        code=_code_of_warning(job, code, signals),
         signals=signals,
         job=info,
         put_back=info is not None and info.restarts > restarts_of(environ),
         unanswered=unanswered,
-        seconds_to_limit=seconds_to_limit(run, number, job, info, environ) if slurm else None,
+        seconds_to_limit=None if left_s is None else left_s - setup_s,
         lead_s=job.stop_lead_s,
         own_script=job.entry is not None,
     )
@@ -260,7 +287,7 @@ def main() -> int:
         run = RunDir(Path(os.environ[RankEnv.RUN_DIR]))
         slurm = Slurm() if "SLURM_JOB_ID" in os.environ else None
         if args.command == "begin":
-            values = begin(run, os.environ, slurm)
+            values = begin(run, os.environ, slurm, StopFlag.install(STOP_SIGNALS))
             print(run.attempt(int(values[RankEnv.ATTEMPT])).env)
             return Exit.DONE
         verdict, cause = end(run, os.environ, slurm, args.code, [name for name in args.signals.split(",") if name])

@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from jobs.contract import LEAD_SIGNAL, PEER_EXIT_WAIT_S, STOP_SIGNALS, RankEnv
+from jobs.contract import LEAD_SIGNAL, PEER_EXIT_WAIT_S, STOP_SIGNALS, Exit, RankEnv
 from jobs.errors import RenderError
 from jobs.rundir import RunDir
 from jobs.setting_types import format_minutes
@@ -119,6 +119,7 @@ def _render(template: str, **values: Any) -> str:
                 "lead_signal": LEAD_SIGNAL.name.removeprefix("SIG"),
                 "stop_signals": [number.name.removeprefix("SIG") for number in STOP_SIGNALS],
                 "peer_exit_wait_s": PEER_EXIT_WAIT_S,
+                "stopped": int(Exit.REQUEUE),
                 "run_dir": RankEnv.RUN_DIR.value,
             },
             **values,

@@ -251,6 +251,50 @@ def test_a_python_in_a_container_whose_name_begins_with_a_dash_is_started(tmp_pa
     assert done.returncode == 0 and stage.words("dash") == ["-u", "-m", "train", "--run-dir", str(run.path)], done.stderr
 
 
+# What a setup script meets, the exit code, and the signals that the end of the attempt is told; "" where no attempt begins.
+EARLY = {
+    "a stop between two commands": ("kill -TERM $$; touch late", 0, "TERM,"),
+    "the warning": ("kill -USR2 $$; touch late", 0, "USR2,"),
+    "a stop that kills a command first": ("(sleep 0.3; kill -TERM $$) & bash -c 'kill -TERM $$'; touch late", 0, "TERM,"),
+    "a second one while it ends": ("(sleep 0.2; kill -TERM $$) & kill -TERM $$; touch late", 0, "TERM,"),
+    "traps of its own": ("trap 'touch mine' EXIT TERM; kill -TERM $$", 0, "none"),
+    "a command that somebody else killed": ("bash -c 'kill -TERM $$'; touch late", 143, ""),
+    "a command that fails": ("false; touch late", 1, ""),
+    "its own end": ("exit 5", 5, ""),
+    "nothing": ("python=/no/such/python; set +e", 0, "none"),
+}
+
+
+@pytest.mark.parametrize("met", EARLY)
+def test_a_stop_before_the_ranks_have_begun_starts_none_and_comes_to_the_end_of_an_attempt(tmp_path: Path, met: str) -> None:
+    setup, code, signals = EARLY[met]
+    stage = Stage(tmp_path)
+    run = RunDir(tmp_path / "runs" / "a-b")
+    run.code.mkdir(parents=True)
+    (tmp_path / "setup.sh").write_text(setup + "\n")
+    done = stage.run(render_script(Job(setup_script=str(tmp_path / "setup.sh")), Script(run, str(stage.bin / "python"), None)))
+    assert done.returncode == code, done.stderr
+    assert not (stage.here / "late").exists() and bool(stage.words("srun")) is (signals == "none")
+    wanted = {"": [], "none": ["--code", "0", "--signals", ""]}.get(signals, ["--code", "75", "--signals", signals])
+    assert stage.words("end")[3:] == wanted
+
+
+@pytest.mark.parametrize("name", ["TERM", "USR2"])
+def test_a_stop_while_an_attempt_begins_leaves_it_whole_and_ends_it(tmp_path: Path, name: str) -> None:
+    stage = Stage(tmp_path)
+    run = RunDir(tmp_path / "runs" / "a-b")
+    run.code.mkdir(parents=True)
+    begins = (
+        (stage.bin / "python")
+        .read_text()
+        .replace(") echo", f") kill -{name} $PPID $$; sleep 0.2; printf '%s\\0' $HOLDFAST_LOG_OFFSET $BATCH_SECONDS > \"$RECORD/begin\"; echo")
+    )
+    (stage.bin / "python").write_text(begins)
+    done = stage.run(render_script(Job(), Script(run, str(stage.bin / "python"), None)))
+    assert done.returncode == 0 and not stage.words("srun"), done.stderr
+    assert stage.words("end")[3:] == ["--code", "75", "--signals", f"{name},"] and stage.words("begin") == ["0", "0"]
+
+
 def test_the_recording_stage_would_notice_a_payload(tmp_path: Path) -> None:
     stage = Stage(tmp_path / "stage")
     stage.run("echo $(touch x)")

@@ -2,15 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, Cluster, assert_same_result, until
+from conftest import REPOSITORY, SMALL, Cluster, assert_same_result, until
 
 from jobs import ledger
 from jobs.rundir import RunDir
 from launcher.local import pid_of_rank
+from slurm import lab
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -102,6 +108,51 @@ def test_a_run_that_waits_again_is_said_to_wait_and_can_be_cancelled(cluster: Cl
     assert f"cancelled job {second}" in cluster.holdfast("cancel", str(run.path)).stdout
     until(lambda: not cluster.slurm("squeue", "-h", "-n", run.id).strip(), 30, "the job to leave the queue")
     assert row()["state"] == "cancelled"
+
+
+@pytest.fixture(scope="module")
+def cancelling() -> Iterator[Cluster]:
+    """A cluster that cancels what it preempts: back into the queue comes only what asks for it itself."""
+    if lab.missing_programs():
+        pytest.skip(lab.how_to_install())
+    root = Path(tempfile.mkdtemp(prefix="hf-", dir="/tmp"))
+    root.chmod(0o755)
+    here = lab.start(root / "lab", lab.LabConfig(nodes=2, preempt_mode="CANCEL"))
+    try:
+        (root / "runs").mkdir()
+        yield Cluster(here, root / "runs")
+    finally:
+        here.stop()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def in_setup(cluster: Cluster, tmp_path: Path, **settings: str) -> RunDir:
+    """A run whose job is in its setup script, where it will be for some time at the first attempt."""
+    (tmp_path / "setup.sh").write_text(f"[ -e {tmp_path}/begun ] || {{ touch {tmp_path}/begun; sleep 8; }}\n")
+    run = cluster.submit(**PAIR, SETUP_SCRIPT=str(tmp_path / "setup.sh"), **settings)
+    until((tmp_path / "begun").exists, 30, lambda: f"the setup script\n{cluster.logs(run)}")
+    time.sleep(3)
+    return run
+
+
+@pytest.mark.parametrize("settings", [{"ENTRY": str(REPOSITORY / "tests" / "own_script.py")}, {"MAX_STEPS": "20"}], ids=["own script", "built-in"])
+def test_a_run_preempted_while_its_node_is_being_set_up_comes_back_also_where_slurm_cancels(
+    cancelling: Cluster, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    run = in_setup(cancelling, tmp_path, **settings)
+    cancelling.slurm("sbatch", "-p", "high", "-N2", "--exclusive", "--wrap", "sleep 1", "-o", "/dev/null")
+    attempts = cancelling.finished(run)
+    assert [str(attempt.cause) for attempt in attempts] == ["preempted", "finished"], cancelling.logs(run)
+    assert attempts[0].job_id == attempts[1].job_id and "preempt" in attempts[0].evidence
+    assert not run.attempt(1).progress.exists()
+
+
+def test_a_job_cancelled_while_its_node_is_being_set_up_is_cancelled(cancelling: Cluster, tmp_path: Path) -> None:
+    run = in_setup(cancelling, tmp_path)
+    cancelling.slurm("scancel", cancelling.job_id(run))
+    until(lambda: [a for a in ledger.attempts(ledger.read(run.ledger)) if a.cause], 30, lambda: f"the end\n{cancelling.logs(run)}")
+    until(lambda: not cancelling.slurm("squeue", "-h", "-j", cancelling.job_id(run)), 30, "the job to leave")
+    assert [str(attempt.cause) for attempt in ledger.attempts(ledger.read(run.ledger))] == ["cancelled"], cancelling.logs(run)
 
 
 def kill_rank(run: RunDir, rank: int) -> None:
