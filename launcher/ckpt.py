@@ -16,7 +16,7 @@ from jobs.ckpt_format import DAMAGED, STAGING, TRASH
 from jobs.contract import Exit
 from jobs.errors import CheckpointError, NotFoundError
 from jobs.rundir import RunDir
-from launcher import show
+from launcher import program, show
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def export(run: RunDir, step: int | None, out: Path | None, form: str) -> int:
             f"run {run.id} has no checkpoint of step {step}; there are: {there}" if step is not None else f"run {run.id} has no complete checkpoint"
         )
     target = out or Path(f"{run.path.name}-step{ckpt_format.step_of(path)}-{form}")
-    command = [sys.executable, "-m", "train.export", "--run-dir", str(run.path), "--checkpoint", str(path), "--out", str(target.absolute()), "--form", form]
-    return subprocess.run(command).returncode
+    words = ["--run-dir", str(run.path), "--checkpoint", str(path), "--out", str(target.absolute()), "--form", form]
+    return subprocess.run(program.command("train.export", *words)).returncode
 
 
 def _complete(path: Path, check: bool) -> Row:

@@ -1,10 +1,10 @@
 """`holdfast data build`: starts the program that builds token files, which needs numpy and more."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 from jobs.contract import Exit
+from launcher import program
 
 
 def build(inputs: list[str], out: Path, *, tokenizer: str | None, eos: str | None, column: str, val_share: float, as_json: bool) -> int:
@@ -13,10 +13,10 @@ def build(inputs: list[str], out: Path, *, tokenizer: str | None, eos: str | Non
     options += [f"--tokenizer={tokenizer}"] if tokenizer else []
     options += [f"--eos={eos}"] if eos else []
     options += ["--json"] if as_json else []
-    program = subprocess.Popen([sys.executable, "-m", "train.data.build", *options, "--", *inputs])
+    builder = subprocess.Popen(program.command("train.data.build", *options, "--", *inputs))
     while True:
         try:
-            code = program.wait()
+            code = builder.wait()
         except KeyboardInterrupt:
             continue  # it heard the same Ctrl-C, and takes away what it had begun
         return code if code >= 0 else int(Exit.FAILED)

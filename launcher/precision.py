@@ -27,6 +27,7 @@ from jobs.peaks import peak_of
 from jobs.precision import FP8_RECIPES, MODES, MXFP8_ARCH, Precision, runs_on
 from jobs.settings import Job
 from jobs.yaml_text import dump_yaml
+from launcher import program
 from launcher.prepare import resolve_here
 from launcher.show import near
 
@@ -232,12 +233,12 @@ def _measure(row: Row, job: Job, folder: Path, cwd: Path, steps: int, largest: b
 
 
 def _ask(arguments: list[str], cwd: Path) -> dict[str, Any]:
-    """The answer of `python -m train.bench`. Raises HoldfastError with its last line when it gives none."""
+    """The answer of train.bench. Raises HoldfastError with its last line when it gives none."""
     with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
         out = Path(folder) / "out.json"
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "train.bench", *arguments, "--out", str(out)],
+                program.command("train.bench", *arguments, "--out", str(out)),
                 cwd=cwd,
                 capture_output=True,
                 text=True,

@@ -19,6 +19,7 @@ from jobs import ledger
 from jobs.contract import PRUNED_WORD, Cause, RankEnv
 from jobs.lease import alive
 from jobs.rundir import RunDir
+from launcher import program
 
 # Seconds between two looks at metrics.jsonl: one metadata call.
 _POLL_S = 0.5
@@ -36,7 +37,7 @@ def beside(run: RunDir, pid: int) -> "subprocess.Popen[bytes] | None":
         return None
     if not wanted or was_pruned(run):
         return None
-    return subprocess.Popen([sys.executable, "-m", "launcher.pruning", str(pid)], env={**os.environ, RankEnv.RUN_DIR: str(run.path)}, stdin=subprocess.DEVNULL)
+    return subprocess.Popen(program.command("launcher.pruning", str(pid)), env={**os.environ, RankEnv.RUN_DIR: str(run.path)}, stdin=subprocess.DEVNULL)
 
 
 def was_pruned(run: RunDir) -> bool:

@@ -27,7 +27,7 @@ from jobs.setting_names import setting_name
 from jobs.settings import Job
 from jobs.sources import load
 from jobs.words import split_words
-from launcher import show, show_settings
+from launcher import program, show, show_settings
 from launcher.local import gpus_here, pids_of_ranks
 from launcher.prepare import prepare, resolve_here
 from launcher.refreeze import change
@@ -108,7 +108,7 @@ def _given(words: Sequence[str], name: str, otherwise: str) -> str:
 
 
 def _start(run: RunDir) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, "-m", "launcher.local", str(run.path)], stdout=subprocess.DEVNULL)
+    return subprocess.Popen(program.command("launcher.local", str(run.path)), stdout=subprocess.DEVNULL)
 
 
 def _torture(run: RunDir, case: Case, rng: random.Random) -> None:

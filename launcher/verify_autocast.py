@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from jobs.contract import Exit
 from jobs.errors import HoldfastError
+from launcher import program
 from launcher.prepare import resolve_here
 
 
@@ -23,9 +23,7 @@ def verify_autocast(model: str | None, words: Sequence[str], cwd: Path, *, steps
     job = resolved.job
     with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
         out = Path(folder) / "findings.json"
-        command = [
-            sys.executable,
-            "-m",
+        command = program.command(
             "train.autocast",
             "--model",
             job.model,
@@ -37,7 +35,7 @@ def verify_autocast(model: str | None, words: Sequence[str], cwd: Path, *, steps
             str(steps),
             "--out",
             str(out),
-        ]
+        )
         done = subprocess.run(command, cwd=cwd, stderr=subprocess.PIPE, text=True)
         if not out.exists():
             raise HoldfastError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"the examination ended with {done.returncode}")

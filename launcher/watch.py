@@ -15,7 +15,7 @@ from rich.live import Live as Screen
 from jobs import metrics, run_folders
 from jobs.contract import LOCAL
 from jobs.rundir import RunDir
-from launcher import board, show
+from launcher import board, program, show
 from launcher.keys import Keys
 from launcher.logs import follow_logs
 from launcher.runs_live import Known, Live
@@ -180,7 +180,7 @@ class _Watch:
 
     def _do(self, verb: str, row: RunStatus) -> None:
         """`holdfast cancel` or `resume` as a process of its own: Slurm may take its time, and what it says is one message."""
-        command = [sys.executable, "-m", "launcher.cli", verb, row.path]
+        command = program.command("launcher.cli", verb, row.path)
         environ = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}  # its words named what is watched
         self._say(f"{verb} {row.run} ...", 60.0)
         if verb == "resume" and row.job_id.startswith(LOCAL):

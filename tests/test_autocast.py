@@ -1,6 +1,7 @@
 """`holdfast verify autocast`: models of many families train in every precision of this machine; a planted fault is named."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,12 @@ def test_the_command_prints_a_table_and_its_exit_code_says_how_it_went() -> None
     bad = subprocess.run([holdfast, "verify", "autocast", "tests.overflowing:build", "--json"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert bad.returncode == 1, bad.stdout + bad.stderr
     assert "Explode" in json.loads(bad.stdout)["findings"][0]["culprit"]
+
+
+def test_a_model_of_ones_own_is_found_beside_a_script_of_ones_own_called_train(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("raise SystemExit('this is the script of a person')\n")
+    (tmp_path / "mine.py").write_text((REPOSITORY / "tests" / "overflowing.py").read_text())
+    start = "from launcher.cli import run_app; import sys; sys.exit(run_app(['verify', 'autocast', 'mine:build', '--json']))"
+    ours = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-P", "-c", start], cwd=tmp_path, env=ours, capture_output=True, text=True, timeout=120)
+    assert "Explode" in json.loads(done.stdout or "{}").get("findings", [{"culprit": ""}])[0]["culprit"], done.stdout + done.stderr

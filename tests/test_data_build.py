@@ -221,6 +221,18 @@ def test_the_command_builds_says_what_and_refuses_in_one_message(tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "set", "third"}
 
 
+def test_a_folder_with_a_script_of_ones_own_called_train_is_no_obstacle(tmp_path: Path) -> None:
+    jsonl(tmp_path / "in.jsonl", TEXTS)
+    for name in ("train.py", "jobs.py", "runpy.py"):
+        (tmp_path / name).write_text("raise SystemExit('this is the script of a person')\n")
+    # The command itself runs as it is installed, which looks for nothing in the working folder.
+    start = "from launcher.cli import run_app; import sys; sys.exit(run_app(['data', 'build', 'in.jsonl', '--out', 'set']))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", start], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout.startswith("200 documents, "), done.stdout + done.stderr
+
+
 def test_a_build_that_is_told_to_end_takes_away_what_it_began(tmp_path: Path) -> None:
     jsonl(tmp_path / "in.jsonl", TEXTS)
     program = "import os, signal, sys; from train.data import build; build._Progress.__call__ = lambda *_: os.kill(os.getpid(), signal.SIGTERM); sys.exit(build.main(sys.argv[1:]))"
