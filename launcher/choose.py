@@ -55,6 +55,14 @@ def find_run(words: Sequence[str], environ: Mapping[str, str], cwd: Path) -> Run
     return run_folders.find(named, folder)
 
 
+def find_task(words: Sequence[str], environ: Mapping[str, str], cwd: Path) -> RunDir:
+    """The run that a person means, for a command that an array itself has nothing for. Raises NotFoundError, SettingError."""
+    run = find_run(words, environ, cwd)
+    if run.has_members:
+        raise SettingError(f"{run.id} is an array; name one of its tasks, such as {run.id}/tasks/0")
+    return run
+
+
 def run_and_settings(words: Sequence[str], environ: Mapping[str, str], cwd: Path) -> tuple[RunDir, list[str]]:
     """The run that a person means, and the words behind it that change a setting of it. Raises NotFoundError."""
     naming, settings = split_run_words(words, environ)

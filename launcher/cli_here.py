@@ -120,10 +120,10 @@ def verify_autocast_command(
 @verify_app.command("data", context_settings=SETTINGS, options_metavar=RUN_HINT)
 def verify_data_command(ctx: typer.Context, as_json: Json = False) -> None:
     """Check that a run used each sample of an epoch exactly once (LOG_SAMPLES=true)."""
-    from launcher.choose import find_run
+    from launcher.choose import find_task
     from launcher.verify import verify_data
 
-    raise typer.Exit(verify_data(find_run(list(ctx.args), os.environ, Path.cwd()), as_json))
+    raise typer.Exit(verify_data(find_task(list(ctx.args), os.environ, Path.cwd()), as_json))
 
 
 @data_app.command("build")

@@ -48,10 +48,10 @@ def logs(
     ] = None,
 ) -> None:
     """Print what a run's newest attempt wrote; with -f, go on over requeues until the run is over."""
-    from launcher.choose import find_run
+    from launcher.choose import find_task
     from launcher.logs import print_logs
 
-    print_logs(find_run(list(ctx.args), os.environ, Path.cwd()), rank, attempt, follow)
+    print_logs(find_task(list(ctx.args), os.environ, Path.cwd()), rank, attempt, follow)
 
 
 @app.command(context_settings=SETTINGS, options_metavar=RUN_HINT)
@@ -142,19 +142,19 @@ def report(
 @ckpt_app.command("ls", context_settings=SETTINGS, options_metavar=RUN_HINT)
 def ckpt_ls(ctx: typer.Context, as_json: Json = False) -> None:
     """Show the checkpoints of a run by their names and manifests."""
-    from launcher.choose import find_run
+    from launcher.choose import find_task
     from launcher.ckpt import list_checkpoints
 
-    raise typer.Exit(list_checkpoints(find_run(list(ctx.args), os.environ, Path.cwd()), as_json))
+    raise typer.Exit(list_checkpoints(find_task(list(ctx.args), os.environ, Path.cwd()), as_json))
 
 
 @ckpt_app.command("verify", context_settings=SETTINGS, options_metavar=RUN_HINT)
 def ckpt_verify(ctx: typer.Context, as_json: Json = False) -> None:
     """Read every byte of every checkpoint; 0 when all are whole, 1 when one is damaged. Changes nothing."""
-    from launcher.choose import find_run
+    from launcher.choose import find_task
     from launcher.ckpt import verify_checkpoints
 
-    raise typer.Exit(verify_checkpoints(find_run(list(ctx.args), os.environ, Path.cwd()), as_json))
+    raise typer.Exit(verify_checkpoints(find_task(list(ctx.args), os.environ, Path.cwd()), as_json))
 
 
 @ckpt_app.command("export", context_settings=SETTINGS, options_metavar=RUN_HINT)
@@ -165,7 +165,7 @@ def ckpt_export(
     form: Annotated[str, typer.Option("--form", help="hf: what transformers loads. plain: weights by our names.")] = "hf",
 ) -> None:
     """Write a checkpoint as safetensors for other tools."""
-    from launcher.choose import find_run
+    from launcher.choose import find_task
     from launcher.ckpt import export
 
-    raise typer.Exit(export(find_run(list(ctx.args), os.environ, Path.cwd()), step, out, form))
+    raise typer.Exit(export(find_task(list(ctx.args), os.environ, Path.cwd()), step, out, form))

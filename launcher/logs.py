@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from jobs import ledger
-from jobs.contract import LOCAL, Cause
+from jobs.contract import LOCAL, Cause, Event
 from jobs.errors import NotFoundError, SettingError
 from jobs.rundir import RunDir
 from jobs.sources import load
@@ -61,7 +61,8 @@ def print_logs(run: RunDir, rank: str = "0", attempt: str | None = None, follow:
 def copy_logs(run: RunDir, rank: str, attempt: str | None, out: BinaryIO) -> None:
     """Everything that is there. Raises NotFoundError when that is nothing, SettingError for a rank or attempt that cannot be."""
     reader = _Reader(run, rank, attempt, out)
-    if not reader.copy():
+    wrote = reader.copy()
+    if not reader.copy_before_any_attempt() and not wrote:
         raise NotFoundError(f"run {run.id}: {reader.why_nothing()} Logs are in {show.near(run.logs)}/")
 
 
@@ -93,6 +94,7 @@ def follow_logs(run: RunDir, rank: str, attempt: str | None, out: BinaryIO, wait
                 said = words
         if over_since is not None and (by_ledger or answers > 1) and now - max(over_since, grown) >= _DRAIN_S:
             reader.finish()
+            reader.copy_before_any_attempt()
             return
         if wait(_POLL_S if now - grown < 10 or over_since else _IDLE_POLL_S):
             return
@@ -156,6 +158,22 @@ class _Reader:
                 self._write(self._prefix(path) + half)
             self._halves[path] = b""
         self.out.flush()
+
+    def copy_before_any_attempt(self) -> bool:
+        """Writes the script's log of the newest job where that began no attempt, whatever rank is wanted: `module` or the setup script
+        ended it, and its words stand nowhere else. Returns whether there was anything."""
+        newest = next((event for event in reversed(self._events) if event["event"] in (Event.SUBMITTED, Event.START) or event.get("successor")), None)
+        if self.only is not None or newest is None or newest["event"] == Event.START:
+            return False
+        job_id = str(newest.get("successor") or newest["job_id"])
+        path = self.run.log(job_id, _BATCH)
+        if not path.is_file() or not path.stat().st_size:
+            return False
+        self.finish()
+        self._write(f"--- job {job_id} · has begun no attempt · log of its script ---\n".encode())
+        self._copy(path, _BATCH, 0, path.stat().st_size)
+        self.finish()
+        return True
 
     def is_over(self) -> bool:
         """Whether the ledger alone says that nothing more comes; false where Slurm has to be asked."""

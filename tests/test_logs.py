@@ -13,11 +13,12 @@ import pytest
 from conftest import Cluster, until
 
 from jobs import ledger
-from jobs.contract import Cause, Event
+from jobs.contract import Cause, Event, Exit
 from jobs.errors import NotFoundError, SettingError
 from jobs.rundir import RunDir
 from jobs.settings import Job
 from jobs.yaml_text import dump_yaml
+from launcher.cli import run_app
 from launcher.logs import copy_logs, follow_logs
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")
@@ -126,6 +127,35 @@ def test_what_is_not_there_is_named_beside_what_is(run: RunDir) -> None:
             copied(run, rank, attempt)
 
 
+@pytest.mark.parametrize("rank", ["0", "batch", "all"])
+def test_a_job_that_died_before_its_attempt_began_says_what_its_script_wrote(run: RunDir, rank: str) -> None:
+    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="12")
+    with pytest.raises(NotFoundError, match="no attempt has started yet"):
+        copied(run, rank)
+    write(run, "12", "batch", "module: command not found")
+    said = "batch: module: command not found\n" if rank == "all" else "module: command not found"
+    assert copied(run, rank) == f"--- job 12 · has begun no attempt · log of its script ---\n{said}"
+    with pytest.raises(NotFoundError, match="no attempt has started yet"):
+        copied(run, rank, attempt="1")
+
+
+def test_a_later_job_that_began_no_attempt_stands_behind_the_last_attempt(run: RunDir) -> None:
+    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="12")
+    two_attempts(run)
+    assert "has begun no attempt" not in copied(run)
+    end(run, 2, "12", Cause.CODE_ERROR)
+    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="13")
+    write(run, "13", "batch", "/shared/env.sh: No such file or directory\n")
+    assert copied(run).endswith("zero two\n--- job 13 · has begun no attempt · log of its script ---\n/shared/env.sh: No such file or directory\n")
+
+
+def test_an_array_has_logs_and_checkpoints_in_its_tasks_only(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    run.member(0).path.mkdir(parents=True)
+    for words in (["logs"], ["ckpt", "ls"], ["ckpt", "verify"], ["ckpt", "export"], ["verify", "data"]):
+        assert run_app([*words, str(run.path)]) == Exit.USAGE
+        assert capsys.readouterr().err == "mine-abcd is an array; name one of its tasks, such as mine-abcd/tasks/0\n"
+
+
 def test_a_reader_that_goes_away_is_no_error(run: RunDir) -> None:
     two_attempts(run)
     write(run, "12", "0", "a line\n" * 200_000)
@@ -172,6 +202,10 @@ def test_following_a_run_that_left_the_queue_ends(run: RunDir, monkeypatch: pyte
     # One answer that it is gone is not believed: a requeue has a moment like that.
     assert len(asked) == 5
     assert "run mine-abcd is waiting: jobs of higher priority are before it" in capsys.readouterr().err
+    write(run, "12", "batch", "module: command not found\n")
+    out = io.BytesIO()
+    follow_logs(run, "0", None, out)
+    assert b"module: command not found" in out.getvalue()
 
 
 def test_following_a_run_that_was_resumed_waits_for_its_new_job(run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
