@@ -37,12 +37,14 @@ def write_report(named: Sequence[RunDir], out: Path | None, as_json: bool) -> in
         return Exit.DONE
     path = out or first.report
     try:
-        replace_file(path, page(figures))
+        replace_file(path, page(figures, first.id))
     except OSError as err:
         hint = "" if out else "; --out FILE writes it elsewhere"
         raise SettingError(f"{show.near(path)} cannot be written: {err.strerror}{hint}") from err
     for run in figures["runs"]:
         print(_line(run))
+    if not runs:
+        print(f"{first.id}: none of its tasks has begun yet")
     if figures["thinned"]:
         print(f"curves are thinned to {figures['points_of_a_curve']} points each, lowest and highest values kept")
     print(f"report  ->  {show.near(path)} ({path.stat().st_size / 1e6:.1f} MB, needs no network)")
@@ -58,8 +60,8 @@ def _line(run: Mapping[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def page(figures: Mapping[str, Any]) -> str:
-    """The HTML of `report.figures_of`."""
+def page(figures: Mapping[str, Any], name: str = "") -> str:
+    """The HTML of `report.figures_of`. `name` is that of an array: before its first task has begun there is no run to call it by."""
     script = _own("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     runs = figures["runs"]
@@ -72,7 +74,7 @@ def page(figures: Mapping[str, Any]) -> str:
         data=_in_script(drawn),
         rows=_setting_rows(runs),
         parts=_part_rows(runs),
-        title=runs[0]["id"] if len(runs) == 1 else f"{len(runs)} runs compared",
+        title=name if not runs else runs[0]["id"] if len(runs) == 1 else f"{len(runs)} runs compared",
     )
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from written_runs import BEGAN, written_run
 
 from jobs import ledger
-from jobs.contract import Event
+from jobs.contract import Event, Exit
 from jobs.errors import SettingError
 from jobs.rundir import RunDir
 from launcher import report, report_page
@@ -258,6 +258,17 @@ def test_an_array_is_a_comparison_of_its_members(tmp_path: Path) -> None:
     # A member alone has the code of its array.
     (member,) = runs_named(["sweep-a2b3.3", f"RUNS_DIR={tmp_path}"], {}, Path.cwd())[1]
     assert figures_of([member])["runs"][0]["code"]["commit"] == "3f0c9a1be2"
+
+
+def test_an_array_of_which_no_task_has_begun_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    array = written_run(tmp_path, "sweep-a2b3", steps=10)
+    array.members.mkdir()
+    assert write_report([array], None, False) == Exit.DONE
+    said = capsys.readouterr().out
+    assert said.startswith("sweep-a2b3: none of its tasks has begun yet\nreport  ->  ")
+    shown = Page(array.report.read_text())
+    assert "None of its tasks has begun yet" in shown.text and "sweep-a2b3" in shown.text and not shown.having("script")
+    assert write_report([array], None, True) == Exit.DONE and json.loads(capsys.readouterr().out)["runs"] == []
 
 
 def test_a_report_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
