@@ -121,7 +121,7 @@ def verify_autocast_command(
 def verify_data_command(ctx: typer.Context, as_json: Json = False) -> None:
     """Check that a run used each sample of an epoch exactly once (LOG_SAMPLES=true)."""
     from launcher.choose import find_task
-    from launcher.verify import verify_data
+    from launcher.verify_data import verify_data
 
     raise typer.Exit(verify_data(find_task(list(ctx.args), os.environ, Path.cwd()), as_json))
 

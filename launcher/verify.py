@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from rich.text import Text
 
 from jobs import ckpt_format, ledger, metrics, run_folders, samples
 from jobs.contract import Cause, Event, Exit
-from jobs.errors import HoldfastError, SettingError
+from jobs.errors import HoldfastError
 from jobs.rundir import RunDir
 from jobs.setting_names import setting_name
 from jobs.settings import Job
@@ -228,27 +228,6 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
-
-
-def verify_data(run: RunDir, as_json: bool) -> int:
-    """Whether each sample of an epoch was used exactly once over the steps that count."""
-    if not any(True for _ in _logs(run)):
-        raise SettingError(f"run {run.id} wrote down no samples; LOG_SAMPLES=true makes it do so")
-    verdict = samples.of_run(run)
-    if as_json:
-        print(json.dumps(asdict(verdict)))
-    else:
-        for fault in verdict.faults:
-            print(fault)
-        how = "NOT every sample once" if verdict.faults else "every sample once per epoch"
-        print(
-            f"{verdict.steps} steps, {verdict.used:,} samples over {verdict.epochs} whole epochs: {how}; {verdict.repeated:,} used again in steps that were lost and trained again"
-        )
-    return Exit.FAILED if verdict.faults else Exit.DONE
-
-
-def _logs(run: RunDir) -> Iterator[Path]:
-    return (run.path / "attempts").glob("*/samples.*.jsonl")
 
 
 def cells(case: Case) -> tuple[str, ...]:
