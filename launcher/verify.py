@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from rich.text import Text
 
 from jobs import ckpt_format, ledger, metrics, run_folders, samples
 from jobs.contract import Cause, Event, Exit
-from jobs.errors import HoldfastError
+from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
-from jobs.setting_names import setting_name
+from jobs.setting_names import AMP_WORDS, setting_name
 from jobs.settings import Job
 from jobs.sources import load
 from jobs.words import split_words
@@ -76,18 +77,64 @@ def run_cases(words: Sequence[str], cwd: Path, cases: Sequence[Case], seed: int,
     runs = cwd / _given(words, "runs_dir", "runs")
     folder = Path(os.path.abspath(runs)) / f"verify-{run_folders.new_id()}"
     folder.mkdir(parents=True)
-    straight = _prepare(words, cwd, folder, "straight")
-    job = load(straight.job_yaml)
-    _say(quiet, f"{show_settings.headline(job)}\n{job.max_steps} steps straight, then {', '.join(f'{case.kills} kills: {case.name}' for case in cases)}")
-    code = _start(straight).wait()
-    if code:
-        raise HoldfastError(f"the run that nobody killed ended with {code}; its logs are in {show.near(straight.logs)}/")
-    for index, case in enumerate(cases):
-        run = _prepare(words, cwd, folder, f"killed-{index + 1}")
-        _torture(run, case, random.Random(seed + index))
-        judge_case(case, job, straight, run)
-        _say(quiet, f"  {case.name}: {'as it must be' if case.passed else 'DIFFERENT'}")
+    try:
+        straight = _prepare(words, cwd, folder, "straight")
+        _check_changes(_prepare(words, cwd, folder, "tried"), cases)
+        job = load(straight.job_yaml)
+        _say(quiet, f"{show_settings.headline(job)}\n{job.max_steps} steps straight, then {', '.join(f'{case.kills} kills: {case.name}' for case in cases)}")
+        with _started(straight) as attempt:
+            code = attempt.wait()
+        if code:
+            raise _StraightError(f"the run that nobody killed ended with {code}; its logs are in {show.near(straight.logs)}/")
+        for index, case in enumerate(cases):
+            run = _prepare(words, cwd, folder, f"killed-{index + 1}")
+            _torture(run, case, random.Random(seed + index))
+            judge_case(case, job, straight, run)
+            _say(quiet, f"  {case.name}: {'as it must be' if case.passed else 'DIFFERENT'}")
+    except _StraightError:
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder, job, list(cases)
+
+
+class _StraightError(HoldfastError):
+    """Its logs are the evidence: the runs are kept."""
+
+
+def _check_changes(run: RunDir, cases: Sequence[Case]) -> None:
+    """Makes every change of every case, and takes it back, on a run that nobody trains, and takes that run away: minutes of training
+    come before the first change. Raises SettingError with all faults, and ImpossibleJobError."""
+    before = load(run.job_yaml)
+    faults = []
+    for case in cases:
+        back = _back(before, case.changes)
+        try:
+            change(run, case.changes, allow=False, executable=sys.executable)
+            change(run, back, allow=False, executable=sys.executable)
+        except SettingError as err:
+            faults.append(f"--change {','.join(case.changes)}: {_without_advice(run, case.changes, back, err)}")
+    shutil.rmtree(run.path)
+    if faults:
+        raise SettingError("\n".join(faults))
+
+
+def _without_advice(run: RunDir, changes: Sequence[str], back: Sequence[str], fault: SettingError) -> str:
+    """What is wrong with a change. --allow-change, which a resume would name, is no option here."""
+    try:
+        change(run, changes, allow=True, executable=sys.executable)
+        change(run, back, allow=True, executable=sys.executable)
+    except SettingError as err:
+        return str(err)
+    return "that is another training, which cannot come to the same; try what a resume takes without --allow-change: GPUS_PER_NODE, PRECISION, PARALLEL and the like"
+
+
+def _back(before: Job, changes: Sequence[str]) -> list[str]:
+    """The words that undo these; a word that is no setting is left out, and refused where the change is made."""
+    names = [setting_name(word.partition("=")[0]) for word in changes]
+    fields = ["precision" if name in AMP_WORDS else name for name in names if name]
+    return [f"{name.upper()}={before.text(name)}" for name in fields]
 
 
 def _prepare(words: Sequence[str], cwd: Path, folder: Path, name: str) -> RunDir:
@@ -107,42 +154,56 @@ def _given(words: Sequence[str], name: str, otherwise: str) -> str:
     return next((value for key, value in pairs if setting_name(key) == name), otherwise)
 
 
-def _start(run: RunDir) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(program.command("launcher.local", str(run.path)), stdout=subprocess.DEVNULL)
+@contextmanager
+def _started(run: RunDir) -> "Iterator[subprocess.Popen[bytes]]":
+    """Attempts of this run. Where the block is left early, by Ctrl-C as well, nothing of them is left."""
+    attempts = subprocess.Popen(program.command("launcher.local", str(run.path)), stdout=subprocess.DEVNULL)
+    try:
+        yield attempts
+    except BaseException:
+        # The one that would start another attempt first.
+        attempts.kill()
+        attempts.wait()
+        while ranks := pids_of_ranks(run):
+            for pid in ranks:
+                _kill(pid)
+            time.sleep(0.01)
+        raise
 
 
 def _torture(run: RunDir, case: Case, rng: random.Random) -> None:
     """Attempts, each killed at another moment, until the kills are used up and one is left to finish."""
     before = load(run.job_yaml)
-    back = [f"{key}={before.text(setting_name(key) or key)}" for key in (word.partition("=")[0] for word in case.changes)]
+    back = _back(before, case.changes)
     save_s = 0.02
     for kill in range(case.kills):
         if kill and case.changes:
-            change(run, list(case.changes if kill % 2 else back), allow=False, executable=sys.executable)
-        attempt = _start(run)
+            change(run, case.changes if kill % 2 else back, allow=False, executable=sys.executable)
         job = load(run.job_yaml)
         number = kill + 1
-        if _until(attempt, lambda: _progress(run, number) is not None):  # noqa: B023 - called at once
-            begun = _progress(run, number) or 0
-            if kill % 2:
-                # Inside a save: as soon as its folder is there, and a little later.
-                _until(attempt, lambda: _staging(run))
-                time.sleep(rng.uniform(0, save_s))
-            else:
-                target = begun + rng.randint(1, max((job.max_steps - begun) // max(case.kills - kill, 1), 2))
-                _until(attempt, lambda: (_progress(run, number) or 0) >= target)  # noqa: B023
-            for pid in pids_of_ranks(run):
-                _kill(pid)
-        attempt.wait()
+        with _started(run) as attempt:
+            if _until(attempt, lambda: _progress(run, number) is not None):  # noqa: B023 - called at once
+                begun = _progress(run, number) or 0
+                if kill % 2:
+                    # Inside a save: as soon as its folder is there, and a little later.
+                    _until(attempt, lambda: _staging(run))
+                    time.sleep(rng.uniform(0, save_s))
+                else:
+                    target = begun + rng.randint(1, max((job.max_steps - begun) // max(case.kills - kill, 1), 2))
+                    _until(attempt, lambda: (_progress(run, number) or 0) >= target)  # noqa: B023
+                for pid in pids_of_ranks(run):
+                    _kill(pid)
+            attempt.wait()
         case.torn_saves += _staging(run)
         saves = [float(event["seconds"]) for event in ledger.read(run.ledger) if event["event"] == Event.CHECKPOINT]
         save_s = saves[-1] if saves else save_s
         if _finished(run):
             return
     if case.changes:
-        change(run, list(case.changes if case.kills % 2 else back), allow=False, executable=sys.executable)
+        change(run, case.changes if case.kills % 2 else back, allow=False, executable=sys.executable)
     if not _finished(run):
-        _start(run).wait()
+        with _started(run) as attempt:
+            attempt.wait()
 
 
 def judge_case(case: Case, job: Job, straight: RunDir, run: RunDir) -> None:

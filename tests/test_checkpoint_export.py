@@ -2,13 +2,15 @@
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, until
 from safetensors.torch import load_file
 from training import TINY, Farm, farm, logs
 
@@ -18,6 +20,7 @@ from jobs.errors import CheckpointError, SettingError
 from jobs.rundir import RunDir
 from jobs.sources import load
 from launcher.cli import run_app
+from launcher.local import pids_of_ranks
 from train.export import export, llama_weights, weights_of
 from train.models.gpt import GPT
 from train.models.registry import build_model
@@ -128,6 +131,28 @@ def test_verify_resume_proves_a_job_and_its_exit_code_says_so(tmp_path: Path, ca
     [case] = json.loads(capfd.readouterr().out)["cases"]
     assert case["same_weights"] and case["same_losses"] and case["samples"] == "each once, same order" and case["attempts"] == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_verify_resume_refuses_changes_before_it_trains_and_leaves_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.program.command", lambda *_: pytest.fail("something was trained"))
+    changes = [word for change in ("NIX=1", "MAX_STEPS=9", "PRECISION=bf16", "MODEL=124m") for word in ("--change", change)]
+    assert run_app(["verify", "resume", *words(tmp_path, GPUS_PER_NODE="1"), *changes]) == Exit.USAGE
+    said = capfd.readouterr().err.splitlines()
+    assert [line.partition(": ")[0] for line in said] == ["--change NIX=1", "--change MAX_STEPS=9", "--change MODEL=124m"], said
+    assert "NIX is not a setting" in said[0] and "another training" in said[1] and "a run keeps its model for good" in said[2]
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_resume_that_is_interrupted_leaves_neither_runs_nor_processes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launcher.cli", "verify", "resume", *words(tmp_path, GPUS_PER_NODE="1", MAX_STEPS="100000")]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, start_new_session=True)
+    until(lambda: next(tmp_path.glob("verify-*/straight-0/attempts/1/progress"), None), 120, "a step")
+    [straight] = tmp_path.glob("verify-*/straight-0")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == Exit.INTERRUPTED
+    assert not list(tmp_path.iterdir()) and not pids_of_ranks(RunDir(straight))
 
 
 def test_verify_resume_fails_when_a_resumed_run_is_another_one(tmp_path: Path, farm: Farm) -> None:
