@@ -1,5 +1,6 @@
 """What `holdfast watch` draws: rows of runs as lines for a terminal of any size. Values in, text out."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -80,8 +81,10 @@ def draw(rows: Sequence[RunStatus], view: View) -> list[Text]:
     lines += [_line(row, columns, view, view.top + index == view.selected) for index, row in enumerate(visible)]
     if not rows:
         lines.append(Text("no runs to show; a shows those that ended more than a day ago as well"))
-    lines += [Text() for _ in range(view.height - len(lines) - 3)]
-    lines += _details(rows[view.selected] if rows else None, view)
+    # The selected run's text may take every line that no run needs.
+    room = max(view.height - len(lines) - 1, 2)
+    details = _details(rows[view.selected] if rows else None, view.width, room)
+    lines += [Text() for _ in range(room - len(details))] + details
     more = f"{view.top + 1}-{view.top + len(visible)} of {len(rows)}  " if len(rows) > view.room else ""
     keys = view.prompt or f"{more}{'up/down' if view.ascii_only else '↑↓'} select  l logs  c cancel  r resume  a all  q quit"
     lines.append(_cut(Text(keys, style="bold" if view.prompt else "dim"), view.width))
@@ -214,13 +217,22 @@ def _line(row: RunStatus, columns: Sequence[tuple[_Column, int]], view: View, se
     return _cut(line, view.width)
 
 
-def _details(row: RunStatus | None, view: View) -> list[Text]:
-    """Two lines about the selected run, with what its row had to cut."""
+def _details(row: RunStatus | None, width: int, room: int) -> list[Text]:
+    """Lines about the selected run, with what its row had to cut: two, or where they are longer than the terminal up to `room`."""
     if row is None:
-        return [Text(), Text()]
+        return []
     job = f"job {row.job_id}" if row.job_id else "never submitted"
     saved = f" · saved step {row.checkpoint_step:,}, {ago(row.checkpoint_time)}" if row.checkpoint_time and row.checkpoint_step is not None else ""
-    return [_cut(Text(f"{row.run} · {job} · attempt {row.attempt or '-'}{saved}"), view.width), _cut(Text(row.note or row.path), view.width)]
+    about = _wrapped(f"{row.run} · {job} · attempt {row.attempt or '-'}{saved}", width, room - 1)
+    return about + _wrapped(row.note or row.path, width, room - len(about))
+
+
+def _wrapped(text: str, width: int, most: int) -> list[Text]:
+    """At most so many lines; what is too much is cut from the last one."""
+    parts = textwrap.wrap(text, width) or [""]
+    if len(parts) > most:
+        parts[most - 1 :] = [" ".join(parts[most - 1 :])]
+    return [_cut(Text(part), width) for part in parts]
 
 
 def _cut(line: Text, width: int) -> Text:

@@ -310,3 +310,23 @@ def test_a_table_wraps_its_last_column_only() -> None:
     assert lines[0] == "run          note" and all(len(line) <= 30 for line in lines)
     assert [line[:11].strip() for line in lines[1:]] == ["a-long-name", *[""] * (len(lines) - 2)]
     assert len(table.lines(("run", "note"), [("a", "word " * 99)])) == 2
+
+
+@pytest.mark.parametrize("width", [12, 40, 60, 80, 120, 200])
+def test_a_table_of_runs_fits_the_terminal_and_its_notes_can_be_read(width: int) -> None:
+    head = ("run", "state", "job", "attempt", "step", "loss", "tok/s", "left", "checkpoint", "note")
+    note = "rank 1 of node n2: RuntimeError: a loss that is not finite in blocks.3.attention at step 139, after 12 steps like that (holdfast logs gpt-1b-k3f9)"
+    rows = [
+        ("gpt-1b-k3f9", "failed", "1234567", "3", "139/10,000", "2.714", "", "", "step 120, 31 min ago", note),
+        ("b-c", "finished", "12", "1", "9/9", "", "", "", "", ""),
+    ]
+    lines = table.lines(head, rows, width)
+    assert max(map(len, lines)) <= width
+    text = " ".join(" ".join(lines).split())
+    if width >= 40:
+        # The note stands beside the columns or below its row, in few lines.
+        assert lines[0].startswith("run") and "139/10,000" in lines[1] and lines[-1].split()[:2] == ["b-c", "finished"]
+        assert len(lines) <= 3 + -(-len(note) // min(width - 12, 36)) and (width == 200 or note in text)
+    if width in (60, 80):
+        assert "tok/s" not in lines[0] and "left" not in lines[0] and "note" not in lines[0] and lines[2].startswith("    rank 1 of")
+    assert ("checkpoint" in lines[0]) == (width >= 80)

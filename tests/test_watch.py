@@ -108,6 +108,16 @@ def test_the_reason_why_a_run_waits_stands_in_its_row_and_in_full_below() -> Non
     assert lines[-2] == _ROWS[1].note and _ROWS[1].run in lines[-3]
 
 
+def test_what_is_said_of_the_selected_run_is_wrapped_where_there_is_room() -> None:
+    row = replace(_ROW, state="failed", note="word " * 60 + "end")
+    lines = [line.plain for line in board.draw([row], board.View(80, 24))]
+    below = lines[lines.index(next(line for line in lines if line.startswith("gpt-1b-k3f9"))) : -1]
+    assert len(lines) == 24 and " ".join(" ".join(below[1:]).split()) == row.note and len(below) == 5
+    # Where the runs need the lines, there are two.
+    assert len(board.draw([row] * 30, board.View(80, 24))) == 24
+    assert [line.plain for line in board.draw([row] * 30, board.View(80, 24))][-2].startswith("word word")
+
+
 def test_without_colour_every_state_is_a_word_and_a_sign() -> None:
     for state in ("running", "waiting", "finished", "failed", "cancelled", "stopped", "damaged"):
         for ascii_only in (False, True):
