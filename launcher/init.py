@@ -168,7 +168,7 @@ def site_text(cluster: Cluster, partition: Partition, chosen: Mapping[str, str],
 
 def _remark(name: str, value: object, why: str) -> str:
     """A setting that a person may take the # from."""
-    return f"{f'# {name}: {value}':<26}# {why}"
+    return f"{f'# {name}: {value}':<25} # {why}"
 
 
 def _setting(name: str, value: object) -> str:

@@ -110,6 +110,14 @@ def test_without_a_terminal_what_is_open_or_wrong_is_said(alps: Found, given: di
         choose(alps, given, None, takes_defaults=False)
 
 
+def test_a_remark_that_loses_its_hash_is_the_setting_alone(alps: Found) -> None:
+    partition = alps.partition("preempt")
+    assert partition
+    text = site_text(alps, partition, {"partition": "preempt", "account": "research", "qos": ""}, date(2026, 11, 24))
+    taken = [line.removeprefix("# ") for line in text.splitlines() if line.startswith(("# setup_script", "# time_limit", "# mem_gb"))]
+    assert yaml.safe_load("\n".join(taken)) == {"setup_script": "/shared/env.sh", "time_limit": "2-00:00:00", "mem_gb": 2014}, taken
+
+
 @pytest.mark.parametrize("name", ["preempt", "debug"])
 def test_the_file_resolves_to_what_was_found(alps: Found, name: str, tmp_path: Path) -> None:
     partition = alps.partition(name)
