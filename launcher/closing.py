@@ -45,7 +45,8 @@ def write_end(run: RunDir, number: int, job_id: str, cause: Cause, evidence: str
         start_step=start_step,
         step=max(reached, saved),
         saved_step=saved if known else None,
-        lost_steps=max(reached - saved, 0),
+        # Nothing is trained again after the end, saved or not.
+        lost_steps=0 if cause is Cause.FINISHED else max(reached - saved, 0),
         seconds=round(seconds, 3),
         gpu_seconds=round(seconds * int(started["world"]), 1) if started else 0.0,
         parts=goodput.parts_of(record, seconds, cause, own_script=own_script, worked=reached > start_step),

@@ -124,6 +124,15 @@ def test_a_killed_run_goes_on_and_the_ledger_counts_what_was_lost(tmp_path: Path
     assert saves == [10, 20, 30, 40]
 
 
+def test_a_script_that_ends_without_a_checkpoint_has_lost_nothing(tmp_path: Path) -> None:
+    script = tmp_path / "plain.py"
+    script.write_text("import holdfast\nfor step in range(1, 6):\n    holdfast.progress(step)\n")
+    run = own_run(tmp_path / "runs", ENTRY=str(script))
+    assert run_attempts(run, ENVIRON) == Exit.DONE
+    [attempt] = ledger.attempts(ledger.read(run.ledger))
+    assert (attempt.cause, attempt.step, attempt.lost_steps) == (Cause.FINISHED, 5, 0)
+
+
 @pytest.mark.trains
 def test_a_stop_file_stops_it_for_good_and_resume_goes_on(tmp_path: Path) -> None:
     run = own_run(tmp_path / "runs", "2000", "1500", "0.03", KEEP_LAST="1")
