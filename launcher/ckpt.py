@@ -14,9 +14,12 @@ from rich.text import Text
 from jobs import ckpt_format
 from jobs.ckpt_format import DAMAGED, STAGING, TRASH
 from jobs.contract import Exit
-from jobs.errors import CheckpointError, NotFoundError
+from jobs.errors import CheckpointError, NotFoundError, SettingError
 from jobs.rundir import RunDir
 from launcher import program, show
+
+# What an export can be, and what for.
+FORMS = {"hf": "what transformers loads", "plain": "weights by our names"}
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,18 @@ def verify_checkpoints(run: RunDir, as_json: bool) -> int:
 
 
 def export(run: RunDir, step: int | None, out: Path | None, form: str) -> int:
-    """Starts the process that reads the tensors. Returns its exit code."""
+    """Starts the process that reads the tensors. Returns its exit code. Raises SettingError for what has no such form."""
+    if form not in FORMS:
+        raise SettingError(f"--form {form!r}: write one of {', '.join(f'{name} ({meaning})' for name, meaning in FORMS.items())}.")
     path = ckpt_format.path_of(run.checkpoints, step) if step is not None else next(iter(ckpt_format.complete(run.checkpoints)), None)
     if path is None or not path.is_dir():
         there = ", ".join(str(ckpt_format.step_of(path)) for path in ckpt_format.complete(run.checkpoints)) or "none"
         raise NotFoundError(
             f"run {run.id} has no checkpoint of step {step}; there are: {there}" if step is not None else f"run {run.id} has no complete checkpoint"
+        )
+    if ckpt_format.read_manifest(path).state.get(ckpt_format.OWN):
+        raise SettingError(
+            f"run {run.id} trains a script of your own, and {show.near(path)}/ holds the files that it wrote, as it wrote them: take them from there. Only a MODEL can be exported."
         )
     target = out or Path(f"{run.path.name}-step{ckpt_format.step_of(path)}-{form}")
     words = ["--run-dir", str(run.path), "--checkpoint", str(path), "--out", str(target.absolute()), "--form", form]

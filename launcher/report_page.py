@@ -31,6 +31,8 @@ def write_report(named: Sequence[RunDir], out: Path | None, as_json: bool) -> in
     runs, first = report.members_of(named), named[0]
     if len(named) > 1 and out is None and not as_json:
         raise SettingError(f"{len(runs)} runs in one report: say where it goes, as in --out comparison.html")
+    if out is not None and not out.name:
+        raise SettingError(f"--out {str(out)!r} is no file; name one, as in --out report.html")
     figures = report.figures_of(runs)
     if as_json:
         print(json.dumps(figures, indent=1))

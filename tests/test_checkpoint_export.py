@@ -14,7 +14,7 @@ from conftest import REPOSITORY, until
 from safetensors.torch import load_file
 from training import TINY, Farm, farm, logs
 
-from jobs import ckpt_format
+from jobs import ckpt_format, own_ckpt
 from jobs.contract import Exit
 from jobs.errors import CheckpointError, SettingError
 from jobs.rundir import RunDir
@@ -119,6 +119,24 @@ def test_ls_and_verify_speak_of_every_checkpoint_without_torch(run: RunDir, capf
 def test_export_of_a_step_that_is_not_there_names_those_that_are(run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_app(["ckpt", "export", str(run.path), "--step", "7"]) == Exit.USAGE
     assert "no checkpoint of step 7; there are: 8" in capfd.readouterr().err
+
+
+def test_what_cannot_be_exported_is_said_in_one_line(run: RunDir, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_app(["ckpt", "export", str(run.path), "--form", "onnx"]) == Exit.USAGE
+    assert capfd.readouterr().err == "--form 'onnx': write one of hf (what transformers loads), plain (weights by our names).\n"
+    (tmp_path / "file").touch()
+    assert run_app(["ckpt", "export", str(run.path), "--out", str(tmp_path / "file" / "x")]) == Exit.USAGE
+    assert capfd.readouterr().err == f"{tmp_path}/file/x cannot be made: Not a directory; choose another folder with --out\n"
+    own = RunDir(tmp_path / "own-a2b3")
+    (own.path / "aside").mkdir(parents=True)
+    own.checkpoints.mkdir()
+    own.job_yaml.write_text(run.job_yaml.read_text())
+    (own.path / "aside" / "state.json").write_text("5")
+    own_ckpt.commit(own.path / "aside", own.checkpoints, 5, 1, 3)
+    for form in ("hf", "plain"):
+        assert run_app(["ckpt", "export", str(own.path), "--form", form]) == Exit.USAGE
+        said = capfd.readouterr().err
+        assert "a script of your own" in said and "step-00000005/ holds the files that it wrote" in said and said.count("\n") == 1
 
 
 def words(tmp_path: Path, **more: str) -> list[str]:

@@ -271,6 +271,12 @@ def test_an_array_of_which_no_task_has_begun_has_a_page(tmp_path: Path, capsys: 
     assert write_report([array], None, True) == Exit.DONE and json.loads(capsys.readouterr().out)["runs"] == []
 
 
+@pytest.mark.parametrize("out", ["", ".", "/"])
+def test_a_report_into_no_file_is_refused(tmp_path: Path, out: str) -> None:
+    with pytest.raises(SettingError, match="is no file; name one"):
+        write_report([written_run(tmp_path, "mine-a2b3", steps=10)], Path(out), False)
+
+
 def test_a_report_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = written_run(tmp_path, "gpt-a2b3", steps=100)
     write_report([run], None, False)

@@ -92,13 +92,16 @@ def llama_config(config: GPTConfig) -> dict[str, object]:
 
 
 def export(job: Job, path: Path, out: Path, form: str) -> None:
-    """Writes folder `out`, aside and renamed. Raises SettingError when it exists or the model has no such form."""
+    """Writes folder `out`, aside and renamed. Raises SettingError when it exists or cannot be made, or the model has no such form."""
     if out.exists():
         raise SettingError(f"{out} exists; choose another folder with --out")
-    weights = weights_of(path)
     aside = out.with_name(f".{out.name}.{secrets.token_hex(3)}")
-    aside.mkdir(parents=True)
     try:
+        aside.mkdir(parents=True)
+    except OSError as err:
+        raise SettingError(f"{out} cannot be made: {err.strerror}; choose another folder with --out") from err
+    try:
+        weights = weights_of(path)
         if form == "plain":
             _write_weights(aside, weights)
             (aside / "state.json").write_text(json.dumps(ckpt_format.read_manifest(path).state, indent=1) + "\n")
