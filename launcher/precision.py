@@ -22,7 +22,7 @@ from rich.text import Text
 
 from jobs import advice
 from jobs.contract import Exit
-from jobs.errors import HoldfastError
+from jobs.errors import HoldfastError, SettingError
 from jobs.peaks import peak_of
 from jobs.precision import FP8_RECIPES, MODES, MXFP8_ARCH, Precision, runs_on
 from jobs.settings import Job
@@ -116,7 +116,7 @@ def compare(words: Sequence[str], environ: Mapping[str, str], cwd: Path, *, step
 
 
 def candidates(hardware: Mapping[str, Any], job: Job, only: str) -> list[dict[str, str]]:
-    """The settings of every mode that this hardware has, fp32 first. Raises HoldfastError when `only` leaves nothing beside it."""
+    """The settings of every mode that this hardware has, fp32 first. Raises SettingError when `only` leaves nothing beside it."""
     arch = hardware["arch"]
     found: list[dict[str, str]] = []
     for mode in MODES.values():
@@ -136,7 +136,7 @@ def candidates(hardware: Mapping[str, Any], job: Job, only: str) -> list[dict[st
         return found
     kept = [settings for settings in found if settings["precision"] == Precision.FP32 or any(word in name_of(settings) for word in words)]
     if len(kept) == 1 and "fp32" not in words:
-        raise HoldfastError(f"--only {only}: this machine ({hardware['device']}) has none of it; it has {', '.join(map(name_of, found))}.")
+        raise SettingError(f"--only {only}: this machine ({hardware['device']}) has none of it; it has {', '.join(map(name_of, found))}.")
     return kept
 
 

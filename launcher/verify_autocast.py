@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.contract import Exit
-from jobs.errors import HoldfastError
+from jobs.errors import HoldfastError, SettingError
 from launcher import program
 from launcher.prepare import resolve_here
 
@@ -38,7 +38,8 @@ def verify_autocast(model: str | None, words: Sequence[str], cwd: Path, *, steps
         )
         done = subprocess.run(command, cwd=cwd, stderr=subprocess.PIPE, text=True)
         if not out.exists():
-            raise HoldfastError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"the examination ended with {done.returncode}")
+            said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"the examination ended with {done.returncode}"
+            raise SettingError(said) if done.returncode == Exit.USAGE else HoldfastError(said)
         findings = json.loads(out.read_text())
     passed = all(finding["passed"] for finding in findings)
     if as_json:

@@ -65,6 +65,9 @@ def test_the_command_prints_a_table_and_its_exit_code_says_how_it_went() -> None
     bad = subprocess.run([holdfast, "verify", "autocast", "tests.overflowing:build", "--json"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert bad.returncode == 1, bad.stdout + bad.stderr
     assert "Explode" in json.loads(bad.stdout)["findings"][0]["culprit"]
+    command = [sys.executable, "-m", "launcher.cli", "verify", "autocast", "nanoo"]
+    wrong = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert wrong.returncode == 2 and "Did you mean 'nano'?" in wrong.stderr and wrong.stderr.count("\n") == 1, wrong.stderr
 
 
 def test_a_model_of_ones_own_is_found_beside_a_script_of_ones_own_called_train(tmp_path: Path) -> None:

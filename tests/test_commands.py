@@ -65,6 +65,13 @@ def test_the_version_is_that_of_the_package() -> None:
     assert holdfast("--version").stdout == f"holdfast {project['version']}\n"
 
 
+@pytest.mark.parametrize("words", ["explain", "explain --json"])
+def test_a_reader_that_goes_away_is_no_error_for_a_command_that_only_tells(words: str) -> None:
+    command = f"'{sys.executable}' -m launcher.cli {words} | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and len(done.stdout.splitlines()) == 1
+
+
 def test_all_faults_are_told_at_once() -> None:
     done = holdfast("render", "PRECISON=x", "LR=-1", "SEED=1.5", TIME_LIMIT="soon", HOLDFAST_NODS="2")
     assert done.returncode == 2

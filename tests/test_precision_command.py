@@ -98,7 +98,7 @@ def test_other_models_are_measured_too_and_only_leaves_modes_out_and_keeps_nothi
 
 def test_a_mode_that_this_machine_has_not_is_refused_beside_those_it_has(tmp_path: Path) -> None:
     refused = holdfast("precision", f"RUNS_DIR={tmp_path}", "--only", "fp8")
-    assert refused.returncode == 1 and "this machine (CPU) has none of it; it has fp32, bf16" in refused.stderr
+    assert refused.returncode == 2 and "this machine (CPU) has none of it; it has fp32, bf16" in refused.stderr
 
 
 # ------------------------------------------------------------------------------------------------- judged, for any hardware
