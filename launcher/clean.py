@@ -54,6 +54,7 @@ def clean(folder: Path, named: Sequence[RunDir], *, older: str | None, failed: b
     for one in candidates:
         one.why_left = one.why_left or _why_left(one, age_s, failed, chosen, needed)
     going = [one for one in candidates if not one.why_left]
+    frees = sum(_frees(RunDir(Path(one.path)), keep_checkpoints) if keep_checkpoints else one.bytes for one in going)
     problems: list[str] = []
     if yes and chosen:
         for one in going:
@@ -62,13 +63,9 @@ def clean(folder: Path, named: Sequence[RunDir], *, older: str | None, failed: b
             problems += said
         problems += _clear_leftovers(folder)
     if as_json:
-        print(
-            json.dumps(
-                {"dry_run": not yes, "bytes": sum(one.bytes for one in going), "runs": [asdict(one) for one in candidates], "problems": problems}, indent=1
-            )
-        )
+        print(json.dumps({"dry_run": not yes, "bytes": frees, "runs": [asdict(one) for one in candidates], "problems": problems}, indent=1))
     else:
-        _print(candidates, going, folder, trouble, chosen, yes, keep_checkpoints, problems)
+        _print(candidates, going, frees, folder, trouble, chosen, yes, keep_checkpoints, problems)
     return Exit.FAILED if problems else Exit.DONE
 
 
@@ -201,20 +198,36 @@ def size_of(path: Path) -> int:
     return total
 
 
+def _keeps(run: RunDir, keep_checkpoints: bool) -> bool:
+    """Whether anything of a run or an array stays: without a checkpoint there is nothing to keep its records for."""
+    return keep_checkpoints and any(ckpt_format.complete(one.checkpoints) for one in (run, *run_folders.members_of(run)))
+
+
+def _frees(run: RunDir, keep_checkpoints: bool) -> int:
+    """Bytes that go when a run or an array does."""
+    if not _keeps(run, keep_checkpoints):
+        return size_of(run.path)
+    return sum(size_of(path) if path.is_dir() else path.lstat().st_blocks * 512 for one in (run, *run_folders.members_of(run)) for path in _doomed(one))
+
+
 def _remove(run: RunDir, keep_checkpoints: bool) -> list[str]:
     """Takes a run or an array away, or all of it but what `ckpt`, `diff` and `sweep show` need. Returns what went wrong."""
     members = run_folders.members_of(run)
-    if not keep_checkpoints or not any(ckpt_format.complete(one.checkpoints) for one in (run, *members)):
+    if not _keeps(run, keep_checkpoints):
         return _away(run.path)
     # The tasks that have no checkpoint keep their records too: without them a sweep would take its failed trials for missing ones.
     return [problem for one in (run, *members) for problem in _strip(one)]
 
 
-def _strip(run: RunDir) -> list[str]:
-    """Takes away all of one run but its checkpoints and its records; of an array its tasks stay."""
+def _doomed(run: RunDir) -> list[Path]:
+    """All of one run but its checkpoints and its records; of an array its tasks stay."""
     records = (run.job_yaml, run.origins, run.snapshot, run.diff, run.code_sums, run.ledger, run.metrics, run.script, run.sweep, run.study, run.trial)
     kept = {path.name for path in (run.checkpoints, run.members, *records)}
-    problems = [problem for path in sorted(run.path.iterdir()) if path.name not in kept for problem in _away(path)]
+    return sorted(path for path in run.path.iterdir() if path.name not in kept)
+
+
+def _strip(run: RunDir) -> list[str]:
+    problems = [problem for path in _doomed(run) for problem in _away(path)]
     # Without its logs it would no longer be known for a run directory.
     run.logs.mkdir(exist_ok=True)
     return problems
@@ -265,6 +278,7 @@ def _clear_leftovers(folder: Path) -> list[str]:
 def _print(
     candidates: Sequence[Candidate],
     going: Sequence[Candidate],
+    frees: int,
     folder: Path,
     trouble: str,
     chosen: bool,
@@ -292,7 +306,7 @@ def _print(
     table.show(rows)
     for problem in problems:
         print(f"could not be removed: {problem}")
-    total = gigabytes(sum(one.bytes for one in going))
+    total = gigabytes(frees)
     if not chosen:
         print("nothing is chosen: name runs, or say --older 30d or --failed")
     elif not yes:

@@ -22,6 +22,7 @@ from launcher.local import gpus_here, run_attempts
 from launcher.prepare import prepare, resolve_here, resolve_members
 from launcher.queued import taken_over
 from launcher.refreeze import change, refuse_array
+from launcher.snapshot import refuse_without_code
 from slurm.client import Slurm
 from slurm.render import run_dir_of, script_for
 
@@ -99,6 +100,7 @@ def resume_run(run: RunDir, local: bool, words: Sequence[str] = (), allow: bool 
     """Starts a run again. Its settings are those that were frozen, with `words` over them; its budgets and a wish to stop are forgotten."""
     access.refuse_foreign(run.path, "holdfast resume")
     refuse_array(run)
+    refuse_without_code(run)
     events = ledger.read(run.ledger)
     attempts = ledger.attempts(events)
     if attempts and attempts[-1].cause is Cause.FINISHED and not allow:
@@ -168,7 +170,7 @@ def _cancel_array(array: RunDir) -> None:
 
 
 def wait_for(runs: Sequence[RunDir], slurm: Slurm | None) -> int:
-    """Waits until every run is over. 0 when all finished, else 1."""
+    """Waits until every run is over. 0 when all finished; of one run its exit code where that says what to do, else 1."""
     while True:
         queue = None
         if slurm is not None:
@@ -183,7 +185,10 @@ def wait_for(runs: Sequence[RunDir], slurm: Slurm | None) -> int:
             time.sleep(1)
             states = [row.state for row in show.collect(runs, queue)]
             if all(state not in ("running", "waiting") for state in states):
-                return Exit.DONE if all(state == "finished" for state in states) else Exit.FAILED
+                if all(state == "finished" for state in states):
+                    return Exit.DONE
+                ends = [event.get("exit_code") for event in ledger.read(runs[0].ledger) if event["event"] == Event.END] if len(runs) == 1 else []
+                return Exit(ends[-1]) if ends and ends[-1] in (Exit.USAGE, Exit.IMPOSSIBLE) else Exit.FAILED
         time.sleep(_POLL_S)
 
 

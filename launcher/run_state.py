@@ -55,8 +55,15 @@ def state_of(
     if waits:
         return "waiting", ""
     verdict = judge(events, budgets_of(job))
+    # A module that is not there, a setup script that fails: the batch log has its words.
+    said = not attempts and bool(job_id) and run.log(job_id, "batch").exists()
     gone = (
-        ("stopped", f"job {job_id} is gone from the queue; holdfast resume {run.id}")
+        (
+            "stopped",
+            f"job {job_id} ended before its attempt began (holdfast logs {run.id}); holdfast resume {run.id}"
+            if said
+            else f"job {job_id} is gone from the queue; holdfast resume {run.id}",
+        )
         if verdict.reason != "cancelled"
         else ("cancelled", f"holdfast resume {run.id} goes on")
     )

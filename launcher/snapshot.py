@@ -171,9 +171,18 @@ def _uncommitted(root: Path, environ: Mapping[str, str]) -> bytes:
     return secret.masked(text).encode(errors="surrogateescape")
 
 
+def refuse_without_code(run: RunDir) -> None:
+    """Raises SettingError for a run whose frozen code `clean --keep-checkpoints` took away: nothing of it can be started again."""
+    if not run.code.is_dir():
+        raise SettingError(
+            f"the frozen code of run {run.id} is gone (holdfast clean --keep-checkpoints removes it), so it cannot go on; a new run takes its weights with INIT_FROM={run.path}."
+        )
+
+
 def freeze_again(run: RunDir, source: RunDir) -> None:
     """Copies the frozen code of another run, byte for byte. Raises SettingError when it is no longer what was frozen."""
     known = read_sums(source)
+    refuse_without_code(source)
     changed = [path for path, digest in known.items() if _sum(source.code / path) != digest]
     if changed:
         raise SettingError(

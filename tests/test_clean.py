@@ -19,7 +19,7 @@ from jobs import ckpt_format, lease, ledger, own_ckpt, space_words
 from jobs.contract import Event
 from jobs.errors import SettingError
 from jobs.rundir import RunDir
-from launcher import clean
+from launcher import clean, snapshot
 from launcher.cli import run_app
 
 DAY_S = 86_400
@@ -179,8 +179,15 @@ def test_a_sweep_whose_last_trials_have_not_begun_stays_where_slurm_cannot_be_as
 
 def test_checkpoints_and_records_can_be_kept(tmp_path: Path) -> None:
     run = made(tmp_path / "runs", "kept")
+    run.code.mkdir(exist_ok=True)
+    (run.code / "x").write_bytes(b"x" * 50_000)
+    before, frees = clean.size_of(run.path), clean._frees(run, keep_checkpoints=True)
     assert cleaned(tmp_path / "runs", "kept", "--keep-checkpoints", "--yes") == {"kept": ""}
     assert names(run.path) == ["checkpoints", "job.yaml", "ledger.jsonl", "logs"]
+    # What is said to have gone is what has gone, without the checkpoint.
+    assert frees == before - clean.size_of(run.path) >= 50_000
+    with pytest.raises(SettingError, match=f"code of run {run.id} is gone.*INIT_FROM="):
+        snapshot.refuse_without_code(run)
     assert ckpt_format.verify(ckpt_format.path_of(run.checkpoints, 5)).step == 5
     assert cleaned(tmp_path / "runs", "kept", "--yes") == {"kept": ""}
     assert names(tmp_path / "runs") == []

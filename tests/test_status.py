@@ -176,6 +176,27 @@ def test_a_process_with_the_number_of_one_that_is_gone_is_not_the_run(tmp_path: 
     assert "its process is gone" in show.collect([run], {})[0].note
 
 
+def test_a_job_that_ended_before_its_attempt_began_points_to_its_words(tmp_path: Path) -> None:
+    run = many_runs.make(tmp_path / "runs", 5)[4]
+    run.ledger.write_text("")
+    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="89")
+    assert "gone from the queue" in show.collect([run], {})[0].note
+    run.logs.mkdir(exist_ok=True)
+    run.log("89", "batch").write_text("module: command not found\n")
+    row = show.collect([run], {})[0]
+    assert row.state == "stopped" and row.note == f"job 89 ended before its attempt began (holdfast logs {run.id}); holdfast resume {run.id}"
+
+
+@pytest.mark.parametrize(("code", "word"), [(78, 78), (2, 2), (1, 1), (75, 1), (137, 1)])
+def test_waiting_for_one_run_ends_with_its_exit_code_where_that_says_what_to_do(tmp_path: Path, code: int, word: int) -> None:
+    run = many_runs.make(tmp_path / "runs", 5)[4]
+    run.ledger.write_text("")
+    ledger.append(run.ledger, Event.START, attempt=1, job_id="7", world=1)
+    ledger.append(run.ledger, Event.END, attempt=1, job_id="7", cause="code_error", exit_code=code)
+    assert commands.wait_for([run], None) == word
+    assert commands.wait_for([run, run], None) == 1
+
+
 def test_the_share_of_the_peak_is_the_one_that_training_logs(tmp_path: Path) -> None:
     run = many_runs.make(tmp_path / "runs", 3, lines=20)[2]
     with open(run.metrics, "a") as file:
