@@ -9,6 +9,7 @@ from jobs import access
 from jobs.contract import Exit
 from jobs.errors import HoldfastError
 from launcher import cli_here, cli_jobs, cli_runs
+from launcher.cli_words import HELP
 
 app = typer.Typer(
     name="holdfast",
@@ -16,6 +17,7 @@ app = typer.Typer(
     epilog="JOB is a job file (jobs/quickstart.yaml when left out), RUN a run directory, its id or its name (the newest when left out). Settings: holdfast explain",
     no_args_is_help=True,
     add_completion=False,
+    context_settings=HELP,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

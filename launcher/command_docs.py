@@ -102,7 +102,7 @@ def _argument(parameter: Any) -> str:
 
 def _option(parameter: Any) -> str:
     metavar = getattr(parameter, "metavar", None) or ("" if parameter.is_flag else parameter.name.upper())
-    return ", ".join(f"`{word}`" for word in parameter.opts) + (f" `{metavar}`".replace("|", "\\|") if metavar else "")
+    return ", ".join(f"`{word}`" for word in [*parameter.opts, *parameter.secondary_opts]) + (f" `{metavar}`".replace("|", "\\|") if metavar else "")
 
 
 def _cell(text: str | None) -> str:

@@ -236,7 +236,8 @@ def _already_there(run: RunDir, job: Job, slurm: Slurm, local: bool, as_json: bo
             f"array {run.id} exists already; nothing was submitted. holdfast status {run.id} shows it, holdfast resume {run.id}.N goes on with one of its tasks."
         )
     else:
-        print(f"run {run.id} exists already and is {state.state}; nothing was submitted. holdfast resume {run.id} goes on with it.")
+        further = f"holdfast status {run.id} shows it" if state.state in ("running", "waiting") else f"holdfast resume {run.id} goes on with it"
+        print(f"run {run.id} exists already and is {state.state}, with the settings that it was made with; nothing was submitted. {further}.")
     return Exit.DONE
 
 

@@ -181,6 +181,9 @@ def test_following_loses_nothing_and_repeats_nothing_over_attempts(run: RunDir, 
             write(run, "12", "0", f"line {number} of attempt ")
             write(run, "12", "0", f"{attempt}" + "\n" * (number < 149))
             wanted.append(f"{'0: ' * (rank == 'all')}line {number} of attempt {attempt}")
+        if attempt == 1:
+            # Following begins with the newest attempt that is there when it looks for the first time.
+            until(lambda: b"line 0 of attempt 1" in out.getvalue(), 20, "the first line")
         end(run, attempt, "12", Cause.REQUEUED if attempt < 3 else Cause.FINISHED)
         until(lambda: f"line 149 of attempt {attempt}".encode() in out.getvalue() or rank == "all", 20, "the last line")  # noqa: B023
     # After the last line of the ledger, too, as `launcher.attempt end` and a slow disk do it.
