@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from jobs import ckpt_format
 from jobs.contract import Exit
 from jobs.errors import CheckpointError, SettingError
 from jobs.rundir import RunDir
+from jobs.sources import load
 from train import checkpoint
 from train.checkpoint import State
 from train.commit import Commit
@@ -378,6 +380,26 @@ def test_only_the_newest_attempt_of_a_run_may_write(farm: Farm) -> None:
     assert lease.claim(run, 2, {"job_id": "x"})
     with pytest.raises(RunOwnedError, match="attempt 1 writes no more checkpoints"):
         module.Saver._own(Stub())  # type: ignore[arg-type]
+
+
+def test_an_attempt_that_has_a_successor_takes_no_old_checkpoint_away(farm: Farm) -> None:
+    """The later one may be reading it just now."""
+    from jobs import lease
+    from train import saver as module
+
+    run = farm.finished(MAX_STEPS="24", CHECKPOINT_EVERY="8", KEEP_LAST="3")
+    job = load(run.job_yaml).model_copy(update={"keep_last": 2})
+    save = module._Save(State(step=24, tokens=0, seed=0, max_steps=1, batch_size=1, data="", precision="", world=1), {"model": [b"x"]}, 0.0, 0.0, False, 1)
+
+    def left(attempt: int) -> list[int | None]:
+        rt = SimpleNamespace(attempt=attempt, is_main=True, job_id="7")
+        stub = SimpleNamespace(_run=run, _rt=rt, _job=job, _say=print, _disk=module.DISK)
+        module.Saver._acknowledge(stub, save, background=True)  # type: ignore[arg-type]
+        return [ckpt_format.step_of(path) for path in ckpt_format.complete(run.checkpoints)]
+
+    assert lease.claim(run, 2, {"job_id": "x"})
+    assert left(attempt=1) == [24, 16, 8]
+    assert left(attempt=2) == [24, 16]
 
 
 def test_the_best_checkpoints_by_validation_and_each_nth_are_kept(farm: Farm) -> None:

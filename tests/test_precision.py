@@ -170,9 +170,11 @@ class Overflowing(nn.Module):
         super().__init__()
         self.inner = build_model("nano", vocab_size=256, seq_len=32, overrides=TINY)
         self.limit, self.scale = limit, LossScale()
+        self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = self.inner(**batch)
+        self.steps += 1
         return loss * (float("inf") if self.scale.scale > self.limit else 1.0)
 
 
@@ -189,6 +191,8 @@ def test_an_overflow_skips_the_update_and_names_the_first_bad_parameter() -> Non
         assert guard.overflow(0, first_bad(model))
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
         skips += 1
+        assert model.steps == 0
+    assert model.steps == 1, "a step that is tried again counts once in what the model keeps of its batches"
     assert skips == 2 and stepper.scale.scale == 100.0 and not done.overflow
     assert not all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 

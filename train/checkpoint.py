@@ -30,6 +30,7 @@ from jobs.errors import CheckpointError, SettingError
 from jobs.rundir import RunDir
 from train.filling import Filling
 from train.optim import fp32_of, load_state_by_name, masters_to_parameters, state_by_name
+from train.runtime import Runtime
 
 # As much as one processor hashes in about a second.
 FILE_BYTES = 2 * 2**30
@@ -191,26 +192,33 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) 
     return state, remarks
 
 
-def initialise(source: Path, model: nn.Module) -> str:
+def initialise(source: Path, model: nn.Module, rt: Runtime | None = None) -> str:
     """Puts the weights of another run, or of one checkpoint, into a new model: fine-tuning, from step 0. Returns a remark.
 
     Raises CheckpointError when there is none there that verifies, or it does not fit."""
-    run = RunDir(source)
-    candidates = [source] if (source / MANIFEST).is_file() else complete(run.checkpoints)
-    if not candidates:
-        raise CheckpointError(f"INIT_FROM: {source} is neither a checkpoint nor a run with one.")
-    damaged: list[str] = []
-    for path in candidates:
+    # Rank 0 chooses for all: the other run may still train, and have a newer one a moment later.
+    path, damaged = rt.broadcast(_choose(source) if rt.is_main else None) if rt else _choose(source)
+    if path is None:
+        raise CheckpointError(
+            f"INIT_FROM: {source} " + (f"has no checkpoint that verifies: {damaged}" if damaged else "is neither a checkpoint nor a run with one.")
+        )
+    # One that is whole and does not fit is no reason to take an older one.
+    state, _ = load(path, model, None)
+    passed = f"; WARNING: passed over what is damaged: {damaged}" if damaged else ""
+    return f"weights from {path}, step {state.step:,}; optimizer, schedule and data start fresh{passed}"
+
+
+def _choose(source: Path) -> tuple[Path | None, str]:
+    """The newest checkpoint there that verifies, and what is wrong with those before it."""
+    damaged = []
+    for path in [source] if (source / MANIFEST).is_file() else complete(RunDir(source).checkpoints):
         try:
             verify(path)
         except CheckpointError as err:
             damaged.append(str(err))
             continue
-        # Outside of that: one that is whole and does not fit is no reason to take an older one.
-        state, _ = load(path, model, None)
-        passed = f"; WARNING: passed over what is damaged: {'; '.join(damaged)}" if damaged else ""
-        return f"weights from {path}, step {state.step:,}; optimizer, schedule and data start fresh{passed}"
-    raise CheckpointError(f"INIT_FROM: {source} has no checkpoint that verifies: {'; '.join(damaged)}")
+        return path, "; ".join(damaged)
+    return None, "; ".join(damaged)
 
 
 class Saved:

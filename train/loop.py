@@ -82,7 +82,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
             inner, context = build(job, data, rt, _Speaker(enabled=False))
             optimizer = optim.build(job, inner)
         if loaded is None and job.init_from:
-            say("  " + checkpoint.initialise(Path(job.init_from), inner))
+            say("  " + checkpoint.initialise(Path(job.init_from), inner, rt))
     resumed, pending = (loaded.step, loaded.pending) if loaded else (None, None)
     prepared = prepare(inner, job, rt)
     if sum(p.requires_grad for p in inner.parameters()):

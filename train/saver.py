@@ -239,6 +239,8 @@ class Saver:
         except OSError as err:
             # The checkpoint is there and verifies; the line is a hint.
             self._say(f"  WARNING: checkpoint of step {step} is complete, but the ledger could not be written: {err.strerror}")
+        if lease.superseded(self._run, self._rt.attempt):
+            return  # the later attempt may be reading the one that would go
         doomed = ckpt_format.to_prune(self._run.checkpoints, self._job.keep_last, self._job.keep_every, self._job.keep_best)
         for problem in prune(doomed, self._disk):
             self._say(f"  WARNING: old checkpoint {problem}")

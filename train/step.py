@@ -44,7 +44,7 @@ class Stepper:
     _buffers: list[torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._buffers = saved_buffers(self.inner) if self.rt.world > 1 else []
+        self._buffers = saved_buffers(self.inner)
 
     def run(self, batches: Iterable[Batch]) -> StepResult:
         """Trains on the micro-batches of one step. The optimizer's lr is already set."""
@@ -52,7 +52,10 @@ class Stepper:
         assert job.grad_accum_steps is not None
         scale = self.scale.scale if self.scale else 1.0
         # Each rank's forward passes leave others behind, and a checkpoint has those of rank 0: a step that reads them begins with these.
-        send_buffers(self._buffers, rt)
+        if rt.world > 1:
+            send_buffers(self._buffers, rt)
+        # A step that is tried again counts once in running statistics, and what overflowed not at all.
+        before = [buffer.clone() for buffer in self._buffers] if self.scale is not None else []
         loss_total = torch.zeros((), device=rt.device)
         targets_total = torch.zeros((), dtype=torch.float64, device=rt.device)
         nominal = 0
@@ -77,7 +80,10 @@ class Stepper:
         norm = optim.global_norm(optim.gradients_of(self.inner)) * factor
         bad = (~torch.isfinite(norm)).float()
         overflow = self.scale is not None and bool(bad)
-        if not overflow:
+        if overflow:
+            for buffer, kept in zip(self._buffers, before, strict=True):
+                buffer.copy_(kept)
+        else:
             clipped = factor * torch.clamp(job.grad_clip / (norm + 1e-6), max=1.0) if job.grad_clip > 0 else factor
             optim.scale_and_step(self.optimizer, self.inner, clipped, bad)
         return StepResult(loss_total, targets_total, norm, overflow)
