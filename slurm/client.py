@@ -131,9 +131,9 @@ def _lies_in(text: str, folder: Path) -> bool:
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what an outer job left in it: a nested sbatch would inherit its node and GPU counts."""
+    """The environment without what an outer job left in it: a nested sbatch would inherit its counts. What says who a person is stays."""
     outer = re.compile(
-        r"^(SLURM_(?!CONF$)|SBATCH_|SRUN_|PMI|PMIX|MASTER_ADDR$|MASTER_PORT$|RANK$|WORLD_SIZE$|LOCAL_RANK$|LOCAL_WORLD_SIZE$|HOLDFAST_(?:ATTEMPT|RUN_DIR|JOB_ID|RANK_LOG|LOG_OFFSET|STARTED)$)"
+        r"^(SLURM_(?!CONF$|JWT$)|SBATCH_|SRUN_|PMI|PMIX|MASTER_ADDR$|MASTER_PORT$|RANK$|WORLD_SIZE$|LOCAL_RANK$|LOCAL_WORLD_SIZE$|HOLDFAST_(?:ATTEMPT|RUN_DIR|JOB_ID|RANK_LOG|LOG_OFFSET|STARTED)$)"
     )
     return {name: value for name, value in environ.items() if not outer.match(name)}
 

@@ -75,7 +75,7 @@ def test_lines_that_are_none_of_the_answer_are_passed_over() -> None:
 
 def test_what_a_surrounding_job_set_is_not_handed_to_slurm() -> None:
     outer = {"SLURM_JOB_ID": "1", "SBATCH_PARTITION": "x", "SRUN_CPUS_PER_TASK": "4", "MASTER_PORT": "1", "RANK": "0", "HOLDFAST_ATTEMPT": "3"}
-    own = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "HOLDFAST_SITE": "lab", "RANKING": "1"}
+    own = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "token", "HOLDFAST_SITE": "lab", "RANKING": "1"}
     assert clean_environment({**outer, **own}) == own
 
 
