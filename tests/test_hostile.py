@@ -1,5 +1,6 @@
 """Hostile text in every setting: it is refused in one clear line, or it arrives unchanged, and it is never executed."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -140,7 +141,7 @@ STUBS = {
     "apptainer": 'printf "%s\\0" "$@" > "$RECORD/apptainer"',
     "module": 'printf "%s\\0" "$@" >> "$RECORD/module"',
     "python": """case "$*" in
-"-m launcher.attempt begin") echo "$RECORD/env.sh" ;;
+"-m launcher.attempt begin") echo "$RECORD/env.sh"; printf %s "$HOLDFAST_LOG_OFFSET" > "$RECORD/offset" ;;
 "-m launcher.attempt end "*) printf "%s\\0" "$@" > "$RECORD/end" ;;
 "-m launcher.watchdog "*) ;;  # beside the ranks: it may come after them
 *) printf "%s\\0" "$0" "$@" > "$RECORD/python" ;;
@@ -160,9 +161,12 @@ class Stage:
             (self.bin / name).chmod(0o755)
         (self.record / "env.sh").write_text("export HOLDFAST_RANK_LOG=/log\n")
 
-    def run(self, text: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    def run(self, text: str, log: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+        """`log`: a file that both outputs are appended to, as Slurm does it."""
         environ = {"PATH": f"{self.bin}:/usr/bin:/bin", "RECORD": str(self.record), "SLURM_JOB_NUM_NODES": "1", "LANG": "C.UTF-8", **environ}
-        return subprocess.run(["bash"], input=text, cwd=self.here, env=environ, capture_output=True, text=True, timeout=90)
+        with log.open("a") if log else contextlib.nullcontext() as file:
+            out = file or subprocess.PIPE
+            return subprocess.run(["bash"], input=text, cwd=self.here, env=environ, stdout=out, stderr=out, text=True, timeout=90)
 
     def words(self, program: str) -> list[str]:
         path = self.record / program
@@ -277,6 +281,18 @@ def test_a_stop_before_the_ranks_have_begun_starts_none_and_comes_to_the_end_of_
     assert not (stage.here / "late").exists() and bool(stage.words("srun")) is (signals == "none")
     wanted = {"": [], "none": ["--code", "0", "--signals", ""]}.get(signals, ["--code", "75", "--signals", signals])
     assert stage.words("end")[3:] == wanted
+
+
+def test_what_the_log_holds_from_earlier_attempts_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    """Such as Slurm's own words about why it stopped the one before."""
+    stage = Stage(tmp_path)
+    run = RunDir(tmp_path / "runs" / "a-b")
+    run.code.mkdir(parents=True)
+    (tmp_path / "log").write_text("slurmstepd: error: *** JOB 2 ON node1 CANCELLED AT 2026-11-28T09:21:13 DUE TO JOB REQUEUE ***\n")
+    before = (tmp_path / "log").stat().st_size
+    (tmp_path / "setup.sh").write_text("echo some words of the setup script\n")
+    stage.run(render_script(Job(setup_script=str(tmp_path / "setup.sh")), Script(run, str(stage.bin / "python"), None)), log=tmp_path / "log")
+    assert (stage.record / "offset").read_text() == str(before) and (tmp_path / "log").stat().st_size > before
 
 
 @pytest.mark.parametrize("name", ["TERM", "USR2"])
