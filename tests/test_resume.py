@@ -22,7 +22,7 @@ from jobs.sources import load
 from launcher.attempt import begin
 from launcher.refreeze import change
 from train import checkpoint
-from train.changes import changes
+from train.changes import changes, refusal
 from train.data.synthetic import AffineTokens
 from train.data.tokens import write_tokens
 
@@ -226,6 +226,21 @@ def test_data_that_changed_under_its_name_are_refused_unless_somebody_allowed_it
     # A checkpoint of a version that did not write it down says nothing.
     state = checkpoint.State(8, 0, 7, 8, 12, AffineTokens(seq_len=8, vocab_size=16, split="train").name, "fp32", 1)
     assert "data" not in changes(state, load(run.job_yaml), AffineTokens(seq_len=8, vocab_size=16, split="train"), 1)
+
+
+def test_a_change_is_allowed_from_the_checkpoints_that_were_there_and_from_no_later_one() -> None:
+    data = {"data": ("t of 5 samples", "t of 6")}
+    events: list[dict[str, Any]] = [
+        {"event": "checkpoint", "step": 8},
+        {"event": "changed", "allow": True, "changes": {"lr": [1, 2]}},
+        {"event": "checkpoint", "step": 16},
+    ]
+    assert "DATA was t of 5 samples, is now t of 6" in (refusal(data, events[:1], 8) or "")
+    # However often, also when the later one was damaged.
+    assert refusal(data, events[:2], 8) is refusal(data, events, 8) is None
+    # Data that changed once more since.
+    assert refusal(data, events, 16)
+    assert refusal({"seed": (1, 2)}, events, 8)
 
 
 # --- stops

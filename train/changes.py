@@ -39,9 +39,15 @@ def _data(state: State, data: Dataset) -> tuple[str, str]:
     return state.data, data.name
 
 
-def refusal(changed: Mapping[str, tuple[Any, Any]], events: Iterable[Mapping[str, Any]]) -> str | None:
-    """Why a resume must not happen, or None. `events` is the ledger, where `holdfast resume --allow-change` wrote what it allows."""
-    allowed = {name for event in events if event.get("event") == Event.CHANGED and event.get("allow") for name in (*event["changes"], "data")}
+def refusal(changed: Mapping[str, tuple[Any, Any]], events: Iterable[Mapping[str, Any]], step: int) -> str | None:
+    """Why a resume from the checkpoint of `step` must not happen, or None. `events` is the ledger, where `holdfast resume --allow-change`
+    wrote what it allows: from a checkpoint that was there then, however often it is resumed from."""
+    allowed: set[str] = set()
+    for event in events:
+        if event.get("event") == Event.CHECKPOINT and event.get("step") == step:
+            allowed.clear()
+        elif event.get("event") == Event.CHANGED and event.get("allow"):
+            allowed |= {*event["changes"], "data"}
     asked = {name: pair for name, pair in changed.items() if name in NEEDS_A_WORD and name not in allowed}
     if not asked:
         return None

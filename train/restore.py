@@ -46,7 +46,7 @@ def resume(
         begun = time.monotonic()
         state, remarks = checkpoint.load(run.checkpoints / chosen, model, optimizer)
         changed = changes(state, job, data, rt.world)
-        refused = rt.broadcast(refusal(changed, ledger.read(run.ledger)) if rt.is_main else None)
+        refused = rt.broadcast(refusal(changed, ledger.read(run.ledger), state.step) if rt.is_main else None)
         if refused:
             raise ImpossibleJobError(refused)
         remarks += [f"{name} was {then}, now {now}" for name, (then, now) in changed.items()]
