@@ -24,6 +24,7 @@ from jobs.sources import load
 from train import checkpoint
 from train.checkpoint import State
 from train.commit import Commit
+from train.restore import initialise
 
 __all__ = ["farm"]
 pytestmark = pytest.mark.timeout(900)
@@ -198,25 +199,25 @@ def test_weights_of_another_run_come_from_its_newest_checkpoint_that_verifies_an
     write(folder, 10, *older)
     write(folder, 20, *newer)
     fresh = "optimizer, schedule and data start fresh"
-    assert checkpoint.initialise(tmp_path, small_model(3)[0]) == f"weights from {folder / 'step-00000020'}, step 20; {fresh}"
+    assert initialise(tmp_path, small_model(3)[0]) == f"weights from {folder / 'step-00000020'}, step 20; {fresh}"
     file = folder / "step-00000020" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     model, _ = small_model(3)
     why = "step-00000020: the content of model.safetensors does not match its sum"
-    said = checkpoint.initialise(tmp_path, model)
+    said = initialise(tmp_path, model)
     assert said == f"weights from {folder / 'step-00000010'}, step 10; {fresh}; WARNING: passed over what is damaged: {why}"
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), older[0].parameters(), strict=True))
     assert {path.name for path in folder.iterdir()} == {"step-00000010", "step-00000020"}, "it is another run's: nothing is set aside there"
     with pytest.raises(CheckpointError, match="does not fit this model"):
-        checkpoint.initialise(tmp_path, nn.Sequential(nn.Linear(8, 8)))
+        initialise(tmp_path, nn.Sequential(nn.Linear(8, 8)))
     (folder / "step-00000010" / "manifest.json").unlink()
     with pytest.raises(CheckpointError) as err:
-        checkpoint.initialise(tmp_path, model)
+        initialise(tmp_path, model)
     both = f"{why}; step-00000010: its manifest cannot be read (No such file or directory)"
     assert str(err.value) == f"INIT_FROM: {tmp_path} has no checkpoint that verifies: {both}"
     # One that was named is the one that is meant.
     with pytest.raises(CheckpointError, match="does not match its sum"):
-        checkpoint.initialise(folder / "step-00000020", model)
+        initialise(folder / "step-00000020", model)
 
 
 @pytest.mark.parametrize("kind", checkpoint._TYPES, ids=str)

@@ -25,12 +25,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from jobs import ckpt_format
-from jobs.ckpt_format import MANIFEST, MODEL, OPTIMIZER, complete, few, read_manifest, verify
+from jobs.ckpt_format import MODEL, OPTIMIZER, few, read_manifest
 from jobs.errors import CheckpointError, SettingError
-from jobs.rundir import RunDir
 from train.filling import Filling
 from train.optim import fp32_of, load_state_by_name, masters_to_parameters, state_by_name
-from train.runtime import Runtime
 
 # As much as one processor hashes in about a second.
 FILE_BYTES = 2 * 2**30
@@ -190,35 +188,6 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) 
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as err:
         raise CheckpointError(f"{path.name} cannot be loaded: {err}") from err
     return state, remarks
-
-
-def initialise(source: Path, model: nn.Module, rt: Runtime | None = None) -> str:
-    """Puts the weights of another run, or of one checkpoint, into a new model: fine-tuning, from step 0. Returns a remark.
-
-    Raises CheckpointError when there is none there that verifies, or it does not fit."""
-    # Rank 0 chooses for all: the other run may still train, and have a newer one a moment later.
-    path, damaged = rt.broadcast(_choose(source) if rt.is_main else None) if rt else _choose(source)
-    if path is None:
-        raise CheckpointError(
-            f"INIT_FROM: {source} " + (f"has no checkpoint that verifies: {damaged}" if damaged else "is neither a checkpoint nor a run with one.")
-        )
-    # One that is whole and does not fit is no reason to take an older one.
-    state, _ = load(path, model, None)
-    passed = f"; WARNING: passed over what is damaged: {damaged}" if damaged else ""
-    return f"weights from {path}, step {state.step:,}; optimizer, schedule and data start fresh{passed}"
-
-
-def _choose(source: Path) -> tuple[Path | None, str]:
-    """The newest checkpoint there that verifies, and what is wrong with those before it."""
-    damaged = []
-    for path in [source] if (source / MANIFEST).is_file() else complete(RunDir(source).checkpoints):
-        try:
-            verify(path)
-        except CheckpointError as err:
-            damaged.append(str(err))
-            continue
-        return path, "; ".join(damaged)
-    return None, "; ".join(damaged)
 
 
 class Saved:

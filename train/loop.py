@@ -34,7 +34,7 @@ from train.metrics import MetricsLog
 from train.numerics import GradientOverflow, LossScale, OverflowGuard, first_bad
 from train.overflow import after_overflow, as_saved, scale_to_save
 from train.parallel import is_sharded, prepare
-from train.restore import resume
+from train.restore import initialise, resume
 from train.saver import Saver
 from train.seeds import seed_everything
 from train.step import Stepper
@@ -82,7 +82,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
             inner, context = build(job, data, rt, _Speaker(enabled=False))
             optimizer = optim.build(job, inner)
         if loaded is None and job.init_from:
-            say("  " + checkpoint.initialise(Path(job.init_from), inner, rt))
+            say("  " + initialise(Path(job.init_from), inner, rt))
     resumed, pending = (loaded.step, loaded.pending) if loaded else (None, None)
     prepared = prepare(inner, job, rt)
     if sum(p.requires_grad for p in inner.parameters()):

@@ -1,14 +1,15 @@
-"""Going on from the newest checkpoint that verifies, or from the beginning where there is none."""
+"""Going on from the newest checkpoint that verifies, or from the beginning where there is none; also with the weights of another run."""
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from jobs import ckpt_format, ledger
 from jobs.contract import Event
-from jobs.errors import ImpossibleJobError
+from jobs.errors import CheckpointError, ImpossibleJobError
 from jobs.precision import Precision
 from jobs.rundir import RunDir
 from jobs.settings import Job
@@ -57,3 +58,32 @@ def resume(
     if rt.is_main:
         ledger.append(run.ledger, Event.RESUMED, attempt=rt.attempt, job_id=rt.job_id, step=state.step if state else 0)
     return state
+
+
+def initialise(source: Path, model: nn.Module, rt: Runtime | None = None) -> str:
+    """Puts the weights of another run, or of one checkpoint, into a new model: fine-tuning, from step 0. Returns a remark.
+
+    Raises CheckpointError when there is none there that verifies, or it does not fit."""
+    # Rank 0 chooses for all: the other run may still train, and have a newer one a moment later.
+    path, damaged = rt.broadcast(_choose(source) if rt.is_main else None) if rt else _choose(source)
+    if path is None:
+        raise CheckpointError(
+            f"INIT_FROM: {source} " + (f"has no checkpoint that verifies: {damaged}" if damaged else "is neither a checkpoint nor a run with one.")
+        )
+    # One that is whole and does not fit is no reason to take an older one.
+    state, _ = checkpoint.load(path, model, None)
+    passed = f"; WARNING: passed over what is damaged: {damaged}" if damaged else ""
+    return f"weights from {path}, step {state.step:,}; optimizer, schedule and data start fresh{passed}"
+
+
+def _choose(source: Path) -> tuple[Path | None, str]:
+    """The newest checkpoint there that verifies, and what is wrong with those before it."""
+    damaged = []
+    for path in [source] if (source / ckpt_format.MANIFEST).is_file() else ckpt_format.complete(RunDir(source).checkpoints):
+        try:
+            ckpt_format.verify(path)
+        except CheckpointError as err:
+            damaged.append(str(err))
+            continue
+        return path, "; ".join(damaged)
+    return None, "; ".join(damaged)
