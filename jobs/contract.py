@@ -97,5 +97,8 @@ class RankEnv(StrEnum):
     MASTER_PORT = "MASTER_PORT"
 
 
+# What the batch script tells the beginning of an attempt: bytes in its log and seconds that had passed when it began.
+LOG_OFFSET, SETUP_SECONDS = "HOLDFAST_LOG_OFFSET", "BATCH_SECONDS"
+
 # Job ids of runs without Slurm: this word and the number of the process that watches over the ranks.
 LOCAL = "local-"

@@ -77,3 +77,8 @@ def process_stamp(pid: int) -> str:
         return f"{boot}:{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
     except (OSError, IndexError):
         return ""
+
+
+def elsewhere(run: RunDir, number: int, host: str) -> str:
+    """What is said of an attempt that another machine began without Slurm."""
+    return f"begun on {host} without Slurm, and from here nobody can see whether it still runs. If it does not, delete {run.attempt(number).owner}."

@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from jobs import access, ledger
-from jobs.contract import LEAD_SIGNAL, STOP_SIGNALS, Cause, Event, Exit, RankEnv
+from jobs.contract import LEAD_SIGNAL, LOG_OFFSET, SETUP_SECONDS, STOP_SIGNALS, Cause, Event, Exit, RankEnv
 from jobs.errors import HoldfastError, RunOwnedError, SubmitError
 from jobs.rundir import RunDir
 from jobs.setting_names import PREFIX
@@ -32,7 +32,6 @@ from jobs.verdict import Verdict, budgets_of, judge
 from launcher.cause import classify
 from launcher.closing import blame, is_ghost, write_end
 from launcher.left_behind import (
-    LOG_OFFSET,
     elapsed,
     evidence_of,
     log_sizes,
@@ -133,7 +132,7 @@ def _log_offset(environ: Mapping[str, str], batch_log: Path) -> int:
 
 def _setup_seconds(environ: Mapping[str, str]) -> int:
     """What the batch script did before the attempt began."""
-    said = environ.get("BATCH_SECONDS", "")
+    said = environ.get(SETUP_SECONDS, "")
     return int(said) if said.isdecimal() else 0
 
 

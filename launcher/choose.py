@@ -59,8 +59,13 @@ def find_task(words: Sequence[str], environ: Mapping[str, str], cwd: Path) -> Ru
     """The run that a person means, for a command that an array itself has nothing for. Raises NotFoundError, SettingError."""
     run = find_run(words, environ, cwd)
     if run.has_members:
-        raise SettingError(f"{run.id} is an array; name one of its tasks, such as {run.id}/tasks/0")
+        raise SettingError(name_a_task(run))
     return run
+
+
+def name_a_task(array: RunDir) -> str:
+    """What is said where an array is named and one run is meant."""
+    return f"{array.id} is an array; name one of its tasks, such as {array.id}/tasks/0"
 
 
 def run_and_settings(words: Sequence[str], environ: Mapping[str, str], cwd: Path) -> tuple[RunDir, list[str]]:

@@ -49,7 +49,7 @@ def clean(folder: Path, named: Sequence[RunDir], *, older: str | None, failed: b
     age_s = parse_age(older) if older else None
     chosen = bool(named) or failed or age_s is not None
     queue, trouble = show.ask_queue()
-    candidates = [_look(run, queue, bool(trouble)) for run in (named or _tops(folder))]
+    candidates = [_look(run, queue, bool(trouble)) for run in (named or run_folders.runs_and_arrays(folder))]
     needed = _needed(folder)
     for one in candidates:
         one.why_left = one.why_left or _why_left(one, age_s, failed, chosen, needed)
@@ -75,12 +75,6 @@ def parse_age(text: str) -> float:
     if not found:
         raise SettingError(f"--older {text!r}: write a number of hours, days or weeks, such as 12h, 30d or 4w.")
     return float(found[1]) * _UNITS[found[2]]
-
-
-def _tops(folder: Path) -> list[RunDir]:
-    """Every run and array directly under the runs directory, oldest first."""
-    seen = {run.path.parent.parent if run.is_member else run.path for run in run_folders.all_runs(folder)}
-    return [RunDir(path) for path in sorted(seen, key=lambda path: (path / "job.yaml").stat().st_mtime if (path / "job.yaml").exists() else 0.0)]
 
 
 def _look(run: RunDir, queue: dict[str, tuple[str, str, str]] | None, silent: bool) -> Candidate:

@@ -14,7 +14,7 @@ from jobs.errors import CheckpointError, NotFoundError
 from jobs.rundir import RunDir
 from jobs.settings import Job, names
 from jobs.sources import load
-from launcher import show_settings, snapshot, table
+from launcher import choose, show_settings, snapshot, table
 
 # Which run it is, not what it does.
 _NAMES = frozenset({"run_id", "runs_dir"})
@@ -53,7 +53,7 @@ def diff(first: RunDir, second: RunDir, *, code: bool, as_json: bool) -> int:
     """Prints the differences. Returns 0 when there are none and 1 when there are, as diff(1) does."""
     for run in (first, second):
         if run.has_members:
-            raise NotFoundError(f"{run.id} is an array; name one of its tasks, such as {run.id}/tasks/0")
+            raise NotFoundError(choose.name_a_task(run))
     found, results = compare(first, second), (result_of(first), result_of(second))
     if as_json:
         print(json.dumps(_plain(first, second, found, results), indent=1))

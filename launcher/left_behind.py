@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import ledger
-from jobs.contract import Event, RankEnv
+from jobs.contract import LOG_OFFSET, Event, RankEnv
 from jobs.errors import SubmitError
 from jobs.rundir import RunDir
 from jobs.setting_types import parse_minutes
@@ -17,8 +17,6 @@ from launcher.cause import Evidence
 from slurm.client import JobInfo, Slurm
 from slurm.states import is_lost
 
-# Where an attempt keeps the size that the batch log had when it began.
-LOG_OFFSET = "HOLDFAST_LOG_OFFSET"
 # What a person may want to read of a traceback without opening a file.
 _SHOWN_LINES = 40
 

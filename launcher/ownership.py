@@ -69,9 +69,7 @@ def _give_way(run: RunDir, number: int, other: str, job_id: str, events: Sequenc
             if stamp and lease.process_stamp(int(owner.get("pid", 0))) == stamp and int(owner["pid"]) != os.getpid():
                 raise RunOwnedError(said)
         elif host:
-            raise RunOwnedError(
-                f"run {run.id} was begun on {host} without Slurm, and from here nobody can see whether it still runs. If it does not, delete {run.attempt(number).owner}."
-            )
+            raise RunOwnedError(f"run {run.id} was {lease.elsewhere(run, number, host)}")
         return
     if slurm is None:
         if not Slurm.available():

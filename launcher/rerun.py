@@ -12,7 +12,7 @@ from jobs.contract import LOCAL, Event, Exit
 from jobs.errors import HoldfastError, SettingError
 from jobs.rundir import RunDir
 from jobs.sources import Resolved, amend, given_values, load
-from launcher import compare, prepare, show, snapshot
+from launcher import choose, compare, prepare, show, snapshot
 from launcher.local import run_attempts
 from slurm.render import script_for
 
@@ -20,7 +20,7 @@ from slurm.render import script_for
 def rerun(source: RunDir, words: Sequence[str], cwd: Path, *, current_code: bool, local: bool, as_json: bool) -> int:
     """Makes the new run, says how it differs, and starts it where the old one ran. Returns the exit code."""
     if source.has_members:
-        raise SettingError(f"{source.id} is an array; name one of its tasks, such as {source.id}/tasks/0")
+        raise SettingError(choose.name_a_task(source))
     resolved = resolved_again(source, words, cwd)
     was_local = any(attempt.job_id.startswith(LOCAL) for attempt in ledger.attempts(ledger.read(source.ledger))[:1])
     here = local or was_local

@@ -98,4 +98,4 @@ def begun_elsewhere(run: RunDir, attempts: Sequence[ledger.Attempt]) -> str:
     host = owner.get("host")
     if not str(owner.get("job_id")).startswith(LOCAL) or host in (None, socket.gethostname()):
         return ""
-    return f"begun on {host} without Slurm, and from here nobody can see whether it still runs. If it does not, delete {run.attempt(number).owner}."
+    return lease.elsewhere(run, number, str(host))

@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from jobs.contract import LEAD_SIGNAL, PEER_EXIT_WAIT_S, STOP_SIGNALS, Exit, RankEnv
+from jobs.contract import LEAD_SIGNAL, LOG_OFFSET, PEER_EXIT_WAIT_S, SETUP_SECONDS, STOP_SIGNALS, Exit, RankEnv
 from jobs.errors import RenderError
 from jobs.rundir import RunDir
 from jobs.setting_types import format_minutes
@@ -120,6 +120,8 @@ def _render(template: str, **values: Any) -> str:
                 "stop_signals": [number.name.removeprefix("SIG") for number in STOP_SIGNALS],
                 "peer_exit_wait_s": PEER_EXIT_WAIT_S,
                 "stopped": int(Exit.REQUEUE),
+                "log_offset": LOG_OFFSET,
+                "setup_seconds": SETUP_SECONDS,
                 "run_dir": RankEnv.RUN_DIR.value,
             },
             **values,

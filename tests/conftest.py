@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -209,21 +210,28 @@ def assert_same_result(run: RunDir, reference: RunDir) -> None:
     assert losses(run) == losses(reference)
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """Four virtual nodes with a preemptible partition, shared by the tests of one process."""
+@contextmanager
+def booted(config: lab.LabConfig) -> Iterator[Cluster]:
+    """A lab of its own, taken down whatever happens in it."""
     missing = lab.missing_programs()
     if missing:
         pytest.skip(f"needs {', '.join(missing)}. {lab.how_to_install()}")
     root = Path(tempfile.mkdtemp(prefix="hf-", dir="/tmp"))
     root.chmod(0o755)
-    here = lab.start(root / "lab", lab.LabConfig())
+    here = lab.start(root / "lab", config)
     try:
         (root / "runs").mkdir()
         yield Cluster(here, root / "runs")
     finally:
         here.stop()
         shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Four virtual nodes with a preemptible partition, shared by the tests of one process."""
+    with booted(lab.LabConfig()) as here:
+        yield here
 
 
 @pytest.fixture(scope="session")

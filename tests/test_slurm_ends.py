@@ -2,16 +2,14 @@
 
 import json
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, SMALL, Cluster, assert_same_result, until
+from conftest import REPOSITORY, SMALL, Cluster, assert_same_result, booted, until
 
 from jobs import ledger
 from jobs.rundir import RunDir
@@ -113,17 +111,8 @@ def test_a_run_that_waits_again_is_said_to_wait_and_can_be_cancelled(cluster: Cl
 @pytest.fixture(scope="module")
 def cancelling() -> Iterator[Cluster]:
     """A cluster that cancels what it preempts: back into the queue comes only what asks for it itself."""
-    if lab.missing_programs():
-        pytest.skip(lab.how_to_install())
-    root = Path(tempfile.mkdtemp(prefix="hf-", dir="/tmp"))
-    root.chmod(0o755)
-    here = lab.start(root / "lab", lab.LabConfig(nodes=2, preempt_mode="CANCEL"))
-    try:
-        (root / "runs").mkdir()
-        yield Cluster(here, root / "runs")
-    finally:
-        here.stop()
-        shutil.rmtree(root, ignore_errors=True)
+    with booted(lab.LabConfig(nodes=2, preempt_mode="CANCEL")) as here:
+        yield here
 
 
 def in_setup(cluster: Cluster, tmp_path: Path, **settings: str) -> RunDir:
