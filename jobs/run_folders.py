@@ -10,7 +10,7 @@ from jobs.errors import NotFoundError, SettingError
 from jobs.rundir import RunDir
 
 _ID_LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"
-_STAGING = ".staging-"
+STAGING, TRASH = ".staging-", ".trash-"
 
 
 def new_id() -> str:
@@ -27,7 +27,7 @@ def stage(final: RunDir) -> RunDir:
     """An empty directory beside `final` to prepare the run in; `publish` gives it its name.
 
     Raises SettingError when the runs directory cannot be written."""
-    staging = final.path.parent / f"{_STAGING}{final.path.name}-{secrets.token_hex(4)}"
+    staging = final.path.parent / f"{STAGING}{final.path.name}-{secrets.token_hex(4)}"
     try:
         staging.mkdir(parents=True)
     except OSError as err:
@@ -48,7 +48,7 @@ def discard(run: RunDir, with_parent: bool = False) -> None:
     """Takes a run directory away: renamed first, so that no half-deleted run is ever found under its name.
 
     `with_parent` also takes the runs directory, if nothing else is in it."""
-    doomed = run.path.parent / f"{_STAGING}{run.path.name}-{secrets.token_hex(4)}"
+    doomed = run.path.parent / f"{STAGING}{run.path.name}-{secrets.token_hex(4)}"
     try:
         os.rename(run.path, doomed)
     except FileNotFoundError:

@@ -22,7 +22,6 @@ from jobs.rundir import RunDir
 from jobs.sources import load
 from launcher import run_state, show, table, trial
 
-_TRASH, _STAGING = ".trash-", ".staging-"
 # What lies aside for so long was left by a command that was killed.
 _LEFTOVER_S = 86_400.0
 # A run without an end that was written to within so many seconds may be at work where nobody can see it from here.
@@ -229,7 +228,7 @@ def _strip(run: RunDir) -> list[str]:
 
 def _away(path: Path) -> list[str]:
     """Renames, then deletes. What could not be deleted stays aside and is tried again the next time."""
-    doomed = path.parent / f"{_TRASH}{path.name.lstrip('.')}-{secrets.token_hex(4)}"
+    doomed = path.parent / f"{run_folders.TRASH}{path.name.lstrip('.')}-{secrets.token_hex(4)}"
     try:
         os.rename(path, doomed)
     except OSError as err:
@@ -260,7 +259,7 @@ def _clear_leftovers(folder: Path) -> list[str]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         found = os.lstat(path)
         if (
-            path.name.startswith((_TRASH, _STAGING))
+            path.name.startswith((run_folders.TRASH, run_folders.STAGING))
             and stat.S_ISDIR(found.st_mode)
             and found.st_uid == os.geteuid()
             and time.time() - found.st_mtime > _LEFTOVER_S

@@ -17,7 +17,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from jobs import access, secret
+from jobs import access, run_folders, secret
 from jobs.errors import SettingError
 from jobs.rundir import ALONE, RunDir
 
@@ -26,7 +26,7 @@ MAX_BYTES = 200 * 2**20
 # Larger files are data, in which nobody writes a token by hand.
 _SEARCHED_BYTES = 2**20
 # Beside the runs: what is being made, and what is being deleted.
-_UNFINISHED = (".staging-", ".trash-")
+_UNFINISHED = (run_folders.STAGING, run_folders.TRASH)
 _OWN_PACKAGES = ("jobs", "slurm", "launcher", "train")
 # What `import holdfast` in a person's own script means.
 _HELPER = "holdfast.py"
