@@ -90,7 +90,6 @@ def _on_lab(story: Story, words: list[str]) -> int:
     from launcher.submit import to_slurm
 
     room = Path(tempfile.mkdtemp(prefix="holdfast-demo-"))
-    room.chmod(0o755)
     here: lab.Lab | None = None
     try:
         here = lab.start(room / "lab", lab.LabConfig())

@@ -11,7 +11,8 @@ private munged. A client needs SLURM_CONF in its environment and nothing else. W
     dev/            stand-in GPUs
 
 Root and everybody else get the same cluster. The differences:
-- SlurmUser is whoever starts it, so another user's jobs can run only in a lab of root.
+- SlurmUser is whoever starts it, and a slurmd that is not root executes every job as that user. The directory has mode
+  0700, which keeps other users from slurm.conf and from munged's socket: only the owner can use a lab, one of root too.
 - Node names resolve inside jobs because the Slurm daemons see their own /etc/hosts, by a mount namespace. Another user
   gets that through a user namespace, inside which files of root appear as nobody's and setuid programs do not work.
   Where neither is allowed, `Lab.names_resolve` is False and the address of every node is 127.0.0.1 (NodeAddr).
@@ -152,7 +153,13 @@ class Lab(LabDir):
 
 
 def load(root: Path) -> Lab | None:
-    """The lab that was last started in `root`, running or not, so that what is left of it can be stopped."""
+    """The lab that was last started in `root`, running or not, so that what is left of it can be stopped.
+
+    Raises LabError for a directory or configuration that another user made or can write."""
+    try:
+        lab_host.check_owner(root)
+    except OSError as err:
+        raise LabError(f"{root}: cannot be examined: {err.strerror}") from err
     try:
         saved = json.loads((root.resolve() / "lab.json").read_text())
         config = LabConfig(**saved["config"])

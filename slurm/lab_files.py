@@ -15,8 +15,8 @@ from slurm.lab_dir import LabDir
 
 def write_files(lab: LabDir) -> None:
     root, config = lab.root, lab.config
-    # munged wants its socket's folder open to all and its key's closed, and so would any client of ours.
-    for name, mode in {"": 0o755, "run": 0o755, "log": 0o755, "state": 0o700, "spool": 0o755, "dev": 0o755}.items():
+    # Whoever can reach munged's socket and read slurm.conf can have slurmd execute a command as its user: the root closes all of it.
+    for name, mode in {"": 0o700, "run": 0o755, "log": 0o755, "state": 0o700, "spool": 0o755, "dev": 0o755}.items():
         (root / name).mkdir(exist_ok=True)
         (root / name).chmod(mode)
     for name in ("munge", "db"):

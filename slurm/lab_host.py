@@ -14,12 +14,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from jobs import trust
 from jobs.errors import LabError
 from slurm import lab_proc
 from slurm.lab_conf import LabConfig
 
 # Below the ports that Linux gives to outgoing connections, and below 20000, from where jobs take their MASTER_PORT.
 _PORTS = range(11000, 20000)
+# Files of a lab that its clients and daemons obey.
+_CONFIGURATION = ("lab.json", "slurm.conf", "gres.conf", "cgroup.conf", "slurmdbd.conf", "hosts")
 _SOCKET_PATH_LIMIT = 107  # bytes of sun_path, without its final NUL
 
 
@@ -37,7 +40,8 @@ def search_path() -> str:
 
 def prepare_root(root: Path, config: LabConfig) -> Path:
     """The directory, made and resolved. Refuses, before making it, whatever would fail later or be unsafe."""
-    root = root.expanduser().resolve()
+    asked_for = root.expanduser()
+    root = asked_for.resolve()
     odd = sorted(set(re.findall(r"[^A-Za-z0-9._/+@-]", str(root))))
     if odd:
         raise LabError(f"{root}: slurm.conf cannot carry {' '.join(map(repr, odd))} in the path of a lab; choose another")
@@ -50,19 +54,43 @@ def prepare_root(root: Path, config: LabConfig) -> Path:
             f"{root}: {too_long} characters too long for a lab, because the path of a Unix socket ends at"
             f" {_SOCKET_PATH_LIMIT}; choose a shorter directory, for example {default_root()}"
         )
-    for part in root.parents:
-        if part.exists() and part.stat().st_mode & 0o1002 == 0o0002:
-            raise LabError(f"{part}: everybody may replace what lies in it, so no lab can; choose another, or chmod o-w it")
     try:
-        if root.exists():
-            if root.stat().st_uid != os.geteuid():
-                raise LabError(f"{root}: belongs to another user (uid {root.stat().st_uid}); choose another directory")
-            if any(root.iterdir()) and not ({"lab.json", "lab.lock"} & set(os.listdir(root))):
-                raise LabError(f"{root}: has other things in it; a lab wants an empty directory, or one it can make")
-        root.mkdir(mode=0o755, parents=True, exist_ok=True)
+        check_owner(asked_for)
+        if root.exists() and any(root.iterdir()) and not ({"lab.json", "lab.lock"} & set(os.listdir(root))):
+            raise LabError(f"{root}: has other things in it; a lab wants an empty directory, or one it can make")
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Without root's rights slurmd runs the jobs of everybody who can read slurm.conf and reach munged as its own user.
+        trust.make_private_directory(root)
     except OSError as err:
         raise LabError(f"{root}: cannot be a lab's directory: {err.strerror}") from err
     return root
+
+
+def check_owner(root: Path) -> None:
+    """Check that no other user can have written what is in a lab's directory: slurm.conf names plug-ins, which every client loads.
+
+    Nothing needs to exist. Raises LabError; OSError where it cannot be examined."""
+    for path in dict.fromkeys((root.absolute(), root.resolve())):
+        found = trust.find_parent_problem(path)
+        if found:
+            parent, problem = found
+            raise LabError(f"{parent}: {problem}, who can replace the lab in {root}. Choose another directory, or: chmod go-w {parent}")
+    with suppress(FileNotFoundError):
+        if root.is_symlink() and os.lstat(root).st_uid not in (0, os.geteuid()):
+            raise LabError(f"{root}: is a symbolic link of {trust.user_name(os.lstat(root).st_uid)}. Choose another directory.")
+        _check(root.resolve(), "directory")
+    for name in _CONFIGURATION:
+        with suppress(FileNotFoundError):
+            _check(root.resolve() / name, "file")
+    for name in ("munge", "run"):
+        with suppress(FileNotFoundError):
+            _check(root.resolve() / name, "directory")
+
+
+def _check(path: Path, kind: trust.Kind) -> None:
+    problem = trust.find_problem(path, kind)
+    if problem:
+        raise LabError(f"{path}: {problem}, so it is not used as a part of a lab. Remove it, or choose another directory: holdfast lab start DIRECTORY")
 
 
 @contextmanager
