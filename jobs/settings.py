@@ -143,6 +143,11 @@ class Job(BaseModel):
     model_options: Options = setting({}, "options of the model that differ from its preset", group="model")
     grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third more work", group="model")
     compile: bool = setting(False, "torch.compile of each block", group="model")
+    check_model: Literal["auto", "off"] = setting(
+        "auto",
+        "at the start, measure what a model's mean loss is over: the first samples whole and in two halves. A loss that depends on the cut is refused",
+        group="model",
+    )
     fused_kernels: bool = setting(
         True, "norm, SwiGLU and rotary positions of the built-in model, and AdamW, by Triton kernels where the GPU has them", group="model"
     )

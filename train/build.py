@@ -40,6 +40,9 @@ def build(
     if isinstance(model, GPT) and model.cos.is_meta:
         model.to_empty(device=rt.device)
         model.fill_tables()
+    low = weights_to_fp32(model)
+    if low:
+        say(f"  {low} parameters of the model are 16-bit: kept in fp32, which small updates need; PRECISION decides what computes in less")
     model.to(rt.device)
     fp8, recomputing = None, None
     if job.precision is Precision.FP8:
@@ -67,6 +70,21 @@ def build(
         regions = getattr(model, "compile_regions", model.compile)
         regions()
     return model, forward_context(job.precision, rt.device, fp8)
+
+
+def weights_to_fp32(model: nn.Module) -> int:
+    """Turns 16-bit parameters into fp32 ones, in place; returns how many there were. In 16 bits updates below a part in 256 of a weight are lost."""
+    low = (torch.bfloat16, torch.float16)
+    count = sum(p.dtype in low for p in model.parameters())
+    if count:
+        for p in model.parameters():
+            if p.dtype in low:
+                p.data = p.data.float()
+        for name, buffer in list(model.named_buffers()):
+            if buffer.dtype in low:
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, buffer.float())
+    return count
 
 
 def _recompute(model: nn.Module, job: Job, recomputing: Recomputing | None) -> None:

@@ -20,7 +20,7 @@ from train.runtime import Runtime
 
 @dataclass(frozen=True)
 class Validation:
-    """`loss` is the mean in nats per target over the validation samples."""
+    """`loss` is the mean in nats per target over the validation samples; NaN where none of them has a target."""
 
     loss: float
 
@@ -79,4 +79,4 @@ def evaluate(
         model.train(was_training)
         feed.end()
     loss, targets = runtime.total(sums).tolist()
-    return Validation(loss / max(targets, 1.0))
+    return Validation(loss / targets if targets else math.nan)

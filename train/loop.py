@@ -26,11 +26,13 @@ from train.clock import Clock
 from train.compile_cache import CompileCache
 from train.data.sources import content_of
 from train.evaluate import evaluate
+from train.faults import first_fault, no_fault, raise_on_fault
 from train.feed import LISTEN_S, Feed, ValidationFeed
 from train.flops import flops_per_sample
 from train.interval import Rhythm
 from train.live import Live, progress_text
 from train.metrics import MetricsLog
+from train.model_check import check_count_rule
 from train.numerics import GradientOverflow, LossScale, OverflowGuard, first_bad
 from train.overflow import after_overflow, as_saved, scale_to_save
 from train.parallel import is_sharded, prepare
@@ -107,6 +109,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
         say("  " + text)
     tracer = Tracer(job, run.attempt(rt.attempt).trace, say, enabled=rt.is_main)
     stepper.settle(first_batch)
+    check_count_rule(inner, job, data, rt, say)
     live.restart()
     # After the reading processes are forked, which inherit no thread but might inherit a lock that one holds.
     trackers = Trackers(job, run, (resumed or 0) - (pending is not None), say) if rt.is_main else None
@@ -116,6 +119,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
     tokens_of_line = tokens
     # Targets of this rank since `tokens` was counted, on the device: counting them for all would wait for each step.
     uncounted = torch.zeros((), dtype=torch.float64, device=rt.device)
+    fault = no_fault(rt.device)
     stopped_by = 0
     log_every = 1 if job.debug else job.log_every
 
@@ -145,6 +149,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
     def totals(*sums: torch.Tensor) -> list[float]:
         """Over all ranks: these, and `tokens`. Waits for the steps."""
         nonlocal tokens
+        raise_on_fault(fault.tolist(), job, inner, step)
         *found, more = rt.total(torch.stack([*sums, uncounted])).tolist()
         uncounted.zero_()
         tokens += int(more)
@@ -246,6 +251,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
         progress.enter("step")
         tracer.after(step)
         uncounted += done.targets
+        fault = first_fault(fault, step, done.fault)
         live.step()
         saver.poll()
         if step == (resumed or 0) + 1:

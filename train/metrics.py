@@ -1,6 +1,7 @@
 """metrics.jsonl: one line per logged step, kept without duplicates over all attempts."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class MetricsLog:
 
     def write(self, **values: Any) -> None:
         """Appends one line with one write. What a full disk refuses is kept, and written before the next line."""
-        self._waiting += (json.dumps(values) + "\n").encode()
+        self._waiting += (json.dumps({name: _finite(value) for name, value in values.items()}, allow_nan=False) + "\n").encode()
         try:
             self._flush()
         except OSError:
@@ -38,3 +39,8 @@ class MetricsLog:
     def _flush(self) -> None:
         while self._waiting:
             self._waiting = self._waiting[os.write(self._fd, self._waiting) :]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for a number that is not one."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

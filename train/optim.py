@@ -131,6 +131,21 @@ def global_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 @torch.no_grad()
+def first_nonfinite(model: nn.Module) -> torch.Tensor:
+    """Index, among the parameters that have a gradient, of the first one that is not finite; an int64 scalar, 0 where all are.
+
+    From the norms of the gradients, on the device. Of a sharded model only this rank's parts are seen."""
+    gradients = [local(gradient) for gradient in gradients_of(model)]
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, 2)]) if gradients else torch.zeros(1, device=next(model.parameters()).device)
+    return torch.argmax((~torch.isfinite(norms)).to(torch.int8))
+
+
+def parameters_with_gradient(model: nn.Module) -> list[str]:
+    """Names of the parameters in the order of `gradients_of`."""
+    return [name for name, p in model.named_parameters() if p.grad is not None or fp32_of(p).grad is not None]
+
+
+@torch.no_grad()
 def scale_and_step(optimizer: torch.optim.Optimizer, model: nn.Module, factor: torch.Tensor, bad: torch.Tensor) -> None:
     """One update of all weights with their gradients times `factor`; none at all where `bad` (a float scalar) is 1.
 

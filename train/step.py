@@ -9,7 +9,7 @@ from torch import nn
 
 from jobs.settings import Job
 from train import optim
-from train.models.contract import read_loss
+from train.models.contract import read_loss, targets_of
 from train.numerics import LossScale
 from train.parallel import accumulating, saved_buffers, send_buffers
 from train.runtime import Runtime
@@ -22,12 +22,17 @@ class StepResult:
     """What a step leaves for the log, on the device: nothing here has waited for it.
 
     loss_sum, targets: of this rank. norm: of the whole gradient, before clipping, without loss scale.
-    overflow: whether the update was skipped; known only where there is a loss scale, else False."""
+    overflow: whether the update was skipped; known only where there is a loss scale, else False.
+    fault: int64 scalar, the same on every rank: NO_FAULT, NO_TARGET, or the index of the first parameter whose gradient is not finite."""
 
     loss_sum: torch.Tensor
     targets: torch.Tensor
     norm: torch.Tensor
     overflow: bool
+    fault: torch.Tensor
+
+
+NO_FAULT, NO_TARGET = -1, -2
 
 
 @dataclass
@@ -62,9 +67,9 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         self.inner.zero_grad(set_to_none=True)
         for index, batch in enumerate(batches):
-            # A number of targets that every rank can tell beforehand, to keep 16-bit gradients in range: the shape of the
-            # whole batch. What really counted is divided by at the end.
-            nominal = nominal or job.batch_size * shape_targets(batch)
+            # A number of targets that every rank knows beforehand, to keep 16-bit gradients in range. Ranks with batches of other
+            # lengths must not scale by their own: the mean over ranks would weigh them differently. What counted is divided by at the end.
+            nominal = nominal or job.batch_size * nominal_targets(batch, job.seq_len)
             with accumulating(self.model, rt, last=index == job.grad_accum_steps - 1):
                 with self.context():
                     loss_sum, targets = read_loss(self.model(**batch), batch)
@@ -73,20 +78,22 @@ class Stepper:
             loss_total += loss_sum.detach()
             targets_total += targets
         # One division by the targets of the whole global batch: short windows and padding weigh what they weigh.
-        # Where no target counts the gradient is zero, and the step is taken as any other.
-        everyone = rt.total(targets_total.clone()).clamp(min=1)
+        everyone = rt.total(targets_total.clone())
+        empty = everyone == 0
+        everyone = everyone.clamp(min=1)
         optim.gradients_to_masters(self.optimizer, self.inner)
         factor = (nominal / (everyone * scale)).float()
         norm = optim.global_norm(optim.gradients_of(self.inner)) * factor
         bad = (~torch.isfinite(norm)).float()
         overflow = self.scale is not None and bool(bad)
+        found = torch.where(bad.bool(), optim.first_nonfinite(self.inner), torch.full_like(targets_total, NO_FAULT, dtype=torch.int64))
         if overflow:
             for buffer, kept in zip(self._buffers, before, strict=True):
                 buffer.copy_(kept)
         else:
             clipped = factor * torch.clamp(job.grad_clip / (norm + 1e-6), max=1.0) if job.grad_clip > 0 else factor
             optim.scale_and_step(self.optimizer, self.inner, clipped, bad)
-        return StepResult(loss_total, targets_total, norm, overflow)
+        return StepResult(loss_total, targets_total, norm, overflow, torch.where(empty, torch.full_like(found, NO_TARGET), found))
 
     def settle(self, batch: Batch) -> None:
         """One backward pass whose gradients are thrown away, before the first step of an attempt.
@@ -107,7 +114,11 @@ class Stepper:
 
 def shape_targets(batch: Batch) -> int:
     """Targets per sample by shape alone: padded and masked ones included."""
-    if "targets" in batch:
-        targets = batch["targets"]
-        return max(targets.numel() // targets.shape[0], 1)
-    return 1
+    targets = targets_of(batch)
+    return 1 if targets is None else max(targets.numel() // targets.shape[0], 1)
+
+
+def nominal_targets(batch: Batch, seq_len: int) -> int:
+    """Targets per sample as every rank and every step has them: the sequence length, or 1 for one target a sample."""
+    targets = targets_of(batch)
+    return seq_len if targets is not None and targets.ndim > 1 else 1

@@ -23,9 +23,15 @@ class HFCausalLM(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self._body_and_head = _plain_head(model)
+        refuse_noncausal(model)
+        self._own_loss = adds_to_cross_entropy(model)
+        self._body_and_head = None if self._own_loss else _plain_head(model)
 
     def forward(self, tokens: Tensor, targets: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+        if self._own_loss:
+            counted = (targets if loss_mask is None else torch.where(loss_mask != 0, targets, IGNORE)).contiguous()
+            mean = self.model(input_ids=tokens, labels=counted, shift_labels=counted, use_cache=False).loss
+            return mean.float() * (counted != IGNORE).sum()
         if self._body_and_head is not None:
             body, head = self._body_and_head
             hidden = getattr(self.model, body)(input_ids=tokens, use_cache=False).last_hidden_state
@@ -56,6 +62,64 @@ class HFClassifier(nn.Module):
 
 
 @torch.no_grad()
+def _evaluated(model: Any, tokens: Tensor, **arguments: Any) -> Any:
+    """Output for a few tokens in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        return model(input_ids=tokens, use_cache=False, **arguments)
+    finally:
+        model.train(training)
+
+
+def _probe(model: Any, length: int) -> Tensor:
+    weight = model.get_input_embeddings().weight
+    return (torch.arange(length, device=weight.device) % max(weight.shape[0] - 1, 1)).unsqueeze(0)
+
+
+def refuse_noncausal(model: Any) -> None:
+    """Raises SettingError for a model whose logits at a position depend on later tokens: as a next-token model it would read its own answer."""
+    tokens = _probe(model, 8)
+    other = tokens.clone()
+    other[0, -1] = (other[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
+    first, second = (_evaluated(model, ids).logits[:, :-1].float() for ids in (tokens, other))
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-4):
+        name = type(model).__name__
+        raise SettingError(
+            f"model 'hf:': {name} sees later tokens, so it cannot be trained to predict the next one. An encoder is trained as a classifier"
+            f" (MODEL_OPTIONS='{{architectures: [{name.removesuffix('LMHeadModel').removesuffix('ForCausalLM')}ForSequenceClassification]}}'),"
+            " or by MODEL=package.module:build with a loss of its own; MODEL_OPTIONS='{is_decoder: true}' makes it causal."
+        )
+
+
+def adds_to_cross_entropy(model: Any) -> bool:
+    """Whether the model's own loss has more than the cross entropy, such as the balancing loss of a router.
+
+    Raises SettingError where it has and cannot be asked for the loss of targets that are already shifted."""
+    tokens = _probe(model, 8)
+    try:
+        own = _evaluated(model, tokens, labels=tokens)
+    except TypeError:  # a forward without labels has no loss of its own
+        return False
+    if getattr(own, "loss", None) is None:
+        return False
+    plain = F.cross_entropy(own.logits[0, :-1].float(), tokens[0, 1:])
+    if torch.allclose(own.loss.float(), plain, rtol=1e-4, atol=1e-5):
+        return False
+    shifted = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)], dim=1)
+    try:
+        again = _evaluated(model, tokens, labels=shifted, shift_labels=shifted).loss
+    except TypeError:
+        again = None
+    if again is None or not torch.allclose(own.loss, again, rtol=1e-4, atol=1e-5):
+        raise SettingError(
+            f"model 'hf:': the own loss of {type(model).__name__} is {float(own.loss):.6g} where the cross entropy is {float(plain):.6g}, and it takes no"
+            " shift_labels; use MODEL=package.module:build and return the loss yourself"
+        )
+    return True
+
+
+@torch.no_grad()
 def _plain_head(model: Any) -> tuple[str, str] | None:
     """Names of body and head, if logits are nothing but head(body(tokens)); then the loss can be made in chunks.
 
@@ -74,6 +138,26 @@ def _plain_head(model: Any) -> tuple[str, str] | None:
         same = False
     model.train(training)
     return (body, name) if same else None
+
+
+def _refuse_other_weights(location: str, path: Path) -> None:
+    """Raises SettingError for a folder whose weights are there, but in a form that is not read: random ones would be trained instead."""
+    if not path.is_dir():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise SettingError(
+            f"model 'hf:{location}': the folder holds an adapter, not a model; merge it first (peft: merge_and_unload(), then save_pretrained())"
+        )
+    if any(path.glob("*.safetensors")):
+        return
+    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf") for file in path.glob(pattern))
+    others = [name for name in others if name not in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")]
+    if others:
+        raise SettingError(
+            f"model 'hf:{location}': its weights are in {others[0]}, a format that can run code while it is read; only safetensors are loaded. Convert them once"
+            f" where you trust the file: python -c \"import transformers as t; t.AutoModel.from_pretrained('{location}').save_pretrained('{location}', safe_serialization=True)\","
+            " with the AutoModel class of the task. A folder with config.json alone starts from new weights."
+        )
 
 
 def build_hf(location: str, *, vocab_size: int | None, seq_len: int, overrides: dict[str, Any]) -> nn.Module:
@@ -108,8 +192,10 @@ def build_hf(location: str, *, vocab_size: int | None, seq_len: int, overrides: 
     else:
         raise SettingError(
             f"model 'hf:{location}': {architecture} is neither a causal language model nor a sequence classifier;"
-            " use MODEL=package.module:build and return the loss yourself"
+            f" MODEL_OPTIONS='{{architectures: [{type(config).__name__.removesuffix('Config')}ForSequenceClassification]}}' trains it as a classifier,"
+            " MODEL=package.module:build with a loss that you return yourself"
         )
+    _refuse_other_weights(location, path)
     if path.is_dir() and any(path.glob("*.safetensors")):
         # safetensors only: the other format can run code while it is read.
         model = auto.from_pretrained(path, config=config, local_files_only=True, use_safetensors=True)
