@@ -176,6 +176,7 @@ def test_the_search_for_private_names_finds_them(tmp_path: Path) -> None:
 MOST_LINES = 330
 LONGER = {
     "holdfast.py": 380,  # one file, since a person's script imports it alone
+    "jobs/settings.py": 340,
     "train/loop.py": 340,  # one function of the training loop
     "launcher/doctor.py": 380,
     "launcher/precision.py": 380,
