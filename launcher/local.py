@@ -18,7 +18,7 @@ from jobs.stop import leave_marker, name_of
 from launcher import pruning
 from launcher.attempt import begin, end
 from launcher.watchdog import Watchdog, of_attempt
-from slurm.client import clean_environment
+from slurm.environment import clean_environment
 
 _POLL_S = 0.05
 

@@ -24,7 +24,8 @@ from jobs.rundir import RunDir
 from jobs.settings import Job
 from launcher.prepare import in_parallel
 from launcher.queued import lost_answer, taken_over
-from slurm.client import Slurm, clean_environment, explain
+from slurm.client import Slurm, explain
+from slurm.environment import clean_environment
 
 # What submitit replaces in the name of its folder (`submitit.core.utils.JobPaths`).
 _TAGS = ("%j", "%t", "%A", "%a")

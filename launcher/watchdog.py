@@ -30,6 +30,7 @@ from jobs.lease import alive
 from jobs.rundir import RunDir
 from jobs.whole_file import replace_file
 from launcher import pruning
+from slurm.environment import clean_environment
 
 # A limit is so many times the longest that was seen; the first steps of an attempt are not looked at, they are slower.
 _FACTOR = 5.0
@@ -293,7 +294,7 @@ def of_attempt(run: RunDir, attempt: int, ask: Callable[[str], None], kill: Call
 
 def _scancel(*words: str) -> bool:
     try:
-        return subprocess.run(["scancel", *words], timeout=20, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+        return subprocess.run(["scancel", *words], timeout=20, stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment(os.environ)).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jobs.errors import SubmitError
+from slurm.environment import clean_environment
 from slurm.states import is_live
 
 # Words of clients that could not reach slurmctld: ask again later.
@@ -128,14 +129,6 @@ def _lies_in(text: str, folder: Path) -> bool:
     """Whether the path that a text begins with lies in a folder, by whatever links. Where it ends need not be known: names may hold ` a=`."""
     real = os.path.realpath(folder)
     return any(os.path.realpath(text[: slash.start()]) == real for slash in re.finditer("/", text) if slash.start())
-
-
-def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what an outer job left in it: a nested sbatch would inherit its counts. What says who a person is stays."""
-    outer = re.compile(
-        r"^(SLURM_(?!CONF$|JWT$)|SBATCH_|SRUN_|PMI|PMIX|MASTER_ADDR$|MASTER_PORT$|RANK$|WORLD_SIZE$|LOCAL_RANK$|LOCAL_WORLD_SIZE$|HOLDFAST_(?:ATTEMPT|RUN_DIR|JOB_ID|RANK_LOG|LOG_OFFSET|STARTED)$)"
-    )
-    return {name: value for name, value in environ.items() if not outer.match(name)}
 
 
 class Slurm:

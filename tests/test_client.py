@@ -7,7 +7,8 @@ import pytest
 
 from jobs.errors import SubmitError
 from slurm import allocation, client
-from slurm.client import Slurm, clean_environment, expand_nodelist, job_info, parse_config, parse_sacct, parse_scontrol, parse_squeue
+from slurm.client import Slurm, expand_nodelist, job_info, parse_config, parse_sacct, parse_scontrol, parse_squeue
+from slurm.environment import clean_environment
 
 GONE = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 DEAF = "echo 'error: Unable to contact slurm controller (connect failure)' >&2; exit 1"

@@ -18,7 +18,7 @@ from jobs.settings import Job
 from jobs.sources import resolve
 from launcher import docs
 from slurm import lab, render, sitefile
-from slurm.client import clean_environment
+from slurm.environment import clean_environment
 from slurm.lab import LabConfig
 from slurm.render import OURS, Script, render_script
 

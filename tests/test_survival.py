@@ -22,7 +22,8 @@ from launcher import nodes, preflight, rendezvous
 from launcher.doctor import Finding, Need, Site, diagnose, of_node, policy_of, way_back
 from launcher.local import pids_of_ranks
 from launcher.watchdog import Pace, Silence, Watchdog, read_place, suspects
-from slurm.client import Slurm, clean_environment, parse_config
+from slurm.client import Slurm, parse_config
+from slurm.environment import clean_environment
 from train.allreduce import named_slow
 
 # ------------------------------------------------------------------------------------------------------------- on the lab
