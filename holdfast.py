@@ -44,6 +44,7 @@ from jobs.errors import CheckpointError
 from jobs.progress import Progress
 from jobs.rundir import ALONE, RunDir
 from jobs.stop import OWN_WISH, StopFlag, leave_marker, name_of
+from jobs.whole_file import replace_file
 
 if TYPE_CHECKING:
     run_dir: Path
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     inside: bool
 
 __all__ = [
-    "attempt", "checkpoint_dir", "commit", "exit_requeue", "inside", "latest_checkpoint", "log", "new_checkpoint", "progress",
+    "attempt", "checkpoint_dir", "commit", "exit_requeue", "finish", "inside", "latest_checkpoint", "log", "new_checkpoint", "progress",
     "rank", "run_dir", "setting", "step_of", "stop_agreed", "stop_requested", "world_size",
 ]  # fmt: skip
 
@@ -78,6 +79,7 @@ class _Here:
         self.job_id = os.environ.get("HOLDFAST_JOB_ID", "")
         self.step: int | None = None
         self.flag: StopFlag | None = None
+        self.registered: str | None = None
         self._progress: Progress | None = None
         self.metrics: _Metrics | None = None
         self.group: Any = None
@@ -233,11 +235,32 @@ def exit_requeue() -> NoReturn:
     sys.exit(Exit.REQUEUE)
 
 
+def finish() -> None:
+    """Declares the run finished: everything is saved, and no further attempt is wanted, also when a stop arrives from now on.
+
+    Call it on every rank after the last save; rank 0 decides. A script that ends with 0 and was not asked to stop needs no call."""
+    here = _here()
+    if here.inside:
+        leave_marker(here.run.attempt(here.attempt), here.rank, reason="finished", step=here.step)
+
+
 def _heard() -> int:
     here, flag = _here(), _flag()
     # From now on the script asks by itself; until then a stop ends it wherever it is.
     flag.busy()
-    return flag.code(here.run.stop_file)
+    code = flag.code(here.run.stop_file)
+    if code:
+        _register(name_of(code))
+    return code
+
+
+def _register(signal: str | None = None) -> None:
+    """Record that this rank handles the stop signal, and later that the script was told to stop."""
+    here = _here()
+    if here.inside and here.registered != (signal or ""):
+        here.registered = signal or ""
+        with suppress(OSError):
+            replace_file(here.run.attempt(here.attempt).helper(here.rank), json.dumps({"signal": signal} if signal else {}), flush=False)
 
 
 def _flag() -> StopFlag:
@@ -358,6 +381,7 @@ def _begin() -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     faulthandler.register(STACKS_SIGNAL, file=open(folder.stacks(here.rank), "ab", buffering=0), all_threads=True)
     _flag().leave_unless_busy(_leave)
+    _register()
     before = sys.excepthook
 
     def tell(kind: type[BaseException], err: BaseException, where: TracebackType | None) -> None:

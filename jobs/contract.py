@@ -33,10 +33,6 @@ PRUNED_WORD = "pruned"
 # Asks a rank for its Python stacks. URG because a process without a handler ignores it; NCCL has one of its own for USR1.
 STACKS_SIGNAL = signal.SIGURG
 
-# Seconds that the other ranks of a step may live on after one has left: long enough for a rank that
-# still writes its exit marker, short enough that a dead rank does not hold GPUs.
-PEER_EXIT_WAIT_S = 20
-
 # Ports for the rendezvous lie below 32768, where Linux starts to hand out ephemeral ports.
 RENDEZVOUS_PORTS = range(20000, 30000)
 

@@ -256,6 +256,20 @@ class AttemptDir:
     def error(self, rank: int) -> Path:
         return self.path / f"error.{rank}.txt"
 
+    def helper(self, rank: int) -> Path:
+        """Made by a rank of a user script that imported holdfast: `{}`, or {"signal": NAME} once the script was told to stop."""
+        return self.path / f"helper.{rank}.json"
+
+    @property
+    def warned(self) -> Path:
+        """Made by the batch script of a user script when Slurm warned it of the time limit."""
+        return self.path / "warned"
+
+    @property
+    def step_guard(self) -> Path:
+        """What `launcher.step_guard` did to a user script: signal sent, time limit near, first failure."""
+        return self.path / "step_guard.json"
+
 
 def origins(run: RunDir) -> dict[str, str]:
     """Where each setting of a run came from; nothing where that was not written down."""

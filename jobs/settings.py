@@ -84,6 +84,11 @@ class Job(BaseModel):
         ge=1,
         le=65_535,
     )
+    stop_signal: Literal["auto", "none", "TERM", "INT", "HUP", "USR1", "USR2"] = setting(
+        "auto",
+        "signal to your own script before the time limit; auto: USR2 if every rank has imported holdfast, otherwise none. Lightning handles USR1",
+        group="slurm",
+    )
     constraint: Line | None = setting(None, "node features to require", group="slurm")
     reservation: Line | None = setting(None, "Slurm reservation", group="slurm")
     exclude: Words = setting((), "nodes to stay away from", group="slurm")
@@ -123,6 +128,9 @@ class Job(BaseModel):
     max_hang: int = setting(2, "attempts that may end in a hang", group="retries", ge=0)
     max_storage: int = setting(1, "attempts that may end because the disk failed", group="retries", ge=0)
     max_unknown: int = setting(3, "attempts that may end for no reason that can be found", group="retries", ge=0)
+    peer_exit_wait_s: int = setting(
+        20, "how long the other processes may run on after one failed; in the built-in training, after one ended", group="retries", unit="s", ge=1, le=86_400
+    )
     max_no_progress: int = setting(3, "attempts in a row that may end without a new checkpoint", group="retries", ge=1)
 
     hang_after_s: int = setting(

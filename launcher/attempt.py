@@ -161,6 +161,8 @@ def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int,
         lead_s=job.stop_lead_s,
         own_script=job.entry is not None,
     )
+    if slurm is None and job.entry is not None and signals:
+        seen = replace(seen, stop_sent=signals[0])  # forwarded to every rank
     cause, evidence = classify(seen)
     if is_ghost(run, number):
         return Verdict(True, "a later attempt has taken over"), cause

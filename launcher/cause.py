@@ -56,7 +56,10 @@ class Evidence:
     gone: the job is over by now, and this is another one.
     unanswered: slurmctld did not answer, or knows no such job.
     stop_file: what the stop file says; "" when it is empty or absent.
-    own_script: the ranks run a person's script (`entry`), whose exit code is all that it says."""
+    own_script: the ranks run a user script (`entry`), whose exit code is all that it says.
+    stop_sent: name of a stop signal that reached the ranks of a user script, other than Slurm's own TERM; "" for none.
+    limit_near: the attempt of a user script was ended because the time limit was about to be reached.
+    failed_rank: (rank or task, exit code) of the first failure, after which the other ranks were killed."""
 
     code: int
     signals: Sequence[str] = ()
@@ -77,6 +80,9 @@ class Evidence:
     unanswered: bool = False
     stop_file: str = ""
     own_script: bool = False
+    stop_sent: str = ""
+    limit_near: bool = False
+    failed_rank: tuple[int, int] | None = None
 
 
 def classify(seen: Evidence) -> tuple[Cause, str]:
@@ -84,14 +90,14 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
     reasons = {marker.get("reason") for marker in seen.markers.values()}
     if seen.code == 0 and reasons == {"finished"} and set(seen.markers) == set(range(seen.world)):
         return Cause.FINISHED, "every rank finished"
-    if not seen.own_script and seen.markers.get(0, {}).get("reason") == "finished":
+    if seen.markers.get(0, {}).get("reason") == "finished":
         # Rank 0 says so behind the last save and a barrier of all ranks: whoever was then too slow to leave (a machine under load,
         # srun's patience with the last one) had nothing left to do.
         late = sorted(rank for rank in range(seen.world) if seen.markers.get(rank, {}).get("reason") != "finished")
         return Cause.FINISHED, "rank 0 finished after the last save" + (
             f"; rank {_numbers(late)} did not leave by itself" if late else f"; the step ended with {seen.code}"
         )
-    if seen.own_script and seen.code == 0 and not seen.markers:
+    if seen.own_script and seen.code == 0 and reasons <= {"finished"} and not _stop_seen(seen):
         return Cause.FINISHED, "every process of your script ended with 0"
     if seen.hang:
         return Cause.HANG, str(seen.hang.get("evidence", "no step was finished for too long"))
@@ -100,12 +106,15 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
     stopped = [marker for marker in seen.markers.values() if marker.get("reason") == "stopped"]
     if stopped:
         return _stopped(seen, str(stopped[0].get("signal")))
-    if seen.own_script and seen.code == Exit.REQUEUE:
+    if seen.limit_near and not _DAEMON_LINE.search(seen.log) and not (seen.job and seen.job.preempted_at):
+        return Cause.TIME_LIMIT, "the time limit was about to be reached and the script was still running"
+    # Exit 0 after a stop says nothing about the end of the training: one attempt too many costs less than a lost run.
+    if seen.own_script and (seen.code in (Exit.DONE, Exit.REQUEUE) or (seen.stop_sent and seen.code > 128)):
         # Which signal it heard is not known: USR2 comes to the ranks alone, TERM before a kill to the batch script as well.
         near = seen.seconds_to_limit is not None and seen.seconds_to_limit <= seen.lead_s + _EARLY_S
         # In a grace time slurmstepd's line is the only sign; where Slurm does not answer there may have been any.
         asked = seen.signals or seen.unanswered or _DAEMON_LINE.search(seen.log)
-        return _stopped(seen, "USR2" if near and "TERM" not in seen.signals else "TERM" if asked else "")
+        return _stopped(seen, seen.stop_sent or ("USR2" if near and "TERM" not in seen.signals else "TERM" if asked else ""))
     # Before the ranks' errors: when a node is lost, the others fail in many ways, and all of them are its echo.
     daemon = _daemon_cause(seen) or _accounting_cause(seen)
     if daemon:
@@ -128,6 +137,10 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
         # On a node under load Python may need longer to come to life than the time limit leaves: then the warning itself kills.
         cause, evidence = _stopped(seen, "USR2")
         return cause, f"{evidence}, before any rank could listen"
+    if seen.own_script and seen.failed_rank:
+        rank, code = seen.failed_rank
+        if 0 < code <= 128:
+            return Cause.CODE_ERROR, f"srun task {rank} of your script ended with {code}; tasks still running after PEER_EXIT_WAIT_S were killed"
     if seen.own_script and 0 < seen.code <= 128:
         return Cause.CODE_ERROR, f"your script ended with {seen.code}"
     if seen.put_back and missing:
@@ -151,6 +164,11 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
     return Cause.UNKNOWN, f"exit code {seen.code}{words}"
 
 
+def _stop_seen(seen: Evidence) -> bool:
+    """Whether there is a sign that a user script was asked to stop. USR2 to the batch script alone is none: it does not reach the ranks."""
+    return bool(seen.stop_sent or "TERM" in seen.signals or "INT" in seen.signals or _DAEMON_LINE.search(seen.log))
+
+
 def _stopped(seen: Evidence, signal: str) -> tuple[Cause, str]:
     """The ranks were asked to stop: by whom? `signal` is empty where no sign of a stop was seen."""
     if seen.stop_file.startswith(PRUNED_WORD):
@@ -169,7 +187,7 @@ def _stopped(seen: Evidence, signal: str) -> tuple[Cause, str]:
         named = ENDED.get(base(seen.job.state))
         if named in (Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.NODE_FAILURE, Cause.CANCELLED):
             return named, f"slurmctld: {seen.job.state}"
-    if seen.seconds_to_limit is not None and seen.seconds_to_limit <= (seen.lead_s + _EARLY_S if signal == "USR2" else _TERM_AT_LIMIT_S):
+    if seen.seconds_to_limit is not None and seen.seconds_to_limit <= (seen.lead_s + _EARLY_S if signal in ("USR2", seen.stop_sent) else _TERM_AT_LIMIT_S):
         return Cause.TIME_LIMIT, f"SIG{signal} {max(seen.seconds_to_limit, 0):.0f} s before the time limit"
     accounted = _accounting_cause(seen)
     if accounted:

@@ -35,7 +35,30 @@ def evidence_of(run: RunDir, job: Job, number: int, job_id: str, slurm: Slurm | 
         hang=_hang(run, number),
         lost_nodes=_lost(slurm, nodes_of(run, number), job, missing),
         stop_file=_stop_words(run),
+        **(_guard_evidence(run, number, job.world_size) if job.entry is not None else {}),
     )
+
+
+def _guard_evidence(run: RunDir, number: int, world: int) -> dict[str, Any]:
+    """Stop, time limit and first failure of a user script, as its helper and the step guard recorded them."""
+    attempt = run.attempt(number)
+    said = _read_object(attempt.step_guard)
+    # Every rank that uses the helper has this file; the first one with a signal is enough.
+    heard = next((str(record["signal"]) for rank in range(world) if (record := _read_object(attempt.helper(rank))).get("signal")), "")
+    failed = said.get("failed")
+    return {
+        "stop_sent": heard or str(said.get("signal") or ""),
+        "limit_near": bool(said.get("limit")),
+        "failed_rank": (int(failed[0]), int(failed[1])) if isinstance(failed, list) and len(failed) == 2 else None,
+    }
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def clock_record(run: RunDir, number: int) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from jobs import access
-from jobs.contract import PEER_EXIT_WAIT_S, STACKS_SIGNAL, STOP_SIGNALS, Cause, Exit, RankEnv
+from jobs.contract import STACKS_SIGNAL, STOP_SIGNALS, Cause, Exit, RankEnv
 from jobs.rundir import RunDir
 from jobs.settings import Job
 from jobs.sources import load
@@ -55,7 +55,7 @@ def run_attempts(run: RunDir, environ: Mapping[str, str], *, foreground: bool = 
             if cause in (Cause.FINISHED, Cause.PRUNED):
                 return Exit.DONE
             if asked:
-                return Exit.REQUEUE if code == Exit.REQUEUE else Exit.INTERRUPTED
+                return Exit.REQUEUE if code in (Exit.DONE, Exit.REQUEUE) else Exit.INTERRUPTED
             if not verdict.again:
                 return Exit(code) if code in list(Exit) and code else Exit.FAILED
     finally:
@@ -74,7 +74,7 @@ def _attempt(job: Job, run: RunDir, environ: dict[str, str], ranks: list[subproc
         _tell(ranks, number)
     dog = of_attempt(run, int(environ[RankEnv.ATTEMPT]), lambda _: _tell(ranks, STACKS_SIGNAL), lambda _: _tell(ranks, signal.SIGKILL))
     beside = pruning.beside(run, ranks[0].pid)
-    code = _wait(ranks, dog)
+    code = _wait(ranks, dog, job.peer_exit_wait_s, failures_only=job.entry is not None)
     if beside is not None:
         beside.terminate()
         beside.wait()
@@ -120,23 +120,31 @@ def _command(job: Job, run: RunDir) -> list[str]:
     return [sys.executable, "-u", str(Path(job.entry)), *job.entry_args]
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], dog: Watchdog | None) -> int:
+def _wait(ranks: list[subprocess.Popen[bytes]], dog: Watchdog | None, peer_wait_s: float, *, failures_only: bool) -> int:
     """The exit code of the step, as srun would give it: the largest, 128 + n for a signal.
 
-    Once a rank has left, the others have PEER_EXIT_WAIT_S seconds."""
+    The other ranks are killed `peer_wait_s` seconds after the first rank ended, with `failures_only` after the first rank failed;
+    then the code is that of this first rank."""
+    harmless = (Exit.DONE, Exit.REQUEUE) if failures_only else ()
     first_exit: float | None = None
+    first_code = 0
+    killed = False
     looked = time.monotonic()
     while any(rank.poll() is None for rank in ranks):
         now = time.monotonic()
-        if first_exit is None and any(rank.poll() is not None for rank in ranks):
-            first_exit = now
-        if first_exit is not None and now - first_exit > PEER_EXIT_WAIT_S:
+        ended = [code for rank in ranks if (code := rank.poll()) is not None and code not in harmless]
+        if first_exit is None and ended:
+            first_exit, first_code = now, ended[0]
+        if first_exit is not None and now - first_exit > peer_wait_s:
+            killed = True
             _tell(ranks, signal.SIGKILL)
         if dog is not None and now - looked >= dog.poll_s:
             # A machine that slept, or a terminal that was stopped, is nobody's silence.
             dog.tick(min(now - looked, 3 * dog.poll_s + 1))
             looked = now
         time.sleep(_POLL_S)
+    if killed and failures_only and first_code > 0:
+        return first_code
     codes = [rank.returncode for rank in ranks]
     return max((128 - code if code < 0 else code) for code in codes)
 

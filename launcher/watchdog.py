@@ -299,6 +299,20 @@ def _scancel(*words: str) -> bool:
         return False
 
 
+def kill_step(job_id: str, slurm_step: str, step_pid: int) -> None:
+    """Kills a step: by Slurm where its id is known, else through its srun."""
+    if slurm_step and _scancel("-s", "KILL", f"{job_id}.{slurm_step}"):
+        limit = time.monotonic() + _KILL_WAIT_S
+        while alive(step_pid) and time.monotonic() < limit:
+            time.sleep(0.2)
+    # Ranks that never came so far, or a controller that does not answer: srun takes its tasks along.
+    for name in (signal.SIGTERM, signal.SIGKILL):
+        if alive(step_pid):
+            with suppress(ProcessLookupError):
+                os.kill(step_pid, name)
+            time.sleep(5)
+
+
 def main() -> int:
     step_pid = int(sys.argv[1])
     job_id = os.environ.get("SLURM_JOB_ID", "")
@@ -308,16 +322,7 @@ def main() -> int:
         _scancel("-s", number, f"{job_id}.{slurm_step}" if slurm_step else job_id)
 
     def kill(slurm_step: str) -> None:
-        if slurm_step and _scancel("-s", "KILL", f"{job_id}.{slurm_step}"):
-            limit = time.monotonic() + _KILL_WAIT_S
-            while alive(step_pid) and time.monotonic() < limit:
-                time.sleep(0.2)
-        # Ranks that never came so far, or a controller that does not answer: srun takes its tasks along.
-        for name in (signal.SIGTERM, signal.SIGKILL):
-            if alive(step_pid):
-                with suppress(ProcessLookupError):
-                    os.kill(step_pid, name)
-                time.sleep(5)
+        kill_step(job_id, slurm_step, step_pid)
 
     run = RunDir(Path(os.environ[RankEnv.RUN_DIR]))
     pruning.beside(run, step_pid)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from jobs.contract import LEAD_SIGNAL, LOG_OFFSET, PEER_EXIT_WAIT_S, SETUP_SECONDS, STOP_SIGNALS, Exit, RankEnv
+from jobs.contract import LEAD_SIGNAL, LOG_OFFSET, SETUP_SECONDS, STOP_SIGNALS, Exit, RankEnv
 from jobs.errors import RenderError
 from jobs.rundir import RunDir
 from jobs.setting_types import format_minutes
@@ -118,11 +118,11 @@ def _render(template: str, **values: Any) -> str:
             contract={
                 "lead_signal": LEAD_SIGNAL.name.removeprefix("SIG"),
                 "stop_signals": [number.name.removeprefix("SIG") for number in STOP_SIGNALS],
-                "peer_exit_wait_s": PEER_EXIT_WAIT_S,
                 "stopped": int(Exit.REQUEUE),
                 "log_offset": LOG_OFFSET,
                 "setup_seconds": SETUP_SECONDS,
                 "run_dir": RankEnv.RUN_DIR.value,
+                "attempt": RankEnv.ATTEMPT.value,
             },
             **values,
         )
@@ -180,7 +180,8 @@ def _directives(job: Job, script: Script) -> Iterator[tuple[str, Any]]:
     yield "requeue", True
     # A requeue would otherwise begin the log anew and the first attempt's words would be lost.
     yield "open-mode", "append"
-    yield "signal", f"{LEAD_SIGNAL.name.removeprefix('SIG')}@{job.stop_lead_s}"
+    # A user script may have no handler, and would be killed: its batch script is warned and decides (launcher/step_guard.py).
+    yield "signal", f"{'B:' if job.entry else ''}{LEAD_SIGNAL.name.removeprefix('SIG')}@{job.stop_lead_s}"
     if job.notify_email:
         yield "mail-user", job.notify_email
         # A requeue is no end: Slurm has a kind of its own for it, which is not asked for.
@@ -204,7 +205,7 @@ def _train_command(job: Job, script: Script) -> list[Any]:
     command: list[Any] = [job.container_python if job.container_image else script.python, "-u"]
     if job.launch == "accelerate":
         config = ["--config", job.accelerate_config] if job.accelerate_config else []
-        command += ["-m", "train.node", "--nodes", job.nodes, "--per-node", job.gpus_per_node, *config, "--"]
+        command += ["-m", "train.node", "--nodes", job.nodes, "--per-node", job.gpus_per_node, "--peer-wait", job.peer_exit_wait_s, *config, "--"]
     if job.entry is None:
         command += ["-m", "train", "--run-dir", Quoted(f'"${RankEnv.RUN_DIR.value}"')]
     elif job.entry.startswith("-m "):

@@ -189,6 +189,33 @@ TABLE: dict[str, tuple[dict[str, object], Cause]] = {
     ),
     # a person's own script, which leaves no markers
     "own script, done": ({"code": 0, "own_script": True}, Cause.FINISHED),
+    "own script, ends with 0 after a preemption": ({"code": 0, "own_script": True, "signals": ["TERM"], "log": PREEMPTION}, Cause.PREEMPTED),
+    "own script, ends with 0 in the grace": (
+        {"code": 0, "own_script": True, "log": line(), "job": job(preempted_at="2026-11-21T23:43:00")},
+        Cause.PREEMPTED,
+    ),
+    "own script, ends with 0 after scancel": ({"code": 0, "own_script": True, "signals": ["TERM"], "log": line(), "job": job("COMPLETING")}, Cause.CANCELLED),
+    "own script, ends with 0 after holdfast cancel": ({"code": 0, "own_script": True, "signals": ["TERM"], "cancel_wished": True}, Cause.CANCELLED),
+    "own script, ends with 0 after Ctrl-C": ({"code": 0, "own_script": True, "stop_sent": "INT"}, Cause.REQUEUED),
+    "own script, ends with 0 after the stop file": ({"code": 0, "own_script": True, "stop_sent": "stop file"}, Cause.CANCELLED),
+    "own script, ends with 0 after its stop signal": (
+        {"code": 0, "own_script": True, "stop_sent": "USR1", "signals": ["USR2"], "job": job(), "seconds_to_limit": 50.0, "lead_s": 45},
+        Cause.TIME_LIMIT,
+    ),
+    "own script, killed by its stop signal": (
+        {"code": 138, "own_script": True, "stop_sent": "USR1", "job": job(), "seconds_to_limit": 50.0, "lead_s": 45},
+        Cause.TIME_LIMIT,
+    ),
+    "own script, ends with 0 after a warning that was not forwarded": ({"code": 0, "own_script": True, "signals": ["USR2"], "job": job()}, Cause.FINISHED),
+    "own script, declares itself finished": (
+        {"code": 143, "own_script": True, "markers": finished(0), "world": 2, "signals": ["TERM"], "log": PREEMPTION},
+        Cause.FINISHED,
+    ),
+    "own script, still running near the limit": (
+        {"code": 75, "own_script": True, "signals": ["USR2"], "limit_near": True, "job": job(), "seconds_to_limit": 14.0, "lead_s": 30},
+        Cause.TIME_LIMIT,
+    ),
+    "own script, one fails and the others are killed": ({"code": 137, "own_script": True, "failed_rank": (1, 3), "world": 2}, Cause.CODE_ERROR),
     "own script, stopped at a preemption": ({"code": 75, "own_script": True, "signals": ["TERM"], "log": PREEMPTION}, Cause.PREEMPTED),
     "own script, stopped in the grace": ({"code": 75, "own_script": True, "log": line(), "job": job(preempted_at="2026-11-21T23:43:00")}, Cause.PREEMPTED),
     "own script, stopped at the warning": ({"code": 75, "own_script": True, "job": job(), "seconds_to_limit": 50.0, "lead_s": 45}, Cause.TIME_LIMIT),
@@ -305,7 +332,7 @@ def test_classifying_is_pure_and_total(seen: Evidence) -> None:
 @example(Evidence(code=0, world=1, markers={1: {"reason": "finished"}}))  # of a rank that there is not
 def test_a_run_is_finished_only_when_rank_0_says_so_behind_the_barrier_of_all(seen: Evidence) -> None:
     if classify(seen)[0] is Cause.FINISHED and not (seen.own_script and seen.code == 0):
-        assert seen.markers[0].get("reason") == "finished" and not seen.own_script
+        assert seen.markers[0].get("reason") == "finished"
 
 
 @given(_evidence)

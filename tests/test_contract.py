@@ -31,7 +31,7 @@ def test_signals_of_a_stop_are_those_that_slurm_and_the_script_send() -> None:
     assert contract.LEAD_SIGNAL is signal.SIGUSR2 and set(contract.STOP_SIGNALS) == {signal.SIGTERM, contract.LEAD_SIGNAL}
     # NCCL has a handler of its own for USR1, and an asked-for stack must not end a process without a handler.
     assert contract.STACKS_SIGNAL is signal.SIGURG
-    assert contract.PRUNED_WORD == "pruned" and contract.LOCAL == "local-" and contract.PEER_EXIT_WAIT_S == 20
+    assert contract.PRUNED_WORD == "pruned" and contract.LOCAL == "local-"
 
 
 def test_ports_of_the_rendezvous_lie_below_those_that_linux_hands_out() -> None:

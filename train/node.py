@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jobs.contract import PEER_EXIT_WAIT_S, STOP_SIGNALS, Exit, RankEnv
+from jobs.contract import STOP_SIGNALS, Exit, RankEnv
 from jobs.rundir import RunDir
 from jobs.stop import leave_marker, name_of
 
@@ -36,18 +36,20 @@ def main() -> int:
     def remember(number: int, frame: FrameType | None) -> None:
         asked.append(number)
 
-    for number in STOP_SIGNALS:
+    # STOP_SIGNAL of a user script may be any of these.
+    for number in (*STOP_SIGNALS, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, remember)
     parser = argparse.ArgumentParser(prog="python -m train.node", description="The ranks of one node, by accelerate launch.")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--per-node", type=int, required=True)
+    parser.add_argument("--peer-wait", type=int, default=20, help="seconds that other ranks may run on after one failed")
     parser.add_argument("--config", default=None, help="a file of `accelerate config`; left out, none is read")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     node = int(os.environ.get("SLURM_PROCID", "0"))
     words = launch_words(command, nodes=args.nodes, per_node=args.per_node, node=node, config=args.config, environ=os.environ)
-    os.environ.update(environment_of(args.nodes * args.per_node))
+    os.environ.update(environment_of(args.nodes * args.per_node, args.peer_wait))
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(_launch(words)), name="accelerate", daemon=True)
     thread.start()
@@ -80,10 +82,10 @@ def launch_words(command: Sequence[str], *, nodes: int, per_node: int, node: int
     return [*words, *command]
 
 
-def environment_of(world: int) -> dict[str, str]:
+def environment_of(world: int, peer_wait_s: int) -> dict[str, str]:
     """What the launcher needs to know beside its words."""
-    # As srun does: when one rank has left, the others have this long.
-    values = {"PET_SHUTDOWN_TIMEOUT": str(PEER_EXIT_WAIT_S), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PEER_EXIT_WAIT_S)}
+    # When one rank has failed, the others have this long.
+    values = {"PET_SHUTDOWN_TIMEOUT": str(peer_wait_s), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(peer_wait_s)}
     if world == 1:
         # One process is started without a rendezvous, and is told nothing.
         values |= {RankEnv.RANK: "0", RankEnv.WORLD_SIZE: "1", RankEnv.LOCAL_RANK: "0", RankEnv.LOCAL_WORLD_SIZE: "1"}
