@@ -95,7 +95,7 @@ def test_the_stop_signal_of_the_setting_is_sent(cluster: Cluster) -> None:
 
 def test_a_script_with_the_helper_hears_the_warning(cluster: Cluster) -> None:
     helped = {"ENTRY": str(REPOSITORY / "tests" / "helped_script.py"), "ENTRY_ARGS": "100000,1000,0.05"}
-    run = cluster.submit(**helped, **LIMIT)
+    run = cluster.submit(**{**helped, **LIMIT, "NODES": "1"})
     until(lambda: causes(run), 150, lambda: f"the end\n{cluster.logs(run)}")
     attempt = ledger.attempts(ledger.read(run.ledger))[0]
     assert str(attempt.cause) == "time_limit" and attempt.lost_steps == 0 and attempt.step > 0, cluster.logs(run)
