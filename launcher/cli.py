@@ -10,6 +10,7 @@ from jobs.contract import Exit
 from jobs.errors import HoldfastError
 from launcher import cli_here, cli_jobs, cli_runs
 from launcher.cli_words import HELP
+from launcher.output import flush_output, tolerate_closed_pipes
 
 app = typer.Typer(
     name="holdfast",
@@ -44,13 +45,10 @@ app.add_typer(cli_here.verify_app, name="verify")
 app.add_typer(cli_here.data_app, name="data")
 
 
-# Commands that do nothing but tell: when their reader goes away (`| head`), that is no error. Others may have had more to do.
-_TELLING = ("render", "explain", "status", "diff", "completion", "sweep show", "ckpt ls", "lab status", "lab env")
-
-
 def main() -> None:
     """Entry point of the console script. Every error that a person can be told ends in one message and its exit code."""
-    sys.exit(run_app())
+    tolerate_closed_pipes()
+    sys.exit(flush_output(run_app()))
 
 
 def run_app(arguments: list[str] | None = None) -> int:
@@ -65,10 +63,6 @@ def run_app(arguments: list[str] | None = None) -> int:
         print(f"{err.strerror or err}{f': {err.filename}' if err.filename else ''}", file=sys.stderr)
         return Exit.FAILED
     except SystemExit as err:
-        # typer and rich both exit with 1 when the reader of a pipe goes away.
-        words = sys.argv[1:] if arguments is None else arguments
-        if isinstance(err.__context__, BrokenPipeError) and " ".join(words[:2]).startswith(_TELLING):
-            return Exit.DONE
         return err.code if isinstance(err.code, int) else Exit.DONE
     except KeyboardInterrupt:
         return Exit.INTERRUPTED

@@ -3,18 +3,26 @@
 Importing the settings and the template engine takes 0.2 s; Python itself starts in 0.012 s. A script depends on the words,
 the folder, the variables that are settings, the job and site files and our own code, and on nothing else. So an answer is
 kept together with all of these, and is given again only when every one of them is the same. Deleting the folder
-`holdfast/render` in the user's cache folder is always safe. Nothing but os, sys and zlib is imported on this path.
+`holdfast/render` in the user's cache folder is always safe. Nothing but io, os, sys and zlib is imported on this path.
 """
 
 import os
 import sys
 import zlib
 
+from launcher.output import flush_output, tolerate_closed_pipes
+
 _SEPARATOR = "\x1e"
 _MAX_KEPT_BYTES = 1_000_000
 
 
 def main() -> int:
+    """Entry point of the console script."""
+    tolerate_closed_pipes()
+    return flush_output(_run())
+
+
+def _run() -> int:
     if sys.argv[1:2] == ["render"] and not {"--help", "-h"} & set(sys.argv):
         answer = kept(sys.argv[2:])
         if answer is not None:

@@ -101,8 +101,10 @@ def spawn(job: Job, run: RunDir, environ: Mapping[str, str], foreground: bool) -
             mine["PYTHONPATH"] = ":".join(filter(None, [str(run.code), environ.get("PYTHONPATH")]))
         command = _command(job, run)
         if foreground and rank == 0:
-            # tee and not a pipe of ours: the rank goes on writing when this process is gone. It ignores Ctrl-C, which is for the rank.
-            tee = subprocess.Popen(["tee", "-a", "-i", str(log)], stdin=subprocess.PIPE)
+            # tee and not a pipe of ours: the rank goes on writing when this process is gone. It ignores Ctrl-C, which is for the rank, and
+            # continues with the log when the reader of its output is gone (SIGPIPE stays ignored; -p of GNU tee prints no error).
+            options = ["-a", "-i", *(["-p"] if sys.platform == "linux" else [])]
+            tee = subprocess.Popen(["tee", *options, str(log)], stdin=subprocess.PIPE, restore_signals=False)
             ranks.append(subprocess.Popen(command, cwd=run.code, env=mine, stdout=tee.stdin, stderr=subprocess.STDOUT))
             assert tee.stdin is not None
             tee.stdin.close()

@@ -5,7 +5,6 @@ sizes that these files had when the next one began; `launcher.attempt` writes th
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from jobs.rundir import RunDir
 from jobs.sources import load
 from jobs.verdict import budgets_of, judge
 from launcher import show
+from launcher.output import discard_output
 
 ALL = "all"
 _BATCH = "batch"
@@ -54,8 +54,7 @@ def print_logs(run: RunDir, rank: str = "0", attempt: str | None = None, follow:
             copy_logs(run, rank, attempt, sys.stdout.buffer)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes standard output once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output(sys.stdout)
 
 
 def copy_logs(run: RunDir, rank: str, attempt: str | None, out: BinaryIO) -> None:

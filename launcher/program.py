@@ -12,6 +12,8 @@ del sys.argv[1:3]
 sys.path.insert(0, home)
 for name in {"jobs", "slurm", module.partition(".")[0]}:
     __import__(name)
+from launcher.output import tolerate_closed_pipes
+tolerate_closed_pipes()
 sys.path[0] = os.getcwd()
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
