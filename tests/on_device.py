@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import nn
 
@@ -18,7 +19,7 @@ from jobs import ledger
 from jobs.precision import MODES, Precision
 from jobs.rundir import RunDir
 from jobs.settings import Job
-from train import build, checkpoint, optim, runtime
+from train import build, checkpoint, optim, runtime, toolchain
 from train.data.order import rank_slice
 from train.data.sources import open_data
 from train.numerics import LossScale, OverflowGuard
@@ -33,6 +34,9 @@ HERE = Path(__file__).resolve().parent
 SHAPE = {"n_layers": 2, "d_model": 256, "n_heads": 2, "d_ff": 512}
 SMALL_SHAPE = {"n_layers": 2, "d_model": 64, "n_heads": 2, "d_ff": 128}
 LOSS_AT_START = 5.545  # log(256)
+# For tests that compile on a CPU. A minimal Debian has neither a C++ compiler nor the header files of Python, and no test installs them.
+_MISSING = toolchain.find_missing(torch.device("cpu"))
+needs_compiler = pytest.mark.skipif(bool(_MISSING), reason=f"COMPILE=true needs {' and '.join(_MISSING)}: install {' '.join(_MISSING.values())}")
 
 
 class One:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPOSITORY
+from on_device import needs_compiler
 
 from jobs.rundir import RunDir
 from jobs.settings import Job
@@ -105,6 +106,7 @@ def two_attempts(tmp_path: Path, device: str) -> list[str]:
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_the_next_attempt_does_not_compile_again(tmp_path: Path) -> None:
     first, second = two_attempts(tmp_path, "cpu")
     assert "hits 0 misses 1" in first and "compiled parts of an earlier attempt loaded" in second and "hits 1 misses 0" in second

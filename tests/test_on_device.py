@@ -9,7 +9,7 @@ from pathlib import Path
 import on_device
 import pytest
 import torch
-from on_device import CASES, SMALL_SHAPE, One, Training, falls, gradient_job, gradients_of, gradients_over_ranks, job_of, largest_gap
+from on_device import CASES, SMALL_SHAPE, One, Training, falls, gradient_job, gradients_of, gradients_over_ranks, job_of, largest_gap, needs_compiler
 
 from jobs import ckpt_format
 from train import checkpoint, export, saver
@@ -167,6 +167,7 @@ def test_gradients_of_two_ranks_equal_those_of_one_and_of_one_whole_batch(tmp_pa
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_compiled_blocks_train_like_eager_ones(tmp_path: Path) -> None:
     eager, compiled = (training(tmp_path / str(flag), "fp32", compile=flag).train(8) for flag in (False, True))
     assert compiled.losses == pytest.approx(eager.losses, rel=1e-4)

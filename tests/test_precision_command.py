@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
-from on_device import One, job_of
+from on_device import One, job_of, needs_compiler
 
 from jobs import advice
 from jobs.errors import HoldfastError, SettingError
@@ -214,6 +214,7 @@ def test_the_first_guess_of_a_built_in_model_is_what_the_estimate_has_room_for()
     assert largest.expected_to_fit(of_1b, 10.0) is None and largest.expected_to_fit(job(model="convnet"), 85.0) is None
 
 
+@needs_compiler
 def test_nothing_of_a_compiled_model_is_left_when_the_next_size_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     # Compiled blocks are cycles of references, and a measurement takes them out of the garbage collector's sight, as training does.
     left: list[weakref.ref[object]] = []

@@ -23,6 +23,7 @@ from train.models.registry import PRESETS, build_model
 from train.numerics import forward_context
 from train.parallel import shard as shard_model
 from train.runtime import Runtime
+from train.toolchain import require_compiler
 
 
 def build(
@@ -32,6 +33,8 @@ def build(
 
     `say` is told what became of each layer under fp8. `drawn` false: a checkpoint will be loaded, so the built-in model need not have
     its weights drawn, which takes a processor 15 s for a billion. Raises SettingError and ImpossibleJobError."""
+    if job.compile:
+        require_compiler(rt.device)
     options = dict(job.model_options)
     if job.grad_checkpointing and job.model in PRESETS:
         options.setdefault("checkpoint_blocks", True)

@@ -8,6 +8,8 @@ import importlib.util
 
 import torch
 
+from train.toolchain import find_missing
+
 # Kernels were written for, and measured on, Hopper; Ampere has all that they need.
 _MIN_ARCH = (8, 0)
 
@@ -22,4 +24,7 @@ def usable(device: torch.device) -> str | None:
         return "they were never run on a GPU of AMD"
     if torch.cuda.get_device_capability(device) < _MIN_ARCH:
         return f"they need sm_{_MIN_ARCH[0]}{_MIN_ARCH[1]}"
+    missing = find_missing(device)
+    if missing:
+        return f"Triton needs {' and '.join(missing)}; install {' and '.join(missing.values())}"
     return None
