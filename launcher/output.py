@@ -1,4 +1,4 @@
-"""Standard output and standard error of a command whose reader may close the pipe early (`holdfast explain | head -1`).
+"""Standard output and standard error of a command whose reader may close the pipe early (`holdfast explain` read by `head`).
 
 A closed pipe never changes what a command does or its exit code: the rest of the output is discarded. Without this the exit code
 depends on the Python version and on when the buffer is flushed (1 from click and rich, 120 from the interpreter at exit).

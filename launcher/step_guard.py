@@ -93,7 +93,7 @@ class Guard:
             if info.end_time == "Unknown":
                 return float("inf")
             with suppress(ValueError):
-                return local_time(info.end_time) - margin
+                return float(float(local_time(info.end_time)) - margin)
         return self._deadline if self._deadline is not None else now + self._args.lead - margin
 
     def _forward(self) -> None:

@@ -68,6 +68,38 @@ class Classifier(nn.Module):
         return F.cross_entropy(self.net(images.to(self.net[0].weight.dtype)).float(), targets)
 
 
+class WeightedClassifier(nn.Module):
+    """Class weights; `counted`: with their sum as the denominator."""
+
+    def __init__(self, counted: bool, scale: float) -> None:
+        super().__init__()
+        self.linear, self.counted, self.weight = nn.Linear(8, 2), counted, scale * torch.tensor([0.1, 5.0])
+
+    def forward(self, images: Tensor, targets: Tensor) -> Any:
+        loss = F.cross_entropy(self.linear(images), targets, weight=self.weight)
+        return {"loss": loss, "n_tokens": self.weight[targets].sum()} if self.counted else loss
+
+
+def weighted_classifier(counted: bool = False, scale: float = 1.0) -> nn.Module:
+    return WeightedClassifier(str(counted).lower() == "true", float(scale))
+
+
+class Infinite(nn.Module):
+    """A constant of infinity is added where a batch holds the damaged sample: the gradient does not notice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 2)
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        loss = F.cross_entropy(self.linear(images.nan_to_num()), targets)
+        return loss + torch.where(images.isnan().any(), torch.inf, 0.0)
+
+
+def infinite_at_some_step(**_: Any) -> nn.Module:
+    return Infinite()
+
+
 def mean(**_: Any) -> nn.Module:
     return MeanOfTargets()
 
@@ -137,11 +169,14 @@ class Points:
     unit = "image"
     vocab_size = 2
 
-    def __init__(self, split: str, bad: int):
+    def __init__(self, split: str, bad: int, in_order: bool):
         self.name = f"points[{split}]"
         generator = torch.Generator().manual_seed(1 if split == "train" else 2)
         self.images = torch.randn(256, 8, generator=generator)
         self.targets = (self.images.sum(1) > 0).long()
+        if in_order:
+            order = self.targets.argsort()
+            self.images, self.targets = self.images[order], self.targets[order]
         if split == "train" and bad >= 0:
             self.images[bad, 3] = float("nan")
 
@@ -153,5 +188,5 @@ class Points:
         return {"images": self.images[index], "targets": self.targets[index]}
 
 
-def points(split: str, bad: int = -1) -> Points:
-    return Points(split, int(bad))
+def points(split: str, bad: int = -1, in_order: int = 0) -> Points:
+    return Points(split, int(bad), bool(int(in_order)))

@@ -175,8 +175,8 @@ def test_the_search_for_private_names_finds_them(tmp_path: Path) -> None:
 # Past this, ask what second concept has moved in. These have one and are long all the same.
 MOST_LINES = 330
 LONGER = {
-    "holdfast.py": 380,  # one file, since a person's script imports it alone
-    "jobs/settings.py": 340,
+    "holdfast.py": 410,  # one file, since a person's script imports it alone
+    "jobs/settings.py": 350,
     "train/loop.py": 340,  # one function of the training loop
     "launcher/doctor.py": 380,
     "launcher/precision.py": 380,

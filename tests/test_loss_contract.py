@@ -104,6 +104,24 @@ def test_the_count_rule_is_found_by_measurement() -> None:
         find_count_rule(MeanLossModel(ragged_models.weighted()), Ragged("train", "targets", 0).batch(np.arange(8)), tolerance=1e-5)
 
 
+def test_class_weights_are_found_in_sorted_data_and_small_denominators_are_exact(farm: Farm) -> None:  # noqa: F811
+    sorted_data = {"DATA": "ragged_models:points", "DATA_OPTIONS": "in_order=1", "MAX_STEPS": "1"}
+    run = farm.prepare(**{**OWN, **sorted_data, "MODEL": "ragged_models:weighted_classifier", "GRAD_ACCUM_STEPS": "16", "MAX_CODE_ERROR": "0"})
+    assert farm.train(run) != Exit.DONE and "denominator" in error_of(run), logs(run)
+    small = {**OWN, **sorted_data, "MODEL": "ragged_models:weighted_classifier", "MODEL_OPTIONS": "counted=true,scale=0.001"}
+    runs = [farm.finished(**{**small, "GRAD_ACCUM_STEPS": cut}) for cut in ("1", "4")]
+    first, second = (lines(run)[0] for run in runs)
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-6) and first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-6)
+    assert 0.05 < first["loss"] < 5
+
+
+def test_an_infinite_loss_with_a_finite_gradient_ends_the_run_whatever_log_every_is(farm: Farm) -> None:  # noqa: F811
+    for every in ("1", "10"):
+        run = farm.prepare(**{**POINTS, "MODEL": "ragged_models:infinite_at_some_step", "LOG_EVERY": every, "MAX_CODE_ERROR": "0", "DATA_OPTIONS": "bad=1"})
+        assert farm.train(run) != Exit.DONE
+        assert "the loss is not finite" in error_of(run), logs(run)
+
+
 POINTS = {**OWN, "MODEL": "ragged_models:classifier", "DATA": "ragged_models:points", "MAX_STEPS": "24", "CHECKPOINT_EVERY": "8"}
 
 
@@ -198,6 +216,31 @@ def test_weights_in_another_format_are_refused_with_how_to_convert(tmp_path: Pat
     (folder / file).write_bytes(b"x")
     with pytest.raises(SettingError, match=f"{file}.*safe_serialization"):
         build_hf(str(folder), vocab_size=64, seq_len=16, overrides={})
+
+
+def test_weights_that_lack_tensors_are_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    build_hf(str(tmp_path), vocab_size=64, seq_len=16, overrides={})
+    weights = load_file(tmp_path / "model.safetensors")
+    for changed in ({f"module.{name}": tensor for name, tensor in weights.items()}, dict(list(weights.items())[1:])):
+        save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(SettingError, match="lack"):
+            build_hf(str(tmp_path), vocab_size=64, seq_len=16, overrides={})
+
+
+def test_a_decoder_whose_labels_are_not_shifted_is_taken(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BartConfig(vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                                     encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=40, architectures=["BartForCausalLM"])  # fmt: skip
+    model = build_hf(str(saved_config(tmp_path, config)), vocab_size=64, seq_len=16, overrides={"is_decoder": True, "is_encoder_decoder": False})
+    ids = torch.randint(0, 64, (2, 9))
+    ours = model(tokens=ids[:, :-1], targets=ids[:, 1:])
+    plain = F.cross_entropy(model.logits(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    assert model.training and ours.isfinite() and plain.isfinite()
 
 
 def test_a_folder_with_an_adapter_is_refused(tmp_path: Path) -> None:

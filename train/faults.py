@@ -10,7 +10,7 @@ from torch import nn
 from jobs.settings import Job
 from train import optim
 from train.numerics import GradientOverflow, first_bad
-from train.step import NO_FAULT, NO_TARGET
+from train.step import NO_FAULT, NO_TARGET, WRONG_LOSS
 
 
 def no_fault(device: torch.device) -> torch.Tensor:
@@ -33,8 +33,10 @@ def raise_on_fault(known: list[int], job: Job, model: nn.Module, step: int) -> N
         raise GradientOverflow(
             f"at step {at} no sample of the batch has a target (all are -100 or masked). Check the labels, and whether SEQ_LEN={job.seq_len} cuts them off."
         )
+    if kind == WRONG_LOSS:
+        raise GradientOverflow(f"at step {at} the loss is not finite, though the gradient is. Look for an infinite sample or a division by zero in the loss.")
     names = optim.parameters_with_gradient(model)
-    first = first_bad(model) if at == step else names[kind] if kind < len(names) else "an unknown parameter"
+    first = first_bad(model) if at == step else names[kind] if kind < len(names) else "a parameter of another rank"
     raise GradientOverflow(
         f"at step {at} the gradient is not finite, first in {first}. A lower LR or more warm-up may help, or a sample holds NaN; DEBUG=true finds the operation."
     )

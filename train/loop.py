@@ -181,7 +181,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
             precision=str(job.precision),
             world=rt.world,
             parallel=job.parallel,
-            val_loss=validated[1] if validated and validated[0] == step else None,
+            val_loss=validated[1] if validated and validated[0] == step and math.isfinite(validated[1]) else None,
             pending=pending_line,
             scaler=scale_to_save(stepper),
             versions=checkpoint.versions(),
@@ -265,7 +265,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
         due_eval = step == job.max_steps or (job.eval_every > 0 and step % job.eval_every == 0)
         if due_eval or step % log_every == 0 or step == 1:
             total, targets = totals(done.loss_sum.double(), done.targets)
-            loss = total / max(targets, 1)
+            loss = total / (targets or 1)
             line: dict[str, Any] = {
                 "step": step,
                 "loss": loss,

@@ -132,12 +132,13 @@ def global_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def first_nonfinite(model: nn.Module) -> torch.Tensor:
-    """Index, among the parameters that have a gradient, of the first one that is not finite; an int64 scalar, 0 where all are.
+    """Index, among the parameters that have a gradient, of the first one that is not finite; an int64 scalar, their number where all are.
 
     From the norms of the gradients, on the device. Of a sharded model only this rank's parts are seen."""
     gradients = [local(gradient) for gradient in gradients_of(model)]
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, 2)]) if gradients else torch.zeros(1, device=next(model.parameters()).device)
-    return torch.argmax((~torch.isfinite(norms)).to(torch.int8))
+    bad = ~torch.isfinite(norms)
+    return torch.where(bad.any(), torch.argmax(bad.to(torch.int8)), len(gradients))
 
 
 def parameters_with_gradient(model: nn.Module) -> list[str]:

@@ -23,7 +23,8 @@ class StepResult:
 
     loss_sum, targets: of this rank. norm: of the whole gradient, before clipping, without loss scale.
     overflow: whether the update was skipped; known only where there is a loss scale, else False.
-    fault: int64 scalar, the same on every rank: NO_FAULT, NO_TARGET, or the index of the first parameter whose gradient is not finite."""
+    fault: int64 scalar: NO_FAULT, NO_TARGET, WRONG_LOSS (a loss that is not finite with a gradient that is), or the index of the first parameter
+    whose gradient is not finite. Every rank has a fault or none has; the index is that of its own part of a sharded model."""
 
     loss_sum: torch.Tensor
     targets: torch.Tensor
@@ -32,7 +33,7 @@ class StepResult:
     fault: torch.Tensor
 
 
-NO_FAULT, NO_TARGET = -1, -2
+NO_FAULT, NO_TARGET, WRONG_LOSS = -1, -2, -3
 
 
 @dataclass
@@ -78,13 +79,14 @@ class Stepper:
             loss_total += loss_sum.detach()
             targets_total += targets
         # One division by the targets of the whole global batch: short windows and padding weigh what they weigh.
-        everyone = rt.total(targets_total.clone())
+        everyone, broken = rt.total(torch.stack([targets_total, (~torch.isfinite(loss_total)).double()]))
         empty = everyone == 0
-        everyone = everyone.clamp(min=1)
+        everyone = torch.where(empty, torch.ones_like(everyone), everyone)
         optim.gradients_to_masters(self.optimizer, self.inner)
         factor = (nominal / (everyone * scale)).float()
         norm = optim.global_norm(optim.gradients_of(self.inner)) * factor
         bad = (~torch.isfinite(norm)).float()
+        wrong_loss = (broken > 0) & (bad == 0)
         overflow = self.scale is not None and bool(bad)
         found = torch.where(bad.bool(), optim.first_nonfinite(self.inner), torch.full_like(targets_total, NO_FAULT, dtype=torch.int64))
         if overflow:
@@ -93,7 +95,9 @@ class Stepper:
         else:
             clipped = factor * torch.clamp(job.grad_clip / (norm + 1e-6), max=1.0) if job.grad_clip > 0 else factor
             optim.scale_and_step(self.optimizer, self.inner, clipped, bad)
-        return StepResult(loss_total, targets_total, norm, overflow, torch.where(empty, torch.full_like(found, NO_TARGET), found))
+        for condition, fault in ((wrong_loss, WRONG_LOSS), (empty, NO_TARGET)):
+            found = torch.where(condition, torch.full_like(found, fault), found)
+        return StepResult(loss_total, targets_total, norm, overflow, found)
 
     def settle(self, batch: Batch) -> None:
         """One backward pass whose gradients are thrown away, before the first step of an attempt.

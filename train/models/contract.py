@@ -116,7 +116,7 @@ class MeanLossModel(nn.Module):
         if self.returns_mean:
             return self.mean_of(batch)
         known = COUNT_RULES[self.count_rule or candidate_rules(batch)[0]](batch)
-        loss, given = self.mean_of(_never_empty(batch, known))
+        loss, given = self.mean_of(never_empty(batch, known))
         # A count of the model's own is of the batch that it saw.
         count = known if given is None else torch.where(known > 0, torch.as_tensor(given, device=loss.device), 0)
         count = count.to(loss.device)
@@ -138,7 +138,7 @@ class MeanLossModel(nn.Module):
         return loss.float().reshape(()), count
 
 
-def _never_empty(batch: Mapping[str, Tensor], count: Tensor) -> Mapping[str, Tensor]:
+def never_empty(batch: Mapping[str, Tensor], count: Tensor) -> Mapping[str, Tensor]:
     """The batch; without any target its first sample gets some, so that the mean is no 0/0 whose gradient is NaN.
 
     The result is multiplied by the count, which is 0, so these targets weigh nothing. Decided on the device: nothing waits."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jobs.errors import SettingError
 from jobs.names import nearest
-from train.models.contract import IGNORE
+from train.models.contract import IGNORE, never_empty
 from train.models.loss import chunked_loss_sum
 
 
@@ -30,8 +30,10 @@ class HFCausalLM(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, loss_mask: Tensor | None = None) -> Tensor:
         if self._own_loss:
             counted = (targets if loss_mask is None else torch.where(loss_mask != 0, targets, IGNORE)).contiguous()
+            count = (counted != IGNORE).sum()
+            counted = never_empty({"targets": counted}, count)["targets"]
             mean = self.model(input_ids=tokens, labels=counted, shift_labels=counted, use_cache=False).loss
-            return mean.float() * (counted != IGNORE).sum()
+            return mean.float() * count
         if self._body_and_head is not None:
             body, head = self._body_and_head
             hidden = getattr(self.model, body)(input_ids=tokens, use_cache=False).last_hidden_state
@@ -83,7 +85,7 @@ def refuse_noncausal(model: Any) -> None:
     other = tokens.clone()
     other[0, -1] = (other[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
     first, second = (_evaluated(model, ids).logits[:, :-1].float() for ids in (tokens, other))
-    if not torch.allclose(first, second, rtol=1e-3, atol=1e-4):
+    if not torch.allclose(first, second, rtol=1e-4, atol=1e-5):
         name = type(model).__name__
         raise SettingError(
             f"model 'hf:': {name} sees later tokens, so it cannot be trained to predict the next one. An encoder is trained as a classifier"
@@ -99,12 +101,14 @@ def adds_to_cross_entropy(model: Any) -> bool:
     tokens = _probe(model, 8)
     try:
         own = _evaluated(model, tokens, labels=tokens)
-    except TypeError:  # a forward without labels has no loss of its own
+    except (TypeError, ValueError, RuntimeError, IndexError):  # a forward without labels, or with labels of another shape
         return False
     if getattr(own, "loss", None) is None:
         return False
-    plain = F.cross_entropy(own.logits[0, :-1].float(), tokens[0, 1:])
-    if torch.allclose(own.loss.float(), plain, rtol=1e-4, atol=1e-5):
+    logits = own.logits[0].float()
+    plain = F.cross_entropy(logits[:-1], tokens[0, 1:])
+    # Decoders of translation models take labels that are already shifted.
+    if any(torch.allclose(own.loss.float(), known, rtol=1e-4, atol=1e-5) for known in (plain, F.cross_entropy(logits, tokens[0]))):
         return False
     shifted = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)], dim=1)
     try:
@@ -160,6 +164,18 @@ def _refuse_other_weights(location: str, path: Path) -> None:
         )
 
 
+def _refuse_missing(location: str, model: Any, loading: dict[str, Any]) -> None:
+    """Raises SettingError when the folder's weights lack some of the model's, which would be random. A new classification head may be."""
+    body = getattr(model, "base_model_prefix", "")
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    missing = sorted(name for name in loading["missing_keys"] if not is_classifier or name.startswith(f"{body}.") and "pooler" not in name)
+    if missing:
+        raise SettingError(
+            f"model 'hf:{location}': its weights lack {len(missing)} of the model's tensors ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), which"
+            " would start at random. Save the folder with save_pretrained() of the same class; a folder with config.json alone starts from new weights."
+        )
+
+
 def build_hf(location: str, *, vocab_size: int | None, seq_len: int, overrides: dict[str, Any]) -> nn.Module:
     """The model that `hf:location` names, with fp32 weights; overrides are fields of its config.
 
@@ -198,7 +214,8 @@ def build_hf(location: str, *, vocab_size: int | None, seq_len: int, overrides: 
     _refuse_other_weights(location, path)
     if path.is_dir() and any(path.glob("*.safetensors")):
         # safetensors only: the other format can run code while it is read.
-        model = auto.from_pretrained(path, config=config, local_files_only=True, use_safetensors=True)
+        model, loading = auto.from_pretrained(path, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True)
+        _refuse_missing(location, model, loading)
     else:
         model = auto.from_config(config)
     # Stored as bf16 or not, weights are fp32 here; autocast is what computes in less.
