@@ -37,12 +37,29 @@ from benchmarks.peer_loops import SHAPES, Figures, Shape, accelerate_ddp, accele
 from jobs.peaks import peak_of
 from jobs.precision import Precision
 
+# Not a setting: the row's model is built by transformers.
+AS_HF = "hf"
+
+
+def hf_config(shape: Shape) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": shape.vocab, "hidden_size": shape.d, "intermediate_size": shape.ff,
+        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
+        "max_position_embeddings": shape.seq_len, "tie_word_embeddings": False,
+    }  # fmt: skip
+
 
 def words_of(shape: Shape, precision: list[str], folder: str, gpus: int = 1) -> list[str]:
+    """Settings of a run. `hf` among the words of `precision`: the same shape as a Llama of transformers."""
+    as_hf = AS_HF in precision
+    precision = [word for word in precision if word != AS_HF]
     options = [] if shape.preset != "nano" else [f"MODEL_OPTIONS=d_model={shape.d},n_layers={shape.layers},n_heads={shape.heads},d_ff={shape.ff}"]
     on = ["DEVICE=cuda", "COMPILE=true"] if device() == "cuda" else ["DEVICE=cpu"]
+    if as_hf:
+        options = []
+        (Path(folder) / "config.json").write_text(json.dumps(hf_config(shape)))
     return [
-        f"MODEL={shape.preset}",
+        f"MODEL=hf:{folder}/config.json" if as_hf else f"MODEL={shape.preset}",
         *options,
         f"SEQ_LEN={shape.seq_len}",
         f"BATCH_SIZE={shape.batch * gpus}",
@@ -133,7 +150,11 @@ _HF, _ENGINE, _AO = ("transformers",), ("transformer_engine",), ("torchao",)
 ROWS: dict[str, Row] = {
     "transformers Trainer, bf16, compiled": Row(trainer, _HF),
     "holdfast run, bf16": of_holdfast(*BF16),
+    "holdfast run hf, bf16": of_holdfast(AS_HF, *BF16, needs=_HF),
     "holdfast run, fp8 te current": of_holdfast(*TE, needs=_ENGINE, gpu=True),
+    "holdfast run hf, fp8 te": of_holdfast(AS_HF, *TE, needs=_HF + _ENGINE, gpu=True),
+    "holdfast run hf, bf16, HF_FAST=off": of_holdfast(AS_HF, *BF16, "HF_FAST=off", needs=_HF),
+    "holdfast run hf, fp8 torchao tensorwise": of_holdfast(AS_HF, *AO, needs=_HF + _AO, gpu=True),
     "holdfast run, fp8 te current, fast input gradients": of_holdfast(*TE, FAST, needs=_ENGINE, gpu=True),
     "holdfast run, bf16, 2 GPUs, DDP": of_holdfast(*BF16, processes=2),
     "holdfast run, bf16, fp32 weights": of_holdfast("PRECISION=bf16"),

@@ -159,6 +159,11 @@ class Job(BaseModel):
     fused_kernels: bool = setting(
         True, "norm, SwiGLU and rotary positions of the built-in model, and AdamW, by Triton kernels where the GPU has them", group="model"
     )
+    hf_fast: Literal["auto", "off"] = setting(
+        "auto",
+        "causal language models of transformers (hf:) by fused attention, norm, SwiGLU and loss, where these are found to compute the same; off: transformers' own forward pass",
+        group="model",
+    )
     cudnn_benchmark: bool = setting(
         False,
         "let cuDNN time its convolutions and take the fastest, where all samples have one shape; a resumed run may differ in the last bits",

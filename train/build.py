@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import noop_context_fn
 
 from jobs.errors import SettingError
 from jobs.precision import Precision
@@ -19,6 +20,8 @@ from train.data.sources import Dataset, open_data
 from train.fp8 import Recomputing, convert
 from train.kernels import usable
 from train.models.gpt import GPT
+from train.models.hf import HFCausalLM
+from train.models.hf_equality import accelerate
 from train.models.registry import PRESETS, build_model
 from train.numerics import forward_context
 from train.parallel import shard as shard_model
@@ -48,11 +51,15 @@ def build(
         say(f"  {low} parameters of the model are 16-bit: kept in fp32, which small updates need; PRECISION decides what computes in less")
     model.to(rt.device)
     fp8, recomputing = None, None
+    if isinstance(model, HFCausalLM):
+        _accelerate(model, job, rt, say)
     if job.precision is Precision.FP8:
         converted = convert(model, job)
         fp8, recomputing = converted.context, converted.recompute
         for line in converted.lines():
             say("  " + line)
+        if isinstance(model, HFCausalLM) and model.fused is not None:
+            model.fused.join_products(converted.make)
     if isinstance(model, GPT):
         model.recomputing = recomputing or model.recomputing
     if job.grad_checkpointing and job.model not in PRESETS:
@@ -90,8 +97,31 @@ def weights_to_fp32(model: nn.Module) -> int:
     return count
 
 
+def _accelerate(model: HFCausalLM, job: Job, rt: Runtime, say: Callable[[str], None]) -> None:
+    """Gives a causal language model of transformers the fused forward pass, where all ranks find that it computes the same."""
+    kernels = job.fused_kernels and usable(rt.device) is None
+    if kernels:
+        from train.kernels.cross_entropy import terms
+
+        model.terms = terms
+    if job.hf_fast == "off":
+        say("  hf: transformers' own forward pass: HF_FAST=off")
+        return
+    line = accelerate(model, seq_len=job.seq_len, kernels=kernels)
+    if rt.world > 1:
+        everywhere = torch.tensor(float(model.fused is not None), device=rt.device)
+        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
+        if model.fused is not None and not bool(everywhere):
+            model.fused.remove()
+            model.fused, line = None, "hf: transformers' own forward pass: the fused form differs on another rank"
+    say("  " + line)
+
+
 def _recompute(model: nn.Module, job: Job, recomputing: Recomputing | None) -> None:
     """Has a model that is not ours recompute its activations, as models of transformers offer it. Raises SettingError where it cannot."""
+    if isinstance(model, HFCausalLM) and model.fused is not None:
+        model.fused.recompute = recomputing or noop_context_fn
+        return
     owner = getattr(model, "model", model)
     # The first is the name of the second from transformers 6 on.
     for method, argument in (

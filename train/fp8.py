@@ -46,12 +46,14 @@ class Layer:
 @dataclass(frozen=True)
 class Converted:
     """The context that forward passes run in, and what became of each Linear. `recompute`: the contexts of a forward pass whose
-    activations will be computed again, and of doing so, as torch.utils.checkpoint wants them; None where it needs none."""
+    activations will be computed again, and of doing so, as torch.utils.checkpoint wants them; None where it needs none. `make` converts one
+    more Linear."""
 
     context: Callable[[], AbstractContextManager[object]] | None
     layers: tuple[Layer, ...]
     recipe: str
     recompute: Recomputing | None = None
+    make: Callable[[nn.Linear], nn.Module] | None = None
 
     def lines(self) -> list[str]:
         """For the start-up report: how many, and the reasons of the others."""
@@ -109,8 +111,7 @@ def convert(model: nn.Module, job: Job, *, emulate: bool = False, make_linear: C
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers)) or "it has no linear layer"
         raise ImpossibleJobError(f"PRECISION=fp8: no layer of this model can be converted ({reasons}). Nearest that works: PRECISION=bf16.")
     if job.fp8_backend == "torchao":
-        _convert_torchao(model, chosen, recipe, job.fp8_fast_accum, emulate)
-        context = None
+        make, context = _convert_torchao(model, chosen, recipe, job.fp8_fast_accum, emulate), None
     else:
         make, context = (make_linear, None) if make_linear else _transformer_engine(recipe, job.fp8_fast_accum)
         for name in chosen:
@@ -119,7 +120,7 @@ def convert(model: nn.Module, job: Job, *, emulate: bool = False, make_linear: C
             old = getattr(owner, child)
             assert isinstance(old, nn.Linear)
             setattr(owner, child, _same_weights(old, make(old)))
-    return Converted(context, tuple(layers), f"{job.fp8_backend} {recipe}", _recomputing(context) if context else None)
+    return Converted(context, tuple(layers), f"{job.fp8_backend} {recipe}", _recomputing(context) if context else None, make)
 
 
 def plan(model: nn.Module) -> list[Layer]:
@@ -211,10 +212,11 @@ def _recomputing(context: Callable[[], AbstractContextManager[object]]) -> Recom
     return contexts
 
 
-def _convert_torchao(model: nn.Module, chosen: set[str], recipe: str, fast: str, emulate: bool) -> None:
+def _convert_torchao(model: nn.Module, chosen: set[str], recipe: str, fast: str, emulate: bool) -> Callable[[nn.Linear], nn.Module]:
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
         from torchao.float8.config import Float8GemmConfig
+        from torchao.float8.float8_linear import Float8Linear
     except ImportError as err:
         raise ImpossibleJobError(f"PRECISION=fp8 with FP8_BACKEND=torchao needs torchao ({err}); `pip install 'holdfast[torchao]'`.") from err
     import dataclasses
@@ -227,3 +229,8 @@ def _convert_torchao(model: nn.Module, chosen: set[str], recipe: str, fast: str,
     if emulate:
         config = dataclasses.replace(config, emulate=True)
     convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name in chosen)
+
+    def make(old: nn.Linear) -> nn.Module:
+        return Float8Linear.from_float(old, config)  # type: ignore[no-any-return]
+
+    return make

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from jobs.errors import SettingError
 from jobs.names import nearest
 from train.models.contract import IGNORE, never_empty
-from train.models.loss import chunked_loss_sum
+from train.models.hf_blocks import FusedDecoder, compile_regions
+from train.models.loss import Terms, chunk_terms, chunked_loss_sum
 
 
 class HFCausalLM(nn.Module):
@@ -24,27 +25,38 @@ class HFCausalLM(nn.Module):
         super().__init__()
         self.model = model
         refuse_noncausal(model)
-        self._own_loss = adds_to_cross_entropy(model)
-        self._body_and_head = None if self._own_loss else _plain_head(model)
+        self.own_loss = adds_to_cross_entropy(model)
+        self._body_and_head = None if self.own_loss else _plain_head(model)
+        # The fused forward pass, where train/models/hf_blocks.py has one that computes the same.
+        self.fused: FusedDecoder | None = None
+        self.terms: Terms = chunk_terms
 
-    def forward(self, tokens: Tensor, targets: Tensor, loss_mask: Tensor | None = None) -> Tensor:
-        if self._own_loss:
+    def forward(self, tokens: Tensor, targets: Tensor, loss_mask: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        if self.fused is not None:
+            return self.fused.loss_sum(tokens, targets, loss_mask, attention_mask)
+        if self.own_loss:
             counted = (targets if loss_mask is None else torch.where(loss_mask != 0, targets, IGNORE)).contiguous()
             count = (counted != IGNORE).sum()
             counted = never_empty({"targets": counted}, count)["targets"]
-            mean = self.model(input_ids=tokens, labels=counted, shift_labels=counted, use_cache=False).loss
+            mean = self.model(input_ids=tokens, attention_mask=attention_mask, labels=counted, shift_labels=counted, use_cache=False).loss
             return mean.float() * count
         if self._body_and_head is not None:
             body, head = self._body_and_head
-            hidden = getattr(self.model, body)(input_ids=tokens, use_cache=False).last_hidden_state
-            return chunked_loss_sum(hidden, self.model.get_submodule(head).weight, targets, loss_mask)
-        logits = self.logits(tokens).float().flatten(0, 1)
+            hidden = getattr(self.model, body)(input_ids=tokens, attention_mask=attention_mask, use_cache=False).last_hidden_state
+            return chunked_loss_sum(hidden, self.model.get_submodule(head).weight, targets, loss_mask, terms=self.terms)
+        logits = self.logits(tokens, attention_mask).float().flatten(0, 1)
         losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
         return losses.sum() if loss_mask is None else (losses * loss_mask.flatten()).sum()
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T, V], held whole."""
-        return self.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+        if self.fused is not None:
+            return self.fused.logits(tokens, attention_mask)
+        return self.model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits  # type: ignore[no-any-return]
+
+    def compile_regions(self, **options: Any) -> None:
+        """torch.compile each decoder layer and the loss of a chunk, in place."""
+        compile_regions(self, **options)
 
 
 class HFClassifier(nn.Module):
