@@ -53,7 +53,7 @@ def check(job: Job, origins: Mapping[str, str]) -> tuple[list[str], dict[str, An
     if job.precision is Precision.FP8 and job.fp8_fast_accum != "forward" and job.fp8_recipe in ("delayed", "block", "mxfp8"):
         problems.append(f"{said('fp8_fast_accum')} is for the recipes current, tensorwise and rowwise, not {said('fp8_recipe')}.")
     if job.stop_signal not in ("auto", "USR2") and job.entry is None:
-        problems.append(f"{said('stop_signal')} is for a script of your own (ENTRY). The built-in training is warned by USR2; leave STOP_SIGNAL out.")
+        problems.append(f"{said('stop_signal')} applies to a user script (ENTRY) only: the built-in training always gets USR2. Remove STOP_SIGNAL.")
     if job.accelerate_config is not None and (job.launch != "accelerate" or job.entry is None):
         problems.append(
             f"{said('accelerate_config')} is read by accelerate launch for a script of your own: give LAUNCH=accelerate and ENTRY. The built-in training has settings of its own for all that it says."

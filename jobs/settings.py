@@ -153,7 +153,7 @@ class Job(BaseModel):
     compile: bool = setting(False, "torch.compile of each block", group="model")
     check_model: Literal["auto", "off"] = setting(
         "auto",
-        "at the start, measure what a model's mean loss is over: the first samples whole and in two halves. A loss that depends on the cut is refused",
+        "at the start, measure what a model's mean loss is over: some samples whole and in two halves. A loss that depends on the cut is refused",
         group="model",
     )
     fused_kernels: bool = setting(

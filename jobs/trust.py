@@ -1,16 +1,13 @@
-"""Ownership checks for files whose content is executed: runs, labs and caches.
+"""Ownership checks for files whose content is executed; so far those of a lab.
 
 A path is trusted when the effective user owns it, neither group nor others can write to it, and it is a directory or a regular file
-itself: symbolic links are never followed. Reading somebody else's run (status, report, diff) needs no trust.
+itself: symbolic links are never followed. Reading needs no trust.
 """
 
 import os
 import stat
 from pathlib import Path
 from typing import Literal
-
-from jobs.errors import SettingError
-from jobs.rundir import RunDir
 
 Kind = Literal["directory", "file"]
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -50,41 +47,6 @@ def find_parent_problem(path: Path) -> tuple[Path, str] | None:
     return None
 
 
-def check_run(run: RunDir, action: str) -> None:
-    """Check everything of a run, and of its array, that an attempt executes. What does not exist is left to its reader.
-
-    Raises SettingError."""
-    tops = [run.array.path, run.array.members, run.path] if run.is_member else [run.path]
-    directories = [*tops, run.code, run.submitit, run.attempt(0).path.parent]
-    files = [run.job_yaml, run.script, run.sweep, run.trial, *([run.array.job_yaml, run.array.sweep] if run.is_member else [])]
-    paths: list[tuple[Path, Kind]] = [*((path, "directory") for path in directories), *((path, "file") for path in files)]
-    for path, kind in paths:
-        try:
-            problem = find_problem(path, kind)
-        except FileNotFoundError:
-            continue
-        except OSError as err:
-            raise SettingError(f"{path} cannot be checked before {action} executes it: {err.strerror}.") from err
-        if problem:
-            raise SettingError(f"{path} {problem}; {action} would execute what it contains. {_remedy(path, problem)}")
-
-
-def check_tree(folder: Path, action: str) -> None:
-    """Check every directory and file below `folder`, which is about to be copied and executed. Links are copied as links.
-
-    Raises SettingError."""
-    for parent, directories, files in os.walk(folder):
-        for name in (*directories, *files):
-            path = Path(parent, name)
-            facts = os.lstat(path)
-            if stat.S_ISLNK(facts.st_mode):
-                problem = "" if facts.st_uid == os.geteuid() else f"belongs to {user_name(facts.st_uid)}, not to you"
-            else:
-                problem = _problem_of(facts, "directory" if stat.S_ISDIR(facts.st_mode) else "file")
-            if problem:
-                raise SettingError(f"{path} {problem}; {action} would execute what it contains. {_remedy(path, problem)}")
-
-
 def make_private_directory(path: Path) -> Path:
     """Create a directory with mode 0700, or check that an existing one is this user's own, and close it to others. Returns `path`.
 
@@ -115,11 +77,3 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"user {uid}"
-
-
-def _remedy(path: Path, problem: str) -> str:
-    if "can be written" in problem:
-        return f"If you trust its content: chmod -R go-w {path}"
-    if "symbolic link" in problem:
-        return "Give the directory or file it leads to."
-    return f"If you trust its content, copy the run to a directory of your own: cp -r {path} DIRECTORY"

@@ -42,13 +42,13 @@ def evidence_of(run: RunDir, job: Job, number: int, job_id: str, slurm: Slurm | 
 def _guard_evidence(run: RunDir, number: int, world: int) -> dict[str, Any]:
     """Stop, time limit and first failure of a user script, as its helper and the step guard recorded them."""
     attempt = run.attempt(number)
-    said = _read_object(attempt.step_guard)
+    guard = _read_object(attempt.step_guard)
     # Every rank that uses the helper has this file; the first one with a signal is enough.
     heard = next((str(record["signal"]) for rank in range(world) if (record := _read_object(attempt.helper(rank))).get("signal")), "")
-    failed = said.get("failed")
+    failed = guard.get("failed")
     return {
-        "stop_sent": heard or str(said.get("signal") or ""),
-        "limit_near": bool(said.get("limit")),
+        "stop_sent": heard or str(guard.get("signal") or ""),
+        "limit_near": bool(guard.get("limit")),
         "failed_rank": (int(failed[0]), int(failed[1])) if isinstance(failed, list) and len(failed) == 2 else None,
     }
 

@@ -86,14 +86,14 @@ class Guard:
         return None
 
     def _limit(self, now: float) -> float:
-        """When the attempt must end, in wall-clock seconds: by Slurm's end time, which a person may have changed since."""
+        """When the attempt must end, in wall-clock seconds: by Slurm's end time, which may have changed since the warning."""
         margin = min(_MARGIN_S, self._args.lead / 2)
         info = self._ask()
         if info is not None:
             if info.end_time == "Unknown":
                 return float("inf")
             with suppress(ValueError):
-                return float(float(local_time(info.end_time)) - margin)
+                return float(local_time(info.end_time) - margin)
         return self._deadline if self._deadline is not None else now + self._args.lead - margin
 
     def _forward(self) -> None:

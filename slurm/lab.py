@@ -11,7 +11,7 @@ private munged. A client needs SLURM_CONF in its environment and nothing else. W
     dev/            stand-in GPUs
 
 Root and everybody else get the same cluster. The differences:
-- SlurmUser is whoever starts it, and a slurmd that is not root executes every job as that user. The directory has mode
+- SlurmUser is the user who starts it, and a slurmd that is not root executes every job as that user. The directory has mode
   0700, which keeps other users from slurm.conf and from munged's socket: only the owner can use a lab, one of root too.
 - Node names resolve inside jobs because the Slurm daemons see their own /etc/hosts, by a mount namespace. Another user
   gets that through a user namespace, inside which files of root appear as nobody's and setuid programs do not work.

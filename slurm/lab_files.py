@@ -15,7 +15,7 @@ from slurm.lab_dir import LabDir
 
 def write_files(lab: LabDir) -> None:
     root, config = lab.root, lab.config
-    # Whoever can reach munged's socket and read slurm.conf can have slurmd execute a command as its user: the root closes all of it.
+    # A user who can reach munged's socket and read slurm.conf can have slurmd execute commands as its owner, so the root is private.
     for name, mode in {"": 0o700, "run": 0o755, "log": 0o755, "state": 0o700, "spool": 0o755, "dev": 0o755}.items():
         (root / name).mkdir(exist_ok=True)
         (root / name).chmod(mode)

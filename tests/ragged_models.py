@@ -24,6 +24,15 @@ class MeanOfTargets(Tiny):
         return F.cross_entropy(self.logits(tokens).flatten(0, 1), targets.flatten())
 
 
+class Reporting(MeanOfTargets):
+    """Prints a checksum of its weights at each forward pass of training."""
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            print("weights", torch.cat([p.detach().flatten().double() for p in self.parameters()]).sum().item(), flush=True)
+        return super().forward(tokens, targets)
+
+
 class ShiftedLabels(Tiny):
     """As transformers: `labels` like the input, shifted inside."""
 
@@ -104,6 +113,10 @@ def mean(**_: Any) -> nn.Module:
     return MeanOfTargets()
 
 
+def reporting(**_: Any) -> nn.Module:
+    return Reporting()
+
+
 def shifted(**_: Any) -> nn.Module:
     return ShiftedLabels()
 
@@ -159,8 +172,8 @@ class Ragged:
         return {first: torch.from_numpy(tokens), self.names: torch.from_numpy(targets)}
 
 
-def ragged(split: str, names: str = "targets", empty: int = 0) -> Ragged:
-    return Ragged(split, names, int(empty))
+def ragged(split: str, names: str = "targets", empty: int = 0, val_empty: int = 0) -> Ragged:
+    return Ragged(split, names, int(val_empty if split == "val" else empty))
 
 
 class Points:

@@ -48,7 +48,7 @@ def start(folder: Path, script: str, per_node: int) -> "subprocess.Popen[str]":
         "OMP_NUM_THREADS": "1",
     }
     env.pop("RANK", None)
-    command = [sys.executable, "-m", "train.node", "--nodes", "1", "--per-node", str(per_node), "--", str(folder / "own.py")]
+    command = [sys.executable, "-m", "train.node", "--nodes", "1", "--per-node", str(per_node), "--peer-wait", "20", "--", str(folder / "own.py")]
     return subprocess.Popen(command, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

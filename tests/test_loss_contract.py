@@ -1,6 +1,8 @@
 """Gradients of models that users bring: equal to plain torch on the whole batch, however it is cut, or refused."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import ragged_models
 import torch
 import torch.nn.functional as F
+from conftest import REPOSITORY
 from ragged_models import Ragged
 from training import Farm, events, farm, logs  # noqa: F401
 
@@ -34,6 +37,10 @@ def lines(run: RunDir) -> list[dict[str, Any]]:
 
 def error_of(run: RunDir) -> str:
     return "".join(path.read_text(errors="replace") for path in [*run.logs.glob("*.out"), *run.path.rglob("error*")] if path.is_file())
+
+
+def run_log(run: RunDir, rank: int) -> str:
+    return "".join(path.read_text() for path in run.logs.glob(f"*.{rank}.out"))
 
 
 def plain_torch(model: str, names: str = "targets", empty: int = 0) -> tuple[float, float, int]:
@@ -73,10 +80,13 @@ def test_first_gradient_equals_plain_torch_however_the_batch_is_cut(farm: Farm, 
 
 
 def test_ranks_hold_the_same_weights_after_ragged_steps(farm: Farm) -> None:  # noqa: F811
-    one = farm.finished(**OWN)
-    two = farm.finished(**{**OWN, "GPUS_PER_NODE": "2"})
+    settings = {**OWN, "MODEL": "ragged_models:reporting"}
+    one = farm.finished(**settings)
+    two = farm.finished(**{**settings, "GPUS_PER_NODE": "2"})
     assert [line["loss"] for line in lines(two)] == pytest.approx([line["loss"] for line in lines(one)], rel=1e-6)
     assert [line["grad_norm"] for line in lines(two)] == pytest.approx([line["grad_norm"] for line in lines(one)], rel=1e-5)
+    ranks = [[line for line in run_log(two, rank).splitlines() if line.startswith("weights ")] for rank in range(2)]
+    assert len(ranks[0]) > 3 and len(set(ranks[0])) > 2 and ranks[0] == ranks[1]
 
 
 @pytest.mark.parametrize("model", ["weighted", "own_ignore_index"])
@@ -87,6 +97,7 @@ def test_a_mean_with_an_unknown_denominator_is_refused_when_the_batch_is_cut(far
     assert "n_tokens" in said and "denominator" in said, logs(run)
     assert not run.metrics.exists() or not lines(run), "nothing was trained"
     farm.finished(**{**OWN, "MODEL": f"ragged_models:{model}", "MAX_STEPS": "1"})  # in one piece there is nothing to know
+    farm.finished(**{**OWN, "MODEL": f"ragged_models:{model}", "MAX_STEPS": "1", "GRAD_ACCUM_STEPS": "4", "CHECK_MODEL": "off"})
 
 
 def test_the_count_rule_is_found_by_measurement() -> None:
@@ -145,6 +156,17 @@ def test_a_step_without_any_target_is_an_error(farm: Farm) -> None:  # noqa: F81
     run = farm.prepare(**{**OWN, "DATA_OPTIONS": "empty=1", "LOG_EVERY": "2", "MAX_CODE_ERROR": "0"})
     assert farm.train(run) != Exit.DONE
     assert "at step 1 no sample of the batch has a target" in error_of(run)
+
+
+def test_validation_without_any_target_is_unknown_and_never_the_best(farm: Farm) -> None:  # noqa: F811
+    run = farm.finished(**{**OWN, "DATA_OPTIONS": "val_empty=1", "EVAL_EVERY": "1", "CHECKPOINT_EVERY": "1", "KEEP_BEST": "1"})
+    assert [line["val_loss"] for line in lines(run)] == [None] * 3
+    for path in ckpt_format.complete(run.checkpoints):
+        manifest = json.loads((path / "manifest.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+        assert manifest["state"]["val_loss"] is None and ckpt_format.val_loss_of(path) is None
+    for command in (["status", "--json", str(run.path)], ["report", str(run.path)], ["diff", str(run.path), str(run.path)]):
+        done = subprocess.run([sys.executable, "-m", "launcher.cli", *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_model_built_in_16_bits_learns_in_fp32(farm: Farm) -> None:  # noqa: F811
@@ -238,9 +260,11 @@ def test_a_decoder_whose_labels_are_not_shifted_is_taken(tmp_path: Path) -> None
                                      encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=40, architectures=["BartForCausalLM"])  # fmt: skip
     model = build_hf(str(saved_config(tmp_path, config)), vocab_size=64, seq_len=16, overrides={"is_decoder": True, "is_encoder_decoder": False})
     ids = torch.randint(0, 64, (2, 9))
+    assert model.training and not model.own_loss
+    model.eval()
     ours = model(tokens=ids[:, :-1], targets=ids[:, 1:])
-    plain = F.cross_entropy(model.logits(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-    assert model.training and ours.isfinite() and plain.isfinite()
+    plain = F.cross_entropy(model.model(input_ids=ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    assert float(ours.detach()) == pytest.approx(float(plain.detach()), rel=1e-6)
 
 
 def test_a_folder_with_an_adapter_is_refused(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def test_lab_planted_by_another_user_is_refused(users: Users, command: str, way:
         if way == "writable":
             root.chmod(0o775)
     done = users.holdfast("lab", command, env={"TMPDIR": str(parent)})
+    if command == "start" and done.returncode == 0:
+        _saved_lab(root).stop()
     assert done.returncode == 1, done.stdout + done.stderr
     assert "SLURM_CONF" not in done.stdout and str(parent) in done.stderr and "Traceback" not in done.stderr
     assert "daemon" in done.stderr or "can be written" in done.stderr

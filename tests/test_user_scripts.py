@@ -73,7 +73,7 @@ def test_a_hung_rank_is_killed_after_another_failed(cluster: Cluster) -> None:
     run = start(cluster, "fails", PEER_EXIT_WAIT_S="5")
     assert ended(cluster, run) == ["code_error"], cluster.logs(run)
     assert time.time() - begun < 60
-    assert "ended with 3" in ledger.attempts(ledger.read(run.ledger))[0].evidence
+    assert "task 1 of your script ended with 3" in ledger.attempts(ledger.read(run.ledger))[0].evidence
 
 
 @pytest.mark.parametrize("kind", ["deaf", "ignores", "leaves"])

@@ -231,7 +231,7 @@ def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: ckpt_forma
         if values is not None:
             log({**pending, **values})
             if flushed():
-                saver.validated(step, values["val_loss"])
+                saver.validated(step, values["val_loss"] if math.isfinite(values["val_loss"]) else None)
             better(values["val_loss"])
 
     while step < job.max_steps and not stopped_by and go_on():

@@ -42,7 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m train.node", description="The ranks of one node, by accelerate launch.")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--per-node", type=int, required=True)
-    parser.add_argument("--peer-wait", type=int, default=20, help="seconds that other ranks may run on after one failed")
+    parser.add_argument("--peer-wait", type=int, required=True, help="seconds that other ranks may run on after one failed")
     parser.add_argument("--config", default=None, help="a file of `accelerate config`; left out, none is read")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()

@@ -145,7 +145,7 @@ class Saver:
             self._thread = threading.Thread(target=self._write, args=(save,), kwargs={"background": True}, name="save", daemon=True)
             self._thread.start()
 
-    def validated(self, step: int, val_loss: float) -> None:
+    def validated(self, step: int, val_loss: float | None) -> None:
         """The validation that the checkpoint of this step was saved without is done: it counts among the best from now on."""
         if not self._rt.is_main:
             return
@@ -153,7 +153,7 @@ class Saver:
         try:
             amend(ckpt_format.path_of(self._run.checkpoints, step), val_loss=val_loss, pending=None)
         except (OSError, CheckpointError) as err:
-            self._say(f"  WARNING: val_loss {val_loss:.4f} could not be written into the checkpoint of step {step}: {err}")
+            self._say(f"  WARNING: val_loss {val_loss} could not be written into the checkpoint of step {step}: {err}")
 
     def poll(self) -> None:
         """Raises what went wrong in the background since the last look."""
