@@ -21,6 +21,7 @@ OTHER_VARIABLES = frozenset(
         "HOLDFAST_LAB",
         "HOLDFAST_PYTHON",
         "HOLDFAST_INSTALL_SLURM",
+        "HOLDFAST_SLURM_PREFIX",
         "HOLDFAST_PINS",
     }
 )

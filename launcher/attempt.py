@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -72,7 +73,8 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, stop: St
     attempt = run.attempt(number)
     run.logs.mkdir(exist_ok=True)
     batch_log = run.log(job_id, "batch")
-    if batch_log.exists():
+    link_batch_log(batch_log)
+    if batch_log.exists() and not batch_log.is_symlink():
         # Slurm made it with the umask of whoever called sbatch.
         access.close_to_others(batch_log)
     values = {
@@ -121,6 +123,16 @@ def _code_of_warning(job: Job, code: int, signals: list[str]) -> int:
     Ranks that were there and stopped have said so, which goes before any code."""
     alone = code == Exit.REQUEUE and signals and "TERM" not in signals and job.entry is None
     return 128 + LEAD_SIGNAL if alone else code
+
+
+def link_batch_log(batch_log: Path, stream: Path = Path("/proc/self/fd/2")) -> None:
+    """Gives the log of a job that was submitted without --output (slurm-ID.out) its name among the logs of the run: what slurmstepd writes
+    there about the end of the job is evidence."""
+    with suppress(OSError):
+        actual = Path(os.readlink(stream))
+        if "SLURM_JOB_ID" in os.environ and actual.is_file() and not batch_log.exists():
+            batch_log.unlink(missing_ok=True)
+            batch_log.symlink_to(actual)
 
 
 def _log_offset(environ: Mapping[str, str], batch_log: Path) -> int:
@@ -179,7 +191,8 @@ def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int,
             tell_sweep(run)
         _notify(run, job, verdict, cause, evidence, environ)
     if verdict.again and slurm is not None:
-        send_back(run, job, number, job_id, restarts_of(environ), slurm)
+        if not send_back(run, job, number, job_id, restarts_of(environ), slurm, cause):
+            verdict = judge(ledger.read(run.ledger), budgets_of(job))
     return verdict, cause
 
 

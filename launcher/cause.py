@@ -17,9 +17,9 @@ from jobs.verdict import BY_OWN_WISH
 from slurm.client import JobInfo
 from slurm.states import ENDED, base
 
-# slurmstepd's line in the batch log; the reason behind it is missing for scancel and at the start of a grace time, and may
-# have a hint behind a comma ("DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS").
-_DAEMON_LINE = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+?)(?:,[^*\n]*)?)? \*\*\*")
+# slurmstepd's line in the batch log; at the start of a grace time and for scancel it has no reason, or "DUE to SIGNAL Terminated"
+# (26.05), and a reason may have a hint behind a comma ("DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS").
+_DAEMON_LINE = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+(?: DUE (?:TO|to) ([A-Za-z ]+?)(?:,[^*\n]*)?)? \*\*\*")
 _DAEMON_REASON = {
     "PREEMPTION": Cause.PREEMPTED,
     "JOB REQUEUE": Cause.REQUEUED,
@@ -176,33 +176,45 @@ def _stopped(seen: Evidence, signal: str) -> tuple[Cause, str]:
         return Cause.PRUNED, seen.stop_file
     if signal == STOP_FILE:
         return Cause.CANCELLED, "a stop file in the run directory" + (f": {seen.stop_file}" if seen.stop_file else "")
-    daemon = _daemon_cause(seen)
-    if daemon:
-        return daemon
+    known = _state_cause(seen) or _daemon_cause(seen)
+    if known:
+        return known
     if signal == OWN_WISH:
         return Cause.REQUEUED, BY_OWN_WISH
-    if seen.job is not None:
-        if seen.job.preempted_at:
-            return Cause.PREEMPTED, f"slurmctld: preempted at {seen.job.preempted_at}"
-        named = ENDED.get(base(seen.job.state))
-        if named in (Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.NODE_FAILURE, Cause.CANCELLED):
-            return named, f"slurmctld: {seen.job.state}"
+    if seen.job is not None and seen.job.preempted_at:
+        return Cause.PREEMPTED, f"slurmctld: preempted at {seen.job.preempted_at}"
     if seen.seconds_to_limit is not None and seen.seconds_to_limit <= (seen.lead_s + _EARLY_S if signal in ("USR2", seen.stop_sent) else _TERM_AT_LIMIT_S):
         return Cause.TIME_LIMIT, f"SIG{signal} {max(seen.seconds_to_limit, 0):.0f} s before the time limit"
     accounted = _accounting_cause(seen)
     if accounted:
         return accounted
-    if seen.job is not None and base(seen.job.state) == "COMPLETING" and _DAEMON_LINE.search(seen.log) and seen.job.end_time not in ("Unknown", ""):
+    if seen.job is not None and is_ended_for_good(seen.job) and not seen.put_back:
         return Cause.CANCELLED, "slurmctld ended the job and does not mean to start it again"
     if seen.gone and _DAEMON_LINE.search(seen.log):
         return Cause.CANCELLED, "slurmstepd: cancelled, and Slurm did not start it again"
     if signal == "USR2":
         return Cause.PREEMPTED, "SIGUSR2 long before the time limit"
-    if seen.job is not None and base(seen.job.state) in ("PENDING", "REQUEUED"):
+    if seen.put_back or (seen.job is not None and "PENDING" in (base(seen.job.state), seen.job.ended_as)):
         return Cause.REQUEUED, "slurmctld has put the job back into the queue"
     if not signal:
         return Cause.REQUEUED, f"{BY_OWN_WISH}: it left with {Exit.REQUEUE.value}, and no stop was seen"
     return Cause.REQUEUED, f"SIG{signal}, sent by a person or a tool"
+
+
+def _state_cause(seen: Evidence) -> tuple[Cause, str] | None:
+    """What the job's state says, where it names a reason."""
+    if seen.job is None:
+        return None
+    state = seen.job.ended_as or seen.job.state
+    named = ENDED.get(base(state))
+    return (named, f"slurmctld: {state}") if named in (Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.NODE_FAILURE, Cause.CANCELLED) else None
+
+
+def is_ended_for_good(job: JobInfo) -> bool:
+    """Whether slurmctld is ending a job that it will not start again. Where the state says only COMPLETING, a job that was not
+    restarted and has an end is one."""
+    state = job.ended_as or base(job.state)
+    return state == "CANCELLED" or (state == "COMPLETING" and job.end_time not in ("Unknown", ""))
 
 
 def _daemon_cause(seen: Evidence) -> tuple[Cause, str] | None:

@@ -3,13 +3,15 @@
 A failed query is an error and never an empty answer: a controller that does not reply must not look like a job that is gone.
 """
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,6 +47,8 @@ class JobInfo:
     preempted_at: str | None
     end_time: str
     time_limit: str
+    # The state behind COMPLETING, where this version of Slurm says it: CANCELLED, PREEMPTED, PENDING, ...
+    ended_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,55 @@ class AccountingRow:
     end: str
 
 
+# A value may hold spaces; the next key begins at a word of letters followed by '='.
+_PAIR = re.compile(r"(\S+?)=(.*?)(?=\s+[A-Za-z][\w/:]*=|$)")
+# The line of a job: its name, the fields that slurmctld writes, and from Command= on text of the person who submitted it.
+_JOB_LINE = re.compile(r"(JobId=.*?) JobName=(.*?)(?= UserId=\S*\(\d+\) GroupId=)(.*?)(?:\s(Command=.*))?$")
+# What follows the command and its arguments, in this order; a word of theirs may look the same, so the last one counts.
+_JOB_TEXT = ("WorkDir", "AdminComment", "SystemComment", "Comment", "StdErr", "StdIn", "StdOut")
+
+
 def parse_scontrol(text: str) -> list[dict[str, str]]:
-    """Records of `scontrol -o show ...`: one line each, words of the form Key=value."""
+    """Records of `scontrol -o show ...`: one line each, words of the form Key=value. Free text never stands for a field."""
     records = []
     for line in text.splitlines():
-        # A value may hold spaces; the next key begins at a word of letters followed by '='.
-        pairs = re.findall(r"(\S+?)=(.*?)(?=\s+[A-Za-z][\w/:]*=|$)", line)
-        if pairs:
-            records.append({key: value.strip() for key, value in pairs})
+        parts = _JOB_LINE.match(line)
+        if parts:
+            head, name, fields, free = parts.groups()
+            records.append({**_pairs(head), "JobName": name.strip(), **_pairs(fields), **_free_text(free or "")})
+        elif found := _pairs(line):
+            records.append(found)
     return records
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """Of two with the same key the first: the text of a reason or a comment stands behind the fields."""
+    found: dict[str, str] = {}
+    for key, value in _PAIR.findall(text):
+        found.setdefault(key, value.strip())
+    return found
+
+
+def _free_text(text: str) -> dict[str, str]:
+    found = {}
+    for key in _JOB_TEXT:
+        at = list(re.finditer(rf"(?:^|\s){key}=", text))
+        if at:
+            following = _PAIR.match(text, at[-1].end() - len(key) - 1)
+            found[key] = following[2].strip() if following else ""
+    return found
+
+
+def parse_json_state(text: str, number: str) -> str:
+    """The state behind COMPLETING of the job with this JobId, from `scontrol --json show job`; "" where it does not say.
+
+    It is one word or, in newer versions, a list. Asked for one task of an array, scontrol answers with all of them."""
+    try:
+        state = next(job["job_state"] for job in json.loads(text)["jobs"] if str(job["job_id"]) == number)
+    except (ValueError, LookupError, TypeError, StopIteration):
+        return ""
+    words = [str(word) for word in (state if isinstance(state, list) else [state])]
+    return next((word for word in words if word != "COMPLETING"), "")
 
 
 def job_info(record: Mapping[str, str]) -> JobInfo:
@@ -134,6 +178,10 @@ def _lies_in(text: str, folder: Path) -> bool:
 class Slurm:
     """The Slurm clients of this machine. Every call raises SubmitError with Slurm's own words when it fails."""
 
+    # Seconds after which slurmctld has written a change of a job into StateSaveLocation: it does so at most once in more than
+    # 5 s (SAVE_MAX_WAIT in its source), and looks once a second whether there is something to write.
+    save_wait_s = 7.5
+
     def __init__(self, environ: Mapping[str, str] | None = None):
         self.environ = clean_environment(os.environ if environ is None else environ)
 
@@ -175,7 +223,12 @@ class Slurm:
             if "Invalid job id" in str(err):
                 return None
             raise
-        return job_info(records[0]) if records else None
+        info = job_info(records[0]) if records else None
+        if info is not None and info.state == "COMPLETING":
+            # The text has one word for it, whatever becomes of the job.
+            with suppress(SubmitError):
+                return replace(info, ended_as=parse_json_state(self.run("scontrol", "--json", "show", "job", job_id), records[0]["JobId"]))
+        return info
 
     def queue(self, job_ids: Sequence[str] = ()) -> dict[str, tuple[str, str, str]]:
         """Jobs of this user that wait or run: id -> (state, reason, nodes). One call, however many runs there are."""
@@ -199,7 +252,7 @@ class Slurm:
             # Tasks of an array, a thousand perhaps, write below one folder.
             if (array := job_id.partition("_")[0]) not in ours:
                 try:
-                    log = re.search(r"\sStdOut=(\S.*)", self.run("scontrol", "-o", "show", "job", job_id))
+                    log = re.search(r".*\sStdOut=(\S.*)", self.run("scontrol", "-o", "show", "job", job_id))
                     ours[array] = log is None or _lies_in(log[1], folder)
                 except SubmitError as err:
                     if "Invalid job id" in str(err):

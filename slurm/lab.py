@@ -22,6 +22,7 @@ All nodes share one port space and one host name: jobs tell nodes apart by SLURM
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,6 +36,7 @@ from slurm.lab_conf import LabConfig
 from slurm.lab_dir import LabDir
 from slurm.lab_halt import halt
 from slurm.lab_host import default_root
+from slurm.lab_prefix import VARIABLE, SlurmPrefix
 
 __all__ = [
     "Daemon", "Lab", "LabConfig", "LabError", "LabStatus", "default_root", "find", "how_to_install", "load",
@@ -49,7 +51,7 @@ _ACCOUNTING_PROGRAMS = ("slurmdbd", "sacct", "sacctmgr", "mariadbd", "mariadb-in
 def missing_programs(accounting: bool = False) -> list[str]:
     """Programs a lab needs and this machine does not have, on PATH or in the sbin directories."""
     wanted = _PROGRAMS + (_ACCOUNTING_PROGRAMS if accounting else ())
-    return [name for name in wanted if not shutil.which(name, path=lab_host.search_path())]
+    return [name for name in wanted if not shutil.which(name, path=SlurmPrefix.of(os.environ).before(lab_host.search_path()))]
 
 
 def how_to_install() -> str:
@@ -163,7 +165,7 @@ def load(root: Path) -> Lab | None:
     try:
         saved = json.loads((root.resolve() / "lab.json").read_text())
         config = LabConfig(**saved["config"])
-        return Lab(root.resolve(), config, int(saved["base_port"]), str(saved["isolation"]))
+        return Lab(root.resolve(), config, int(saved["base_port"]), str(saved["isolation"]), SlurmPrefix(**saved.get("slurm", {})))
     except (OSError, ValueError, KeyError, TypeError, LabError):
         return None
 
@@ -182,18 +184,19 @@ def start(root: Path, config: LabConfig = DEFAULT) -> Lab:
     missing = missing_programs(config.accounting)
     if missing:
         raise LabError(f"a lab needs {', '.join(missing)}, which this machine does not have. {how_to_install()}")
+    slurm = SlurmPrefix.of(os.environ)
     root = lab_host.prepare_root(root, config)
     with lab_host.exclusive(root):
         running = find(root)
         if running:
-            _check_same_shape(running, config)
+            _check_same_shape(running, config, slurm)
             return running
         before = load(root)
         if before:
             halt(before, 15)  # what a killed controller left behind
         isolation = lab_host.pick_isolation()
         with lab_host.reserved_ports(root, config, before.base_port if before else None) as base_port:
-            lab = Lab(root, config, base_port, isolation)
+            lab = Lab(root, config, base_port, isolation, slurm)
             try:
                 boot(lab)
             except BaseException:
@@ -202,10 +205,12 @@ def start(root: Path, config: LabConfig = DEFAULT) -> Lab:
             return lab
 
 
-def _check_same_shape(running: Lab, asked: LabConfig) -> None:
+def _check_same_shape(running: Lab, asked: LabConfig, slurm: SlurmPrefix) -> None:
     if asked.base_port in (None, running.base_port):
         asked = replace(asked, base_port=running.config.base_port)
     have, want = asdict(running.config), asdict(asked)
     different = [f"{name} is {have[name]!r}, asked for {want[name]!r}" for name in have if have[name] != want[name]]
+    if running.slurm != slurm:
+        different.append(f"{VARIABLE} is {running.slurm.path!r}, asked for {slurm.path!r}")
     if different:
         raise LabError(f"another lab is running in {running.root}: {'; '.join(different)}. Stop it first, or start this one in another directory")

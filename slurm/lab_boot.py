@@ -85,7 +85,7 @@ def start_slurmctld(lab: LabDir) -> None:
 
 
 def start_slurmd(lab: LabDir, name: str) -> None:
-    lab.launch(name, "slurmd", "-f", str(lab.conf), "-N", name)
+    lab.launch(name, "slurmd", "-f", str(lab.conf), "-N", name, *lab.slurm.slurmd_options)
 
 
 def wait_registered(lab: LabDir, names: Sequence[str], timeout_s: float = 25) -> None:

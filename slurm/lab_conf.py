@@ -13,6 +13,7 @@ MAX_NODES = 200
 PREEMPT_MODES = ("REQUEUE", "CANCEL")
 # Hardly a lab uses cgroups, yet a slurmd that is left to find out their version gives up where it cannot.
 _CGROUP_CONF = "CgroupPlugin=cgroup/v1\n"
+_NO_CGROUP_CONF = "CgroupPlugin=disabled\n"
 # Where cgroup v1 is mounted; a slurmd that limits memory keeps a folder of its own there.
 MEMORY_CGROUPS = Path("/sys/fs/cgroup/memory")
 
@@ -69,7 +70,7 @@ class LabConfig:
         return tuple(f"node{i + 1}" for i in range(self.nodes))
 
 
-def slurm_conf(config: LabConfig, root: Path, base_port: int, user: str, host: str) -> str:
+def slurm_conf(config: LabConfig, root: Path, base_port: int, user: str, host: str, plugins: Path | None = None) -> str:
     first_node_port = base_port + 2
     lines = [
         # The same name for every lab and port: slurmctld refuses saved state that carries another one.
@@ -120,6 +121,8 @@ def slurm_conf(config: LabConfig, root: Path, base_port: int, user: str, host: s
         "MaxJobCount=50000",
         "MaxArraySize=20001",
     ]
+    if plugins:
+        lines.append(f"PluginDir={plugins}")
     if config.user_signal:
         lines.append("SlurmctldParameters=preempt_send_user_signal")
     if config.gpus:
@@ -150,7 +153,9 @@ def slurm_conf(config: LabConfig, root: Path, base_port: int, user: str, host: s
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def cgroup_conf(config: LabConfig) -> str:
+def cgroup_conf(config: LabConfig, can_do_without: bool = False) -> str:
+    if can_do_without and not config.memory_cgroup:
+        return _NO_CGROUP_CONF
     return _CGROUP_CONF + (f"CgroupMountpoint={MEMORY_CGROUPS.parent}\nConstrainRAMSpace=yes\nAllowedRAMSpace=100\n" if config.memory_cgroup else "")
 
 

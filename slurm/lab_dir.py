@@ -13,6 +13,7 @@ from pathlib import Path
 from jobs.errors import LabError
 from slurm import lab_host, lab_proc
 from slurm.lab_conf import LabConfig
+from slurm.lab_prefix import SlurmPrefix
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class LabDir:
     config: LabConfig  # base_port as asked for
     base_port: int  # as it is
     isolation: str  # how daemons see their own /etc/hosts: "mount", "user" (namespace) or "none"
+    slurm: SlurmPrefix = SlurmPrefix()
 
     @property
     def conf(self) -> Path:
@@ -42,7 +44,8 @@ class LabDir:
 
     def env(self) -> dict[str, str]:
         """What a Slurm client needs in its environment to talk to this lab."""
-        return {"SLURM_CONF": str(self.conf)}
+        programs = {"PATH": self.slurm.before(os.environ.get("PATH", os.defpath))} if self.slurm.path else {}
+        return {"SLURM_CONF": str(self.conf), **programs}
 
     def pid_file(self, name: str) -> Path:
         return self.root / "run" / f"{name}.pid"
@@ -89,7 +92,7 @@ class LabDir:
     def clean_env(self) -> dict[str, str]:
         """Little of the caller's environment: a SLURM_* of an enclosing job, or a SQUEUE_FORMAT, would be obeyed."""
         kept = {"HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR", "TZ"} & os.environ.keys()
-        return {**{name: os.environ[name] for name in kept}, "PATH": lab_host.search_path(), **self.env()}
+        return {**{name: os.environ[name] for name in kept}, **self.env(), "PATH": self.slurm.before(lab_host.search_path())}
 
     def launch(
         self,

@@ -32,9 +32,9 @@ def write_files(lab: LabDir) -> None:
     host_names = (socket.gethostname(), host)
     known = system_hosts.read_text(errors="replace") if system_hosts.exists() else ""
     lab_host.write(root / "hosts", lab_conf.hosts(known, host_names, config.node_names))
-    lab_host.write(lab.conf, lab_conf.slurm_conf(config, root, lab.base_port, user, host))
+    lab_host.write(lab.conf, lab_conf.slurm_conf(config, root, lab.base_port, user, host, lab.slurm.plugins))
     lab_host.write(root / "gres.conf", lab_conf.gres_conf(config, root))
-    lab_host.write(root / "cgroup.conf", lab_conf.cgroup_conf(config))
+    lab_host.write(root / "cgroup.conf", lab_conf.cgroup_conf(config, lab.slurm.can_do_without_cgroups))
     if config.accounting:
         # slurmdbd refuses a file that others may read.
         lab_host.write(root / "slurmdbd.conf", lab_conf.slurmdbd_conf(root, lab.base_port, user), 0o600)

@@ -111,6 +111,22 @@ TABLE: dict[str, tuple[dict[str, object], Cause]] = {
     "a person sends TERM to the step": ({"code": 75, "markers": stopped("TERM"), "job": job()}, Cause.REQUEUED),
     # scancel
     "scancel": ({"code": 75, "markers": stopped("TERM"), "signals": ["TERM"], "log": line(), "job": job("COMPLETING")}, Cause.CANCELLED),
+    "scancel, 26.05: a reason that is none": (
+        {"code": 75, "markers": stopped("TERM"), "signals": ["TERM"], "log": line(" DUE to SIGNAL Terminated"), "job": job("COMPLETING")},
+        Cause.CANCELLED,
+    ),
+    "scancel, no log": ({"code": 75, "markers": stopped("TERM"), "signals": ["TERM"], "job": job("COMPLETING")}, Cause.CANCELLED),
+    "scancel, the state behind COMPLETING": ({"code": 75, "markers": stopped("TERM"), "job": job("COMPLETING", ended_as="CANCELLED")}, Cause.CANCELLED),
+    "scancel, and the log of a script that prints a daemon's line": (
+        {"code": 75, "markers": stopped("TERM"), "log": PREEMPTION, "job": job("COMPLETING", ended_as="CANCELLED")},
+        Cause.CANCELLED,
+    ),
+    "scancel of 26.05, nobody could say, and another job comes": (
+        {"code": 75, "markers": stopped("TERM"), "log": line(" DUE to SIGNAL Terminated"), "gone": True},
+        Cause.CANCELLED,
+    ),
+    "preempted, the state behind COMPLETING": ({"code": 75, "markers": stopped("TERM"), "job": job("COMPLETING", ended_as="PREEMPTED")}, Cause.PREEMPTED),
+    "put back by Slurm, no log": ({"code": 75, "markers": stopped("TERM"), "job": job("COMPLETING", ended_as="PENDING"), "put_back": True}, Cause.REQUEUED),
     "scancel, state says it": ({"code": 75, "markers": stopped("TERM"), "log": line(), "job": job("CANCELLED")}, Cause.CANCELLED),
     "scancel, nobody could say, and another job comes": ({"code": 75, "markers": stopped("TERM"), "log": line(), "gone": True}, Cause.CANCELLED),
     "scancel, killed at once, and another job comes": ({"code": 1, "log": line(), "gone": True}, Cause.CANCELLED),

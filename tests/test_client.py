@@ -7,7 +7,7 @@ import pytest
 
 from jobs.errors import SubmitError
 from slurm import allocation, client
-from slurm.client import Slurm, expand_nodelist, job_info, parse_config, parse_sacct, parse_scontrol, parse_squeue
+from slurm.client import Slurm, expand_nodelist, job_info, parse_config, parse_json_state, parse_sacct, parse_scontrol, parse_squeue
 from slurm.environment import clean_environment
 
 GONE = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
@@ -59,6 +59,13 @@ def test_a_record_of_scontrol_keeps_values_with_spaces_and_a_task_of_an_array_it
     # Before it is split, an array has a range for its task, and one id.
     waiting = job_info({**record, "ArrayTaskId": "4-9%2", "PreemptTime": "None", "Restarts": ""})
     assert (waiting.job_id, waiting.preempted_at, waiting.restarts) == ("12", None, 0)
+
+
+def test_the_state_behind_completing_is_that_of_the_task_asked_for() -> None:
+    """Asked for one task, scontrol --json of 26.05 answers with the whole array."""
+    text = '{"jobs": [{"job_id": 1, "job_state": ["RUNNING"]}, {"job_id": 2, "job_state": ["CANCELLED", "COMPLETING"]}, {"job_id": 3, "job_state": "PENDING"}]}'
+    assert [parse_json_state(text, number) for number in ("1", "2", "3", "4")] == ["RUNNING", "CANCELLED", "PENDING", ""]
+    assert parse_json_state("scontrol: unrecognized option", "1") == "" and parse_json_state("[]", "1") == ""
 
 
 def test_lines_that_are_none_of_the_answer_are_passed_over() -> None:

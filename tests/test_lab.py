@@ -20,7 +20,7 @@ import pytest
 from conftest import PATIENCE
 
 from jobs.errors import LabError
-from slurm import lab, lab_conf, lab_files, lab_host, lab_proc
+from slurm import lab, lab_conf, lab_files, lab_host, lab_prefix, lab_proc
 from slurm.lab import Lab, LabConfig
 
 REPO = Path(lab.__file__).resolve().parents[1]
@@ -182,11 +182,44 @@ def test_host_name_of_the_machine_means_loopback_inside() -> None:
 
 def test_missing_programs_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(lab_host, "search_path", lambda: str(tmp_path))
+    monkeypatch.delenv(lab_prefix.VARIABLE, raising=False)
     assert {"slurmctld", "munged", "sbatch"} <= set(lab.missing_programs())
     assert "mariadbd" in lab.missing_programs(accounting=True)
     with pytest.raises(LabError, match=r"slurmctld.*apt-get install slurm-wlm"):
         lab.start(tmp_path / "lab")
     assert not (tmp_path / "lab").exists()
+
+
+def test_a_prefix_without_slurm_is_refused_and_one_with_packages_names_its_plugins(tmp_path: Path) -> None:
+    with pytest.raises(LabError, match=r"HOLDFAST_SLURM_PREFIX: .* has no slurmctld in shims/, sbin/ or bin/"):
+        lab_prefix.SlurmPrefix.of({lab_prefix.VARIABLE: str(tmp_path)})
+    plugins = tmp_path / "usr" / "lib" / "x86_64-linux-gnu" / "slurm-wlm"
+    for folder in (tmp_path / "shims", plugins):
+        folder.mkdir(parents=True)
+    for name in ("slurmctld", "slurmstepd"):
+        (tmp_path / "shims" / name).write_text("#!/bin/sh\necho slurm-wlm 26.05.3\n")
+        (tmp_path / "shims" / name).chmod(0o755)
+    prefix = lab_prefix.SlurmPrefix.of({lab_prefix.VARIABLE: str(tmp_path)})
+    assert (prefix.plugins, prefix.version, prefix.can_do_without_cgroups) == (plugins, (26, 5), True)
+    assert prefix.slurmd_options == ("-d", f"{tmp_path}/shims/slurmstepd")
+    assert prefix.before("/bin") == prefix.before(prefix.before("/bin")) == f"{tmp_path}/shims:/bin"
+    assert f"PluginDir={plugins}\n" in lab_conf.slurm_conf(LabConfig(nodes=1), tmp_path, 12000, "ada", "box", prefix.plugins)
+    assert lab_conf.cgroup_conf(LabConfig(), True) == "CgroupPlugin=disabled\n"
+    nothing = lab_prefix.SlurmPrefix.of({})
+    assert (nothing.plugins, nothing.slurmd_options, nothing.before("/bin")) == (None, (), "/bin")
+
+
+@pytest.mark.skipif(not os.environ.get(lab_prefix.VARIABLE), reason=f"{lab_prefix.VARIABLE} names no other Slurm than the machine's")
+@real()
+def test_a_lab_runs_the_slurm_of_the_prefix(room: Path) -> None:
+    one = lab.start(room / "lab", TWO)
+    wanted = lab_prefix.SlurmPrefix.of(os.environ).version
+    assert wanted is not None
+    version = re.search(r"SLURM_VERSION\s*=\s*(\d+)\.(\d+)", client(one, "scontrol", "show", "config"))
+    assert version is not None and (int(version[1]), int(version[2])) == wanted
+    assert {name: state for name, state in one.status().nodes} == {"node1": "idle", "node2": "idle"}
+    assert lab.load(one.root) == one
+    assert client(one, "srun", "-N2", "hostname").count("\n") == 2
 
 
 @pytest.fixture

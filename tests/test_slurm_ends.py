@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from jobs import ledger
 from jobs.rundir import RunDir
 from launcher.local import pid_of_rank
 from slurm import lab
+from slurm.client import Slurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -142,6 +145,67 @@ def test_a_job_cancelled_while_its_node_is_being_set_up_is_cancelled(cancelling:
     until(lambda: [a for a in ledger.attempts(ledger.read(run.ledger)) if a.cause], 30, lambda: f"the end\n{cancelling.logs(run)}")
     until(lambda: not cancelling.slurm("squeue", "-h", "-j", cancelling.job_id(run)), 30, "the job to leave")
     assert [str(attempt.cause) for attempt in ledger.attempts(ledger.read(run.ledger))] == ["cancelled"], cancelling.logs(run)
+
+
+def test_one_cancelled_task_of_an_array_is_over_and_the_others_go_on(cluster: Cluster) -> None:
+    settings = {**SMALL, **PAIR, "MAX_STEPS": "600"}
+    answer = json.loads(cluster.holdfast("submit", "--json", "--array", "SEED=1,2", *(f"{k}={v}" for k, v in settings.items() if k != "SEED")).stdout)
+    first, second = (RunDir(Path(answer["path"])).member(index) for index in range(2))
+    cluster.at_step(first, 10)
+    cluster.at_step(second, 1)
+    cluster.slurm("scancel", f"{answer['job_id']}_0")
+    until(lambda: ledger.attempts(ledger.read(first.ledger))[0].cause, 30, lambda: f"the end\n{cluster.logs(first)}")
+    until(lambda: not cluster.slurm("squeue", "-h", "-r", "-j", f"{answer['job_id']}_0"), 30, "the task to leave")
+    assert ended(first) == ["cancelled"], cluster.logs(first)
+    assert ended(second)[0] in ("None", "finished"), cluster.logs(second)
+    cluster.slurm("scancel", str(answer["job_id"]))
+
+
+BY_HAND = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--mem=4G", "--time=10", "slurm/train.sbatch")
+
+
+def submit_by_hand(cluster: Cluster, *options: str) -> RunDir:
+    """A run of slurm/train.sbatch, whose log is the slurm-ID.out of its folder unless the options say otherwise."""
+    env = {**cluster.env, **SMALL, "MAX_STEPS": "600", "HOLDFAST_SITE": "lab", "HOLDFAST_PYTHON": sys.executable}
+    job = subprocess.run(
+        ["sbatch", "--parsable", *options, *BY_HAND], cwd=REPOSITORY, env=env, capture_output=True, text=True, check=True, timeout=90
+    ).stdout.strip()
+    return RunDir(until(lambda: list(cluster.runs.glob(f"*-j{job}")), 60, "the run directory of the job")[0])
+
+
+@pytest.mark.parametrize("log", ["slurm-%j.out", "/dev/null"])
+def test_scancel_of_a_job_submitted_by_hand_is_no_requeue(cluster: Cluster, log: str) -> None:
+    run = submit_by_hand(cluster, f"--output={log if log == '/dev/null' else cluster.runs / log}")
+    cluster.at_step(run, 10)
+    job = cluster.job_id(run)
+    cluster.slurm("scancel", job)
+    until(lambda: ledger.attempts(ledger.read(run.ledger))[0].cause, 30, lambda: f"the end\n{cluster.logs(run)}")
+    until(lambda: not cluster.slurm("squeue", "-h", "-j", job), 30, "the job to leave")
+    assert ended(run) == ["cancelled"], cluster.logs(run)
+
+
+def test_a_preemption_of_a_job_submitted_by_hand_is_recorded_as_one(cluster: Cluster) -> None:
+    run = submit_by_hand(cluster, f"--output={cluster.runs}/slurm-%j.out")
+    cluster.at_step(run, 10)
+    cluster.slurm("sbatch", "-p", "high", "-N4", "--exclusive", "--wrap", "sleep 1", "-o", "/dev/null")
+    until(lambda: len(ledger.attempts(ledger.read(run.ledger))) > 1, 60, lambda: f"the second attempt\n{cluster.logs(run)}")
+    assert ended(run)[0] == "preempted", cluster.logs(run)
+    assert "PREEMPTION" in run.log(cluster.job_id(run), "batch").read_text()
+    cluster.slurm("scancel", cluster.job_id(run))
+
+
+def test_words_of_a_command_line_are_no_fields_of_the_job(cluster: Cluster) -> None:
+    """Slurm 26.05 prints the words of sbatch behind the fields (SubmitLine), every version the job's name before them."""
+    words = "JobState=CANCELLED Restarts=9 PreemptTime=2026-01-01T00:00:00 Comment=other EndTime=2026-01-01T00:00:00"
+    job = cluster.slurm("sbatch", "--parsable", "--hold", "-o", "/dev/null", "-J", f"a {words}", "--comment=mine", "--wrap", f"echo {words}").strip()
+    info = Slurm(cluster.env).job(job)
+    cluster.slurm("scancel", job)
+    assert info is not None
+    assert (info.state, info.restarts, info.preempted_at, info.comment, info.name) == ("PENDING", 0, None, "mine", f"a {words}")
+
+
+def ended(run: RunDir) -> list[str]:
+    return [str(attempt.cause) for attempt in ledger.attempts(ledger.read(run.ledger))]
 
 
 def kill_rank(run: RunDir, rank: int) -> None:

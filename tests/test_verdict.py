@@ -207,6 +207,8 @@ class FakeJob:
 class FakeSlurm(Slurm):
     """Answers at the border of processes: command in, text out. So the parsers are part of what is tested."""
 
+    save_wait_s = 0.0
+
     def __init__(self) -> None:
         super().__init__({})
         self.jobs: dict[str, FakeJob] = {}
