@@ -205,12 +205,12 @@ def start(root: Path, config: LabConfig = DEFAULT) -> Lab:
             return lab
 
 
-def _check_same_shape(running: Lab, asked: LabConfig, slurm: SlurmPrefix) -> None:
+def _check_same_shape(running: Lab, asked: LabConfig, slurm: SlurmPrefix | None = None) -> None:
     if asked.base_port in (None, running.base_port):
         asked = replace(asked, base_port=running.config.base_port)
     have, want = asdict(running.config), asdict(asked)
     different = [f"{name} is {have[name]!r}, asked for {want[name]!r}" for name in have if have[name] != want[name]]
-    if running.slurm != slurm:
+    if slurm is not None and running.slurm != slurm:
         different.append(f"{VARIABLE} is {running.slurm.path!r}, asked for {slurm.path!r}")
     if different:
         raise LabError(f"another lab is running in {running.root}: {'; '.join(different)}. Stop it first, or start this one in another directory")
