@@ -60,7 +60,7 @@ chaos: $(READY)  ## every fault of docs/survival.md on the lab, and that page wr
 	@launcher/setup.sh slurm
 	@.venv/bin/python -m tests.chaos
 
-mutation: $(READY)  ## small mistakes in what must not be wrong, one at a time: do the tests notice? ten minutes; ARGS="jobs/rules.py" for one
+mutation: $(READY)  ## small mistakes in what must not be wrong, one at a time: do the tests notice? ten minutes; ARGS="jobs/config/validation.py" for one
 	@.venv/bin/python -m tests.mutation $(ARGS)
 
 lint: $(READY)  ## ruff, mypy, codespell, shellcheck

@@ -38,13 +38,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jobs import ckpt_format, lease, ledger, metrics, own_ckpt
-from jobs.contract import STACKS_SIGNAL, STOP_SIGNALS, Event, Exit, RankEnv
-from jobs.errors import CheckpointError
-from jobs.progress import Progress
-from jobs.rundir import ALONE, RunDir
-from jobs.stop import OWN_WISH, StopFlag, leave_marker, name_of
-from jobs.whole_file import replace_file
+from jobs.checkpoint import directory, user_checkpoint
+from jobs.core.atomic_write import replace_file
+from jobs.core.contract import STACKS_SIGNAL, STOP_SIGNALS, Event, Exit, RankEnv
+from jobs.core.errors import CheckpointError
+from jobs.rank.stop_flag import OWN_WISH, StopFlag, leave_marker, name_of
+from jobs.run import claim, event_log, metrics_log
+from jobs.run.progress import Progress
+from jobs.run.rundir import ALONE, RunDir
 
 if TYPE_CHECKING:
     run_dir: Path
@@ -98,11 +99,11 @@ class _Here:
         """A line of the ledger, by rank 0. No word is worth the training, so a full disk is no error here."""
         if self.inside and self.is_main:
             with suppress(OSError):
-                ledger.append(self.run.ledger, event, attempt=self.attempt, job_id=self.job_id, **fields)
+                event_log.append(self.run.ledger, event, attempt=self.attempt, job_id=self.job_id, **fields)
 
     def own(self) -> None:
         """Ends this process when a later attempt has begun: it is a ghost, and must not write any more."""
-        if self.inside and lease.superseded(self.run, self.attempt):
+        if self.inside and claim.superseded(self.run, self.attempt):
             print(f"holdfast: a later attempt has taken over this run; attempt {self.attempt} writes no more", flush=True)
             exit_requeue()
 
@@ -141,7 +142,7 @@ class _Metrics:
 
     def _flush(self) -> None:
         if self._again is not None:
-            metrics.cut_back(self._path, self._again - 1)
+            metrics_log.cut_back(self._path, self._again - 1)
             self._path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             if self._fd >= 0:
@@ -183,7 +184,7 @@ def setting(name: str, default: Any = None) -> Any:
     here = _here()
     if not here.inside:
         return default
-    # One line per setting in JSON, which is what jobs.yaml_text.dump_yaml writes: a container needs no YAML package for it.
+    # One line per setting in JSON, which is what jobs.config.yaml_io.dump_yaml writes: a container needs no YAML package for it.
     for line in here.run.job_yaml.read_text("utf-8").splitlines():
         key, colon, value = line.partition(": ")
         if colon and key == name.lower():
@@ -280,8 +281,8 @@ def latest_checkpoint() -> Path | None:
     """The newest checkpoint that is whole, every byte of it read and compared; None when there is none. Call it on every rank."""
     here = _here()
     if here.is_main:
-        own_ckpt.clear_leftovers(here.run.checkpoints, here.attempt)
-    path, damaged = own_ckpt.newest(here.run.checkpoints, here.attempt, may_change=here.is_main)
+        user_checkpoint.clear_leftovers(here.run.checkpoints, here.attempt)
+    path, damaged = user_checkpoint.newest(here.run.checkpoints, here.attempt, may_change=here.is_main)
     for name, reason in damaged:
         here.note(Event.DAMAGED, name=name, reason=reason)
         print(f"holdfast: checkpoint {reason}; it is kept as checkpoints/{name} and the one before is used", flush=True)
@@ -294,7 +295,7 @@ def latest_checkpoint() -> Path | None:
 
 def step_of(path: Path) -> int:
     """The step of a checkpoint, from its name."""
-    step = ckpt_format.step_of(Path(path))
+    step = directory.step_of(Path(path))
     if step is None:
         raise CheckpointError(f"{path} does not have the name of a checkpoint")
     return step
@@ -304,7 +305,7 @@ def new_checkpoint(step: int) -> Path:
     """An empty folder to write the checkpoint of this step into, the same one for every rank. It counts after `commit` only."""
     here = _here()
     here.own()
-    return own_ckpt.staging(here.run.checkpoints, step, here.attempt)
+    return user_checkpoint.staging(here.run.checkpoints, step, here.attempt)
 
 
 def commit(folder: Path, step: int | None = None, keep_last: int | None = None) -> Path:
@@ -315,20 +316,20 @@ def commit(folder: Path, step: int | None = None, keep_last: int | None = None) 
     the others wait for it. `folder` comes from new_checkpoint, or is one that another library filled on the same file system;
     then give its step."""
     here, source = _here(), Path(folder)
-    at = step if step is not None else own_ckpt.step_of_staging(source)
+    at = step if step is not None else user_checkpoint.step_of_staging(source)
     if at is None:
         raise CheckpointError(f"{source} is no folder of holdfast.new_checkpoint; say which step it is of: commit(folder, step=...)")
-    final = ckpt_format.path_of(here.run.checkpoints, at)
+    final = directory.path_of(here.run.checkpoints, at)
     if not here.is_main:
         # By the list of names and not by the name: a network file system remembers for a while that it was not there.
-        _wait_for(lambda: final in ckpt_format.complete(here.run.checkpoints) and not source.exists())
+        _wait_for(lambda: final in directory.complete(here.run.checkpoints) and not source.exists())
         return final
     here.own()
     before = here.progress.enter("save")
     begun = time.monotonic()
     if here.metrics is not None:
         here.metrics.sync()  # a checkpoint must not be newer than the metrics that lead up to it
-    final, size = own_ckpt.commit(source, here.run.checkpoints, at, here.attempt, keep_last or int(setting("keep_last", 2)))
+    final, size = user_checkpoint.commit(source, here.run.checkpoints, at, here.attempt, keep_last or int(setting("keep_last", 2)))
     here.note(Event.CHECKPOINT, step=at, seconds=round(time.monotonic() - begun, 3), bytes=size)
     if before:
         here.progress.enter(before)

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hardware import train
-from jobs import ledger, metrics
-from jobs.ckpt_format import complete
-from jobs.contract import Event
-from jobs.rundir import RunDir
-from launcher.local import pid_of_rank
+from jobs.checkpoint.directory import complete
+from jobs.core.contract import Event
+from jobs.run import event_log, metrics_log
+from jobs.run.rundir import RunDir
+from launcher.local.executor import pid_of_rank
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _EVERY = 8
@@ -35,8 +35,8 @@ _ATTEMPTS = ("no cache", "another node: caches emptied", "the same node")
 
 def first_step_s(run: RunDir, number: int) -> float:
     """From the START line of an attempt to the line of its first step in metrics.jsonl, seconds."""
-    attempt = next(one for one in ledger.attempts(ledger.read(run.ledger)) if one.number == number)
-    return float(next(line["time"] for line in metrics.read(run.metrics) if line["attempt"] == number)) - attempt.started
+    attempt = next(one for one in event_log.attempts(event_log.read(run.ledger)) if one.number == number)
+    return float(next(line["time"] for line in metrics_log.read(run.metrics) if line["attempt"] == number)) - attempt.started
 
 
 def longest_step_s(lines: list[dict[str, Any]], attempt: int) -> float:
@@ -47,7 +47,7 @@ def longest_step_s(lines: list[dict[str, Any]], attempt: int) -> float:
 
 def saves_s(run: RunDir, attempt: int) -> list[float]:
     """How long each save of an attempt took, in the background or not."""
-    return [round(float(event["seconds"]), 1) for event in ledger.read(run.ledger) if event["event"] == Event.CHECKPOINT and event["attempt"] == attempt]
+    return [round(float(event["seconds"]), 1) for event in event_log.read(run.ledger) if event["event"] == Event.CHECKPOINT and event["attempt"] == attempt]
 
 
 def _kill(run: RunDir, caches: Path, limit_s: float = 500) -> None:
@@ -87,8 +87,8 @@ def measure(precision: list[str], words: list[str]) -> list[dict[str, Any]]:
         steps = [f"MAX_STEPS={3 * _EVERY}", f"CHECKPOINT_EVERY={_EVERY}", "EVAL_EVERY=0", "EVAL_SAMPLES=16", "KEEP_LAST=1", "MAX_KILLED=9", "MAX_NO_PROGRESS=9"]
         train(Path(folder), "start", [*shape, *steps, *words], timeout=560)
         killer.join(1)
-        lines, rows = metrics.read(run.metrics), []
-        for what, attempt in zip(_ATTEMPTS, ledger.attempts(ledger.read(run.ledger)), strict=True):
+        lines, rows = metrics_log.read(run.metrics), []
+        for what, attempt in zip(_ATTEMPTS, event_log.attempts(event_log.read(run.ledger)), strict=True):
             first = next(line for line in lines if line["attempt"] == attempt.number)
             clock = json.loads(run.attempt(attempt.number).clock.read_text()) if run.attempt(attempt.number).clock.exists() else {}
             row = {"what": what, "first step after, s": round(first_step_s(run, attempt.number), 1), "step": first["step"], "clock": clock}

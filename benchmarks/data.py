@@ -18,10 +18,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from jobs.settings import Job
+from jobs.config.settings import Job
+from train.data.loader import Feed
 from train.data.sources import Dataset, open_data
 from train.data.tokens import write_tokens
-from train.feed import Feed
 
 
 def rate(data: Dataset, *, seq_len: int, batch: int, workers: int, steps: int) -> tuple[float, float]:

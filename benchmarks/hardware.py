@@ -22,8 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jobs import ledger, metrics
-from jobs.rundir import RunDir
+from jobs.run import event_log, metrics_log
+from jobs.run.rundir import RunDir
 
 PRECISIONS: dict[str, list[str]] = {
     "fp32": ["PRECISION=fp32"],
@@ -55,8 +55,8 @@ MODEL = [
 _RUN = """
 import os, sys
 from pathlib import Path
-from launcher.prepare import prepare, resolve_here
-from launcher.local import run_attempts
+from launcher.submission.create_run import prepare, resolve_here
+from launcher.local.executor import run_attempts
 run, _ = prepare(resolve_here(sys.argv[1:], os.environ, Path.cwd()), Path.cwd(), sys.executable)
 sys.exit(run_attempts(run, os.environ))
 """
@@ -74,12 +74,12 @@ def train(runs: Path, run_id: str, words: list[str], timeout: float = 400) -> Ru
 
 
 def lines_of(run: RunDir) -> dict[int, dict[str, Any]]:
-    return {line["step"]: line for line in metrics.read(run.metrics)}
+    return {line["step"]: line for line in metrics_log.read(run.metrics)}
 
 
 def change(run: RunDir, **settings: object) -> None:
     """Rewrites settings of a run between two attempts, as `holdfast resume RUN KEY=value` does."""
-    from jobs.yaml_text import dump_yaml, read_yaml
+    from jobs.config.yaml_io import dump_yaml, read_yaml
 
     values = {**read_yaml(run.job_yaml, "job.yaml"), **settings}
     run.job_yaml.write_text(dump_yaml(values))
@@ -121,7 +121,7 @@ def precisions(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
         reference = reference or lines
         gaps = [abs(lines[s]["loss"] - reference[s]["loss"]) for s in lines if s in reference]
         speeds = sorted(line["tokens_per_s"] for s, line in lines.items() if s > args.steps // 2)
-        overflows = sum(event["event"] == "overflow" for event in ledger.read(run.ledger))
+        overflows = sum(event["event"] == "overflow" for event in event_log.read(run.ledger))
         last = lines[max(lines)]
         rows.append({
             "precision": name, "first": lines[1]["loss"], "last": last["loss"], "val": last.get("val_loss"), "max gap": max(gaps), "mean gap": sum(gaps) / len(gaps),
@@ -133,7 +133,7 @@ def precisions(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
         run = train(
             runs, "overflow", [*MODEL, "PRECISION=fp16", "GRAD_SCALER_INIT=1e12", "MAX_OVERFLOWS=40", "MAX_STEPS=30", "EVAL_EVERY=0", "CHECKPOINT_EVERY=30"]
         )
-        events = [event for event in ledger.read(run.ledger) if event["event"] == "overflow"]
+        events = [event for event in event_log.read(run.ledger) if event["event"] == "overflow"]
         last = lines_of(run)[30]
         rows.append(
             {
@@ -174,7 +174,7 @@ def matrix(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
         except (RuntimeError, subprocess.TimeoutExpired) as err:
             return {"from": source, "to": target, "error": str(err)[-600:]}
         shutil.rmtree(copy.checkpoints)
-        resumed = [event["step"] for event in ledger.read(copy.ledger) if event["event"] == "resumed"]
+        resumed = [event["step"] for event in event_log.read(copy.ledger) if event["event"] == "resumed"]
         row = {
             "from": source,
             "to": target,
@@ -234,8 +234,8 @@ def spread(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
 
 def memory(args: argparse.Namespace, runs: Path) -> list[dict[str, Any]]:
     """What torch had allocated at most over six steps, and what `holdfast explain` had said."""
-    from jobs.memory import estimate
-    from jobs.sources import load
+    from jobs.config.memory_estimate import estimate
+    from jobs.config.resolver import load
 
     rows: list[dict[str, Any]] = []
     shapes = {"124m": ["MODEL=124m", "SEQ_LEN=1024", "BATCH_SIZE=16"], "1b": ["MODEL=1b", "SEQ_LEN=2048", "BATCH_SIZE=8"]}

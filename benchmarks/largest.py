@@ -21,10 +21,10 @@ from queue import SimpleQueue
 from typing import Any
 
 from benchmarks.hardware import PRECISIONS, available
-from jobs.memory import estimate
-from jobs.settings import Job
-from jobs.yaml_text import dump_yaml
-from launcher.prepare import resolve_here
+from jobs.config.memory_estimate import estimate
+from jobs.config.settings import Job
+from jobs.config.yaml_io import dump_yaml
+from launcher.submission.create_run import resolve_here
 
 _NAMES = ("bf16 O2", "fp16 O2", "fp8 te current", "fp8 torchao tensorwise", "fp32", "tf32")
 _SHAPE = ["SEQ_LEN=2048", "DATA=synthetic", "COMPILE=true", "DEVICE=cuda", "NODES=1", "GPUS_PER_NODE=1", "SITE=generic"]

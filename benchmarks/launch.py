@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.text import Text
 
 from benchmarks import many_runs
-from jobs import ledger
-from jobs.rundir import RunDir
-from launcher import board
-from launcher.runs_live import Known
-from slurm import lab
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
+from launcher.status import screen
+from launcher.status.poller import Known
+from slurm.devcluster import lab
 
 HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
 TINY = ["MODEL_OPTIONS=n_layers=1,d_model=64,n_heads=2,d_ff=128", "SEQ_LEN=64", "BATCH_SIZE=16", "MAX_STEPS=2", "EVAL_SAMPLES=8", "NODES=2", "GPUS_PER_NODE=2"]
@@ -104,12 +104,12 @@ def _many(room: Path, runs: int, repeat: int) -> None:
     _table([("holdfast status", [HOLDFAST, "status"], environ), ("holdfast status --json", [HOLDFAST, "status", "--json"], environ)], repeat, room)
     known = Known(folder)
     with _timed("watch, first look"):
-        rows = board.in_order(known.rows({}))
+        rows = screen.in_order(known.rows({}))
     with _timed("watch, every other look"):
         known.rows({})
     console = Console(file=open(os.devnull, "w"), force_terminal=True, width=200, height=50)
     with _timed("watch, one picture"):
-        console.print(Text("\n").join(board.draw(rows, board.View(200, 50))))
+        console.print(Text("\n").join(screen.draw(rows, screen.View(200, 50))))
 
 
 def _start(environ: Mapping[str, str]) -> None:
@@ -119,11 +119,11 @@ def _start(environ: Mapping[str, str]) -> None:
         done = subprocess.run([HOLDFAST, "submit", "--json", *TINY], env=environ, check=True, capture_output=True, text=True)
         submits.append(time.perf_counter() - begun)
         run = RunDir(Path(json.loads(done.stdout)["path"]))
-        _until(lambda run=run: any(e["event"] == "start" for e in ledger.read(run.ledger)), 60)
+        _until(lambda run=run: any(e["event"] == "start" for e in event_log.read(run.ledger)), 60)
         starts.append(time.perf_counter() - begun)
         _until(lambda run=run: run.metrics.exists() and run.metrics.stat().st_size > 0, 120)
         steps.append(time.perf_counter() - begun)
-        _until(lambda run=run: any(e["event"] == "end" for e in ledger.read(run.ledger)), 60)
+        _until(lambda run=run: any(e["event"] == "end" for e in event_log.read(run.ledger)), 60)
     _row("holdfast submit", statistics.median(submits), None, "run directory with code snapshot, two sbatch calls")
     _row("submit to attempt begun", statistics.median(starts))
     _row("submit to first step", statistics.median(steps), None, "2 nodes x 2 ranks, imports of torch included")

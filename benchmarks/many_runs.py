@@ -12,11 +12,11 @@ import random
 import time
 from pathlib import Path
 
-from jobs import run_folders
-from jobs.contract import Cause, Event
-from jobs.rundir import RunDir
-from jobs.yaml_text import dump_yaml
-from launcher.prepare import resolve_here
+from jobs.config.yaml_io import dump_yaml
+from jobs.core.contract import Cause, Event
+from jobs.run import store
+from jobs.run.rundir import RunDir
+from launcher.submission.create_run import resolve_here
 
 # What the last attempt of a run came to, in turn; None still runs, "waiting" has never begun.
 _ENDS: tuple[Cause | str | None, ...] = (Cause.FINISHED, Cause.FINISHED, None, Cause.CODE_ERROR, "waiting", Cause.PREEMPTED, Cause.CANCELLED, Cause.FINISHED)
@@ -34,7 +34,7 @@ def make(folder: Path, runs: int, lines: int = 500, seed: int = 0, first_job: in
     ids = itertools.cycle(_ENDS)
     made = []
     for index in range(runs):
-        run = run_folders.place(folder, "quickstart", f"{index:04d}")
+        run = store.place(folder, "quickstart", f"{index:04d}")
         run.logs.mkdir(parents=True)
         run.job_yaml.write_text(settings)
         run.origins.write_text(json.dumps(resolved.origins, indent=1) + "\n")

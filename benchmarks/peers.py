@@ -34,8 +34,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peer_loops import SHAPES, Figures, Shape, accelerate_ddp, accelerate_fp8, device, measured, plain_loop, trainer
-from jobs.peaks import peak_of
-from jobs.precision import Precision
+from jobs.specs.gpu_peaks import peak_of
+from jobs.specs.precision import Precision
 
 # Not a setting: the row's model is built by transformers.
 AS_HF = "hf"
@@ -83,9 +83,9 @@ def token_file(shape: Shape, folder: Path, steps: int, gpus: int = 1) -> None:
 def ordinary_run(shape: Shape, steps: int, *precision: str, gpus: int = 1) -> Figures:
     """`holdfast run`, with everything on: the median of the last half of its metrics."""
     from benchmarks.hardware import train
-    from jobs import ledger, metrics
-    from jobs.memory import estimate
-    from jobs.sources import load
+    from jobs.config.memory_estimate import estimate
+    from jobs.config.resolver import load
+    from jobs.run import event_log, metrics_log
 
     with tempfile.TemporaryDirectory(prefix="hf-peers-") as folder:
         token_file(shape, Path(folder), steps, gpus)
@@ -98,9 +98,9 @@ def ordinary_run(shape: Shape, steps: int, *precision: str, gpus: int = 1) -> Fi
             [*words_of(shape, [*precision], folder, gpus), *shared, f"MAX_STEPS={steps}", f"CHECKPOINT_EVERY={max(steps // 2, 1) if room else steps}"],
             timeout=900,
         )
-        lines = metrics.read(run.metrics)
+        lines = metrics_log.read(run.metrics)
         figures: Figures = {"tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines if line["step"] > steps // 2)}
-        figures["first_step_s"] = lines[0]["time"] - ledger.attempts(ledger.read(run.ledger))[0].started
+        figures["first_step_s"] = lines[0]["time"] - event_log.attempts(event_log.read(run.ledger))[0].started
         expected = estimate(load(run.job_yaml))
         if "gpu_memory_gib" in lines[-1]:
             figures["memory_gb"] = lines[-1]["gpu_memory_gib"] * 2**30 / 1e9
@@ -111,7 +111,7 @@ def ordinary_run(shape: Shape, steps: int, *precision: str, gpus: int = 1) -> Fi
 def bare_loop(shape: Shape, steps: int, *precision: str) -> Figures:
     """The same step function without loop, logging and checkpoints: what the loop costs is the difference. By the same clock: windows of as
     many steps as lie between two lines of metrics, the median of the last half of them."""
-    from launcher.prepare import resolve_here
+    from launcher.submission.create_run import resolve_here
     from train.bench import measure
 
     with tempfile.TemporaryDirectory(prefix="hf-peers-") as folder:

@@ -15,9 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from jobs.contract import Exit
-from launcher.local import gpus_here
-from launcher.verify import HEADINGS, Case, cells, run_cases
+from jobs.core.contract import Exit
+from launcher.local.executor import gpus_here
+from launcher.verify.resume import HEADINGS, Case, cells, run_cases
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "checkpoints.md"
 BEGIN, END = "<!-- matrix: written by `python -m benchmarks.resume_matrix` -->", "<!-- end of the matrix -->"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hardware import train
-from jobs import ledger, metrics
+from jobs.run import event_log, metrics_log
 
 # Far enough apart that one save is written before the next begins.
 _PACE = {"async": ["ASYNC_SAVE=true", "CHECKPOINT_EVERY=60", "MAX_STEPS=190"], "sync": ["ASYNC_SAVE=false", "CHECKPOINT_EVERY=10", "MAX_STEPS=25"]}
@@ -24,8 +24,8 @@ _JOB += ["LOG_EVERY=1", "EVAL_EVERY=0", "EVAL_SAMPLES=8", "KEEP_LAST=1"]
 def measure(mode: str, model: str, runs: Path, words: list[str]) -> dict[str, Any]:
     """Figures of the saves of one run, the last one left out: it is always waited for."""
     run = train(runs, f"save-{mode}", [f"MODEL={model}", *_JOB, *_PACE[mode], *words])
-    saves = [event for event in ledger.read(run.ledger) if event["event"] == "checkpoint"][:-1]
-    lines = metrics.read(run.metrics)
+    saves = [event for event in event_log.read(run.ledger) if event["event"] == "checkpoint"][:-1]
+    lines = metrics_log.read(run.metrics)
     gaps = {int(b["step"]): float(b["time"]) - float(a["time"]) for a, b in zip(lines, lines[1:], strict=False)}
     busy = {step for save in saves for step in gaps if save["step"] + 1 < step and _at(lines, step) < float(save["time"])}
     quiet = [gap for step, gap in gaps.items() if step not in busy and step > 10 and all(abs(step - save["step"]) > 1 for save in saves)]

@@ -66,14 +66,15 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
     from torch.nn.parallel import DistributedDataParallel
 
     from benchmarks.peers import chosen, words_of
-    from launcher.prepare import resolve_here
-    from train import optim, runtime, switches
+    from launcher.submission.create_run import resolve_here
+    from train import optim, perf_flags
     from train.build import build, open_split
-    from train.feed import Feed
-    from train.numerics import LossScale
-    from train.parallel import ddp_options, is_sharded
-    from train.seeds import seed_everything
-    from train.step import Stepper
+    from train.data.loader import Feed
+    from train.distributed import runtime
+    from train.distributed.parallel import ddp_options, is_sharded
+    from train.precision.numerics import LossScale
+    from train.rng import seed_everything
+    from train.train_step import Stepper
 
     shape = SHAPES[args.shape]
     shape.batch = args.batch or shape.batch
@@ -83,7 +84,7 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
     seed_everything(job.seed, step=0)
     data = open_split(job, "train")
     inner, context = build(job, data, rt, lambda text: None)
-    switches.apply(job, inner, data, rt.device)
+    perf_flags.apply(job, inner, data, rt.device)
     optimizer = optim.build(job, inner)
     feed = Feed(job, rt, data)
     inner.train()

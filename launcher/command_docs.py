@@ -5,9 +5,9 @@ from typing import Any
 
 from typer.main import get_command
 
-from jobs.contract import Exit
-from launcher.cli import app
-from launcher.show import FIELDS
+from jobs.core.contract import Exit
+from launcher.cli.app import app
+from launcher.status.run_status import FIELDS
 
 _INTRO = """\
 <!-- Generated from the command line itself by `make golden`; changes made here are lost. -->

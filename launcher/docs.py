@@ -12,13 +12,14 @@ from enum import EnumType
 from pathlib import Path
 from typing import Any
 
-from jobs.contract import Exit
-from jobs.precision import ALIASES, MODES
-from jobs.rundir import RunDir
-from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, unit_of
-from launcher import command_docs, show_settings
-from launcher.prepare import resolve_here
-from slurm.render import render_by_hand, script_for
+from jobs.config.settings import NAME_ALIASES, Job, group_of, help_of, names, unit_of
+from jobs.core.contract import Exit
+from jobs.run.rundir import RunDir
+from jobs.specs.precision import ALIASES, MODES
+from launcher import command_docs
+from launcher.output import settings_table
+from launcher.submission.create_run import resolve_here
+from slurm.script.render import render_by_hand, script_for
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = "tests/golden"
@@ -55,7 +56,7 @@ _GROUPS = {
 }
 
 _FORMS = """\
-<!-- Generated from jobs/settings.py by `make golden`; changes made here are lost. -->
+<!-- Generated from jobs/config/settings.py by `make golden`; changes made here are lost. -->
 # Settings
 
 Every setting has one name, and that name works everywhere. For `batch_size`:
@@ -138,7 +139,7 @@ def generated() -> dict[str, str]:
     return {
         "docs/settings.md": settings_page(),
         "docs/commands.md": command_docs.page(),
-        "docs/job.schema.json": show_settings.schema() + "\n",
+        "docs/job.schema.json": settings_table.schema() + "\n",
         "slurm/train.sbatch": render_by_hand(Job()),
         **{f"{GOLDEN}/{name}": text for name, text in golden_scripts().items()},
     }

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from datetime import datetime
 
-from jobs.contract import LOCAL
+from jobs.core.contract import LOCAL
 
 
 def job_id_of(environ: Mapping[str, str]) -> str:

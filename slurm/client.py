@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from jobs.errors import SubmitError
+from jobs.core.errors import SubmitError
 from slurm.environment import clean_environment
 from slurm.states import is_live
 

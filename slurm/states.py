@@ -1,6 +1,6 @@
 """Slurm's states of jobs and nodes, and what each one says about an attempt: the one table of it."""
 
-from jobs.contract import Cause
+from jobs.core.contract import Cause
 
 # Every state of squeue(1) and sacct(1) that ends a job, with the cause that it stands for. FAILED says only that the
 # script returned non-zero: the exit code and the ranks' own markers say more.

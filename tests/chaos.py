@@ -30,11 +30,11 @@ if __name__ == "__main__":
 import save_sweep
 from conftest import REPOSITORY, SMALL, Cluster, losses, until, weights_sha
 
-from jobs import goodput, ledger
-from jobs.contract import Event
-from jobs.rundir import RunDir
-from launcher.local import pid_of_rank
-from slurm import lab, lab_conf, lab_proc
+from jobs.core.contract import Event
+from jobs.run import event_log, goodput
+from jobs.run.rundir import RunDir
+from launcher.local.executor import pid_of_rank
+from slurm.devcluster import lab, proc, slurm_conf
 
 # Two nodes with one rank each: the least that has a network between the ranks.
 PAIR = {"NODES": "2", "GPUS_PER_NODE": "1", "MAX_STEPS": "120", "EVAL_EVERY": "60"}
@@ -96,13 +96,13 @@ class Stage:
         """Waits until a later attempt than `after` has made a step of its own; Unix seconds of it."""
 
         def made() -> float | None:
-            for known in ledger.attempts(ledger.read(run.ledger)):
+            for known in event_log.attempts(event_log.read(run.ledger)):
                 if known.number <= after:
                     continue
                 with contextlib.suppress(OSError, ValueError):
                     progress = run.attempt(known.number).progress
                     if int(progress.read_text()) > known.start_step and any(
-                        e["event"] == Event.RESUMED and e["attempt"] == known.number for e in ledger.read(run.ledger)
+                        e["event"] == Event.RESUMED and e["attempt"] == known.number for e in event_log.read(run.ledger)
                     ):
                         return progress.stat().st_mtime
             return None
@@ -124,14 +124,14 @@ class Stage:
     def ended(self, row: Row, run: RunDir, seconds: float = 90, attempts: int = 1) -> Row:
         """Fills in a row whose run is over, and waits long enough to see that it does not come back."""
         until(
-            lambda: len([known for known in ledger.attempts(ledger.read(run.ledger)) if known.cause]) >= attempts,
+            lambda: len([known for known in event_log.attempts(event_log.read(run.ledger)) if known.cause]) >= attempts,
             seconds,
             lambda: f"the end of {run.id}\n{self.cluster.logs(run)}",
         )
         until(lambda: not self.queued(run), 60, f"{run.id} to leave the queue")
         time.sleep(8)  # longer than a requeued job waits
         assert not self.queued(run), "it came back"
-        found = ledger.attempts(ledger.read(run.ledger))
+        found = event_log.attempts(event_log.read(run.ledger))
         row.causes, row.allowed = [str(known.cause) for known in found], None
         row.pairs = [(row.truth, cause) for cause in row.causes]
         row.lost = sum(known.lost_steps for known in found)
@@ -146,8 +146,8 @@ class Stage:
         """No process of a job stays behind on any node (a stopped one would)."""
 
         def gone() -> bool:
-            jobs = [process for found in lab_proc.of_lab(self.cluster.lab.root).jobs.values() for process in found]
-            return not [p for p in jobs if lab_proc.environment(p.pid).get("HOLDFAST_RUN_DIR") == str(run.path)]
+            jobs = [process for found in proc.of_lab(self.cluster.lab.root).jobs.values() for process in found]
+            return not [p for p in jobs if proc.environment(p.pid).get("HOLDFAST_RUN_DIR") == str(run.path)]
 
         until(gone, 40, f"the last process of {run.id} to end")
 
@@ -162,13 +162,13 @@ class Stage:
         return now
 
     def nodes(self, run: RunDir, attempt: int = 1) -> list[str]:
-        return list(ledger.attempts(ledger.read(run.ledger))[attempt - 1].nodes)
+        return list(event_log.attempts(event_log.read(run.ledger))[attempt - 1].nodes)
 
 
 def booked(row: Row, *runs: RunDir) -> Row:
     """The row with the account of its runs' time."""
     for run in runs:
-        row.spent += [{"seconds": one.seconds, **one.parts_s} for one in goodput.account(ledger.read(run.ledger)).attempts]
+        row.spent += [{"seconds": one.seconds, **one.parts_s} for one in goodput.account(event_log.read(run.ledger)).attempts]
     return row
 
 
@@ -179,7 +179,7 @@ def unbalanced(attempt: dict[str, float]) -> bool:
     return abs(parts - seconds) > 0.01 * seconds or attempt["other"] > max(0.05 * seconds, 2.0)
 
 
-def sent(run: RunDir, first: ledger.Attempt) -> str:
+def sent(run: RunDir, first: event_log.Attempt) -> str:
     """What Slurm sent in an attempt, as the ranks and the batch log tell it."""
     signals = []
     for marker in sorted(run.attempt(first.number).path.glob("exit.*.json")):
@@ -226,7 +226,7 @@ def _time_limit(stage: Stage, fault: str, **more: str) -> tuple[Row, RunDir]:
     settings = {"TIME_LIMIT": "1", "STOP_LEAD_S": "45", "CHECKPOINT_EVERY": "1000", **more}
     node_env = settings.pop("node_env", "")
     run = stage.submit(node_env=node_env, **settings)
-    until(lambda: any(e["event"] == Event.STOP for e in ledger.read(run.ledger)), 90, lambda: f"the warning\n{stage.cluster.logs(run)}")
+    until(lambda: any(e["event"] == Event.STOP for e in event_log.read(run.ledger)), 90, lambda: f"the warning\n{stage.cluster.logs(run)}")
     row = stage.survived(Row(fault, "time_limit"), run, time.time(), seconds=250, **{k: v for k, v in more.items() if k != "node_env"})
     return row, run
 
@@ -382,12 +382,12 @@ def row_16(stage: Stage) -> Row:
     for attempt, step in ((1, 10), (2, -1), (3, 40)):
         if step < 0:
             # As soon as the attempt has begun: its ranks are still importing.
-            until(lambda: len(ledger.attempts(ledger.read(run.ledger))) == 2, 60, "the second attempt")
+            until(lambda: len(event_log.attempts(event_log.read(run.ledger))) == 2, 60, "the second attempt")
             time.sleep(1)
         else:
             stage.cluster.at_step(run, step, attempt, 90)
         at = stage.preempt()
-        until(lambda n=attempt: len([a for a in ledger.attempts(ledger.read(run.ledger)) if a.cause]) >= n, 60, "its end")  # type: ignore[misc]
+        until(lambda n=attempt: len([a for a in event_log.attempts(event_log.read(run.ledger)) if a.cause]) >= n, 60, "its end")  # type: ignore[misc]
     return stage.survived(row, run, at, after=3)
 
 
@@ -407,7 +407,7 @@ def _hang(stage: Stage, fault: str, kind: str, suspect: str = "rank 1") -> Row:
     if kind == "stop":
         kill_rank(run, 1, signal.SIGSTOP)
     row = stage.survived(Row(fault, "hang", allowed=2 * INTERVAL), run, at, **quick)
-    evidence = ledger.attempts(ledger.read(run.ledger))[0].evidence
+    evidence = event_log.attempts(event_log.read(run.ledger))[0].evidence
     assert suspect in evidence, evidence
     row.note = evidence.partition("suspect: ")[2].partition(", which")[0] + " named"
     assert "File" in run.attempt(1).stacks(0).read_text()
@@ -439,10 +439,10 @@ def row_20(stage: Stage) -> Row:
     for member in members:
         causes.append([str(known.cause) for known in stage.cluster.finished(member, 250)])
     hit = [index for index, found in enumerate(causes) if len(found) > 1]
-    again = [known for index in hit for known in ledger.attempts(ledger.read(members[index].ledger))[1:2]]
+    again = [known for index in hit for known in event_log.attempts(event_log.read(members[index].ledger))[1:2]]
     row = Row(f"array of 8, {len(hit)} tasks preempted", "preempted", sorted({c for found in causes for c in found}), "TERM to the ranks of these tasks")
     row.pairs = [("preempted", found[0]) for found in causes if len(found) > 1]
-    row.lost = sum(known.lost_steps for member in members for known in ledger.attempts(ledger.read(member.ledger)))
+    row.lost = sum(known.lost_steps for member in members for known in event_log.attempts(event_log.read(member.ledger)))
     row.seconds = round(max(known.started for known in again) - at, 1) if again else None
     row.identical = "yes" if all(stage.same(member, **settings) for member in members) else "NO"
     row.note = "seconds until the last of them began again; the untouched ones went on"
@@ -491,7 +491,7 @@ def row_23b(stage: Stage) -> Row:
     until(lambda: not stage.queued(run), 40, "the job to leave")
     others = [stage.cluster.slurm("sbatch", "--parsable", str(run.script)).strip() for _ in range(2)]
     row = stage.survived(Row("two jobs of a cancelled run begin in the same moment", "cancelled"), run, at)
-    assert len(row.causes) == 2 and len({e["job_id"] for e in ledger.read(run.ledger) if e["event"] == Event.START} & set(others)) == 1
+    assert len(row.causes) == 2 and len({e["job_id"] for e in event_log.read(run.ledger) if e["event"] == Event.START} & set(others)) == 1
     return row
 
 
@@ -500,7 +500,7 @@ def row_24(stage: Stage) -> Row:
         run = stage.submit(node_env=f"PATH={path}")
         stage.cluster.at_step(run, 25)
         row = stage.survived(Row("no `scontrol` on the nodes, TERM from a person", "requeued"), run, stage.signal(run, "TERM"))
-    way = next(e for e in ledger.read(run.ledger) if e["event"] == Event.REQUEUE)
+    way = next(e for e in event_log.read(run.ledger) if e["event"] == Event.REQUEUE)
     assert way.get("successor"), way
     row.note = "went on in a job of its own (`--dependency=afterany`)"
     return row
@@ -509,8 +509,8 @@ def row_24(stage: Stage) -> Row:
 def row_25(stage: Stage) -> Row:
     run = stage.submit()
     stage.cluster.at_step(run, 25)
-    for process in lab_proc.of_lab(stage.cluster.lab.root).daemons.get("slurmdbd", []):
-        lab_proc.send(process, signal.SIGKILL)
+    for process in proc.of_lab(stage.cluster.lab.root).daemons.get("slurmdbd", []):
+        proc.send(process, signal.SIGKILL)
     return stage.survived(Row("slurmdbd killed, then preempted", "preempted"), run, stage.preempt())
 
 
@@ -605,7 +605,7 @@ PLAIN = lab.LabConfig()
 ACCOUNTING = lab.LabConfig(accounting=True, extra_conf="JobAcctGatherParams=OverMemoryKill")
 CGROUP = lab.LabConfig(accounting=True, memory_cgroup=True)
 # Limits by the kernel can be set as root where cgroup v1 has them; elsewhere that row is left out.
-CAN_LIMIT = os.access(lab_conf.MEMORY_CGROUPS, os.W_OK) and os.geteuid() == 0
+CAN_LIMIT = os.access(slurm_conf.MEMORY_CGROUPS, os.W_OK) and os.geteuid() == 0
 SHORT_WAIT = lab.LabConfig(kill_wait_s=4)
 TABLE: list[tuple[str, lab.LabConfig, Callable[[Stage], Row]]] = [
     ("2", PLAIN, row_2), ("5", PLAIN, row_5), ("6", PLAIN, row_6), ("7", PLAIN, row_7), ("8", PLAIN, row_8), ("9", PLAIN, row_9), ("9b", PLAIN, row_9b),
@@ -698,7 +698,7 @@ def page(rows: list[Row]) -> str:
 
 
 def _time_table(rows: list[Row]) -> list[str]:
-    """The accounting identity over every row: seconds of its attempts, split (jobs/goodput.py says what each part is)."""
+    """The accounting identity over every row: seconds of its attempts, split (jobs/run/goodput.py says what each part is)."""
     shown = [part.value for part in goodput.Part if any(attempt[part.value] >= 0.05 for row in rows for attempt in row.spent)]
     lines = [
         "## Where the time went", "", "Seconds of all attempts of a row from START to END, as the clock of rank 0 and the ends of the attempts split them. The parts of",

@@ -45,7 +45,7 @@ class Users:
 
     def holdfast(self, *words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
         """A command of the owner."""
-        return self.owner(sys.executable, "-m", "launcher.cli", *words, cwd=cwd, env=env)
+        return self.owner(sys.executable, "-m", "launcher.cli.app", *words, cwd=cwd, env=env)
 
     def _run(self, uid: int, command: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float) -> "subprocess.CompletedProcess[str]":
         become = ["setpriv", f"--reuid={uid}", f"--regid={GROUP}", "--clear-groups"]
@@ -70,7 +70,7 @@ def two_users() -> Iterator[Users]:
             path.mkdir()
             os.chown(path, uid, GROUP)
             path.chmod(mode)
-        if users.owner(sys.executable, "-c", "import launcher.cli").returncode:
+        if users.owner(sys.executable, "-c", "import launcher.cli.app").returncode:
             pytest.skip("another user cannot start this Python and import holdfast")
         yield users
     finally:

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from jobs import ledger
-from jobs.imports import without_collections
-from jobs.rundir import RunDir
-from slurm import lab
+from jobs.core.gc_pause import without_collections
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
+from slurm.devcluster import lab
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # A shell gives what it starts in the background a Ctrl-C that is ignored, and so would every process of a test that presses it.
@@ -147,7 +147,7 @@ class Cluster:
 
     def holdfast(self, *words: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, "-m", "launcher.cli", *words], cwd=REPOSITORY, env={**self.env, **env}, capture_output=True, text=True, timeout=500
+            [sys.executable, "-m", "launcher.cli.app", *words], cwd=REPOSITORY, env={**self.env, **env}, capture_output=True, text=True, timeout=500
         )
         if check and done.returncode:
             pytest.fail(f"holdfast {' '.join(words)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
@@ -158,7 +158,7 @@ class Cluster:
         return RunDir(Path(json.loads(self.holdfast("submit", "--json", *words, *pairs).stdout)["path"]))
 
     def job_id(self, run: RunDir) -> str:
-        return str(until(lambda: [e["job_id"] for e in ledger.read(run.ledger) if e["event"] == "submitted"], 10, "the submission")[-1])
+        return str(until(lambda: [e["job_id"] for e in event_log.read(run.ledger) if e["event"] == "submitted"], 10, "the submission")[-1])
 
     def at_step(self, run: RunDir, step: int, attempt: int = 1, seconds: float = 60) -> None:
         def reached() -> bool:
@@ -169,15 +169,15 @@ class Cluster:
 
         until(reached, seconds, lambda: f"step {step} of attempt {attempt} of {run.id}; logs:\n{self.logs(run)}")
 
-    def finished(self, run: RunDir, seconds: float = 120) -> list[ledger.Attempt]:
+    def finished(self, run: RunDir, seconds: float = 120) -> list[event_log.Attempt]:
         """Waits for the end of a run and returns its attempts; shows the logs when it does not end well."""
 
         def over() -> bool:
-            attempts = ledger.attempts(ledger.read(run.ledger))
+            attempts = event_log.attempts(event_log.read(run.ledger))
             return bool(attempts) and attempts[-1].cause is not None and attempts[-1].cause.value == "finished"
 
         until(over, seconds, lambda: f"the end of {run.id}; logs:\n{self.logs(run)}")
-        return ledger.attempts(ledger.read(run.ledger))
+        return event_log.attempts(event_log.read(run.ledger))
 
     def straight(self, **settings: str) -> RunDir:
         """A run from its first step to its last in one attempt: what the others must end with."""

@@ -37,7 +37,7 @@ def counted(*words: str, env: Mapping[str, str]) -> tuple[subprocess.CompletedPr
 
 
 def main() -> int:
-    from launcher.cli import run_app
+    from launcher.cli.app import run_app
 
     codes: list[int] = []
     print(calls_of(lambda: codes.append(run_app())), file=sys.stderr)

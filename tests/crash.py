@@ -17,9 +17,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from jobs import ckpt_format  # noqa: E402
-from jobs.ckpt_format import FileEntry, file_name  # noqa: E402
-from train.commit import Commit, Disk, prune  # noqa: E402
+from jobs.checkpoint import directory  # noqa: E402
+from jobs.checkpoint.directory import FileEntry, file_name  # noqa: E402
+from train.checkpoint.commit import Commit, Disk, prune  # noqa: E402
 
 CALLS = ("mkdir", "create", "write", "open_folder", "fsync", "close", "rename", "unlink", "rmdir")
 STEPS = (10, 20, 30)
@@ -57,7 +57,7 @@ def scenario(folder: Path, attempt: int, disk: Disk, ack: Callable[[int], None],
     for step in STEPS:
         write_one(folder, step, attempt, disk, world)
         ack(step)
-        prune(ckpt_format.to_prune(folder, KEEP), disk)
+        prune(directory.to_prune(folder, KEEP), disk)
 
 
 def _names(rank: int, world: int) -> list[str]:
@@ -89,7 +89,7 @@ def _rank_zero(folder: Path, disk: Disk, line: socket.socket, ack: Callable[[int
             files[name] = FileEntry(int(part[:8]), part[8:])
         commit.finish(files, {"tokens": step * 100})
         ack(step)
-        prune(ckpt_format.to_prune(folder, KEEP), disk)
+        prune(directory.to_prune(folder, KEEP), disk)
 
 
 def run_killed(folder: Path, at: int, world: int, victim: int) -> tuple[bool, int]:
@@ -143,20 +143,20 @@ def check(folder: Path, acknowledged: int) -> list[str]:
     """What is wrong with what was left behind; the next attempt then starts by itself and saves."""
     wrong = []
     good = []
-    for path in ckpt_format.complete(folder):
+    for path in directory.complete(folder):
         try:
-            ckpt_format.verify(path)
-            good.append(ckpt_format.step_of(path) or 0)
-        except ckpt_format.CheckpointError as err:
+            directory.verify(path)
+            good.append(directory.step_of(path) or 0)
+        except directory.CheckpointError as err:
             wrong.append(f"under a final name: {err}")
     if max(good, default=0) < acknowledged:
         wrong.append(f"acknowledged {acknowledged}, left {good}")
-    ckpt_format.clear_leftovers(folder)
-    newest, damaged = ckpt_format.newest_verified(folder, 2)
+    directory.clear_leftovers(folder)
+    newest, damaged = directory.newest_verified(folder, 2)
     if damaged or (newest is None) != (not good):
         wrong.append(f"the next start found {newest}, damaged {damaged}")
     write_one(folder, 40, 2, Disk())
-    if ckpt_format.newest_verified(folder, 2)[0] != ckpt_format.path_of(folder, 40):
+    if directory.newest_verified(folder, 2)[0] != directory.path_of(folder, 40):
         wrong.append("the next attempt could not save")
     if any(child.name.startswith(".") for child in folder.iterdir()):
         wrong.append(f"left over: {sorted(child.name for child in folder.iterdir())}")

@@ -8,8 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import noop_context_fn
 
 from tests.test_hf_blocks import assert_equal, batch, built, own_forward
+from train.distributed.parallel import blocks_of, whole
 from train.models import hf_equality
-from train.parallel import blocks_of, whole
 
 
 def check(name: str, parallel: str) -> None:

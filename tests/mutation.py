@@ -1,7 +1,7 @@
 """Whether the tests notice a mistake: small ones are made in a module, one at a time, and its tests must fail for each.
 
     python -m tests.mutation                    every module of TARGETS; docs/mutation.json and the table of docs/testing.md anew
-    python -m tests.mutation jobs/verdict.py    these modules alone
+    python -m tests.mutation jobs/run/retry_policy.py    these modules alone
     python -m tests.mutation --list MODULE      the mistakes that would be made, without trying them
     python -m tests.mutation --only 12,31 MODULE   those of the list alone, and what the tests said; nothing is written
 
@@ -46,20 +46,20 @@ _COMMIT = [
 ]
 # Module -> words for pytest: the tests that hold it, quickest first.
 TARGETS: dict[str, list[str]] = {
-    "jobs/contract.py": ["tests/test_contract.py", "tests/test_verdict.py", "-k", "not Histories"],
-    "jobs/verdict.py": ["tests/test_verdict.py", "-k", "not Histories"],
-    "jobs/ledger.py": ["tests/test_ledger.py"],
-    "jobs/schedule.py": ["tests/test_schedule.py"],
-    "jobs/rules.py": _RULES,
-    "jobs/ckpt_format.py": _COMMIT,
-    "train/commit.py": _COMMIT,
+    "jobs/core/contract.py": ["tests/test_contract.py", "tests/test_verdict.py", "-k", "not Histories"],
+    "jobs/run/retry_policy.py": ["tests/test_verdict.py", "-k", "not Histories"],
+    "jobs/run/event_log.py": ["tests/test_ledger.py"],
+    "jobs/specs/lr_schedule.py": ["tests/test_schedule.py"],
+    "jobs/config/validation.py": _RULES,
+    "jobs/checkpoint/directory.py": _COMMIT,
+    "train/checkpoint/commit.py": _COMMIT,
     "train/data/order.py": ["tests/test_data_order.py"],
-    "train/kernel_cache.py": ["tests/test_compile_cache.py", "-k", "not another_node and not next_attempt"],
-    "slurm/render.py": ["tests/test_render.py", "-m", "not slurm", "-k", "not shellcheck"],
-    "jobs/layers.py": _LAYERS,
-    "jobs/merge.py": _LAYERS,
-    "jobs/words.py": ["tests/test_sources.py"],
-    "jobs/sources.py": _LAYERS,
+    "train/compilation/kernel_cache.py": ["tests/test_compile_cache.py", "-k", "not another_node and not next_attempt"],
+    "slurm/script/render.py": ["tests/test_render.py", "-m", "not slurm", "-k", "not shellcheck"],
+    "jobs/config/layers.py": _LAYERS,
+    "jobs/config/aliases.py": _LAYERS,
+    "jobs/config/overrides.py": ["tests/test_sources.py"],
+    "jobs/config/resolver.py": _LAYERS,
 }
 # Third-party packages that these tests import: loaded once, before the first fork.
 _LARGE = (

@@ -15,19 +15,22 @@ import pytest
 import torch
 from torch import nn
 
-from jobs import ledger
-from jobs.precision import MODES, Precision
-from jobs.rundir import RunDir
-from jobs.settings import Job
-from train import build, checkpoint, optim, runtime, toolchain
+from jobs.config.settings import Job
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
+from jobs.specs.precision import MODES, Precision
+from train import build, optim
+from train.checkpoint import state_dict
+from train.checkpoint.manager import Saver
+from train.compilation import toolchain
 from train.data.order import rank_slice
 from train.data.sources import open_data
-from train.numerics import LossScale, OverflowGuard
-from train.overflow import after_overflow, as_saved, scale_to_save
-from train.parallel import prepare, whole
-from train.saver import Saver
-from train.seeds import seed_everything
-from train.step import Stepper
+from train.distributed import runtime
+from train.distributed.parallel import prepare, whole
+from train.overflow_policy import after_overflow, as_saved, scale_to_save
+from train.precision.numerics import LossScale, OverflowGuard
+from train.rng import seed_everything
+from train.train_step import Stepper
 
 HERE = Path(__file__).resolve().parent
 # Heads of 128 channels and widths that every fp8 recipe takes; 256 tokens per forward pass, for the same reason.
@@ -108,11 +111,11 @@ class Training:
         return self
 
     def overflows(self) -> list[dict[str, Any]]:
-        return [event for event in ledger.read(self.run.ledger) if event["event"] == "overflow"]
+        return [event for event in event_log.read(self.run.ledger) if event["event"] == "overflow"]
 
     def save(self, *, must: bool = True) -> None:
         scaler = scale_to_save(self.stepper)
-        state = checkpoint.State(
+        state = state_dict.State(
             self.step, 0, self.job.seed, self.job.max_steps, self.job.batch_size, self.data.name, str(self.job.precision), 1, scaler=scaler
         )
         self.saver.save(state, self.model, self.optimizer, must=must)
@@ -120,14 +123,14 @@ class Training:
     def load(self, source: "Training") -> list[str]:
         """Takes over the newest checkpoint of another one. Returns what was remarked."""
         (path,) = sorted(source.run.checkpoints.glob("step-*"))[-1:]
-        state, remarks = checkpoint.load(path, self.model, self.optimizer)
+        state, remarks = state_dict.load(path, self.model, self.optimizer)
         self.stepper = as_saved(self.stepper, self.guard, state, self.job, self.said.append)
         self.step = state.step
         return remarks
 
     def weights(self) -> dict[str, torch.Tensor]:
         """fp32 weights, copied."""
-        return {name: tensor.detach().float().clone() for name, tensor in checkpoint.named_tensors(self.model).items()}
+        return {name: tensor.detach().float().clone() for name, tensor in state_dict.named_tensors(self.model).items()}
 
 
 def falls(training: Training) -> bool:

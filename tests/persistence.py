@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.commit import Disk
+from train.checkpoint.commit import Disk
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Judge:
         self._scratch, self._known = scratch, {}
 
     def verifies(self, name: str, files: dict[str, bytes]) -> bool:
-        from jobs import ckpt_format
+        from jobs.checkpoint import directory
 
         key: Any = (name, tuple(sorted(files.items())))
         if key not in self._known:
@@ -160,9 +160,9 @@ class Judge:
             for file, content in files.items():
                 (path / file).write_bytes(content)
             try:
-                ckpt_format.verify(path)
+                directory.verify(path)
                 self._known[key] = True
-            except ckpt_format.CheckpointError:
+            except directory.CheckpointError:
                 self._known[key] = False
         return bool(self._known[key])
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from conftest import REPOSITORY
 from training import Farm, logs, result
 
-from jobs import goodput, ledger
-from jobs.contract import Exit
-from jobs.rundir import RunDir
-from launcher import local
+from jobs.core.contract import Exit
+from jobs.run import event_log, goodput
+from jobs.run.rundir import RunDir
+from launcher.local import executor
 
 GRACE_S = 2.0
 APART_S = 0.05
@@ -66,8 +66,8 @@ def stop_in_a_save(farm: Farm, plain: object, save_s: float, after_s: float) -> 
     run = farm.prepare(**_SETTINGS, NODE_ENV=f"SLOW_SAVE_S={save_s}")
     code = farm.train(run, lambda here, run: _stop(here, run, after_s))
     assert code == Exit.DONE, logs(run)
-    known = ledger.attempts(ledger.read(run.ledger))
-    spent = [{"seconds": one.seconds, **one.parts_s} for one in goodput.account(ledger.read(run.ledger)).attempts]
+    known = event_log.attempts(event_log.read(run.ledger))
+    spent = [{"seconds": one.seconds, **one.parts_s} for one in goodput.account(event_log.read(run.ledger)).attempts]
     fits = (save_s - after_s) + save_s + _MARGIN_S <= GRACE_S
     return Point(save_s, after_s, fits, sum(one.lost_steps for one in known), [str(one.cause) for one in known], result(run) == plain, spent)
 
@@ -90,7 +90,7 @@ def _stop(farm: Farm, run: RunDir, after_s: float) -> None:
 
 def work(todo: list[tuple[float, float]], root: Path) -> None:
     farm = Farm(root)
-    local.spawn = farm.spawn  # type: ignore[assignment]
+    executor.spawn = farm.spawn  # type: ignore[assignment]
     try:
         plain = result(farm.finished(**_SETTINGS))
         farm.before = "slow_first_saves"

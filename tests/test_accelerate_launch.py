@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, until
 
-from jobs.contract import Exit
-from jobs.rules import check
-from jobs.settings import Job
-from launcher.rendezvous import free_port
-from train.node import launch_words
+from jobs.config.settings import Job
+from jobs.config.validation import check
+from jobs.core.contract import Exit
+from launcher.attempt.rendezvous import free_port
+from train.distributed.accelerate_launcher import launch_words
 
 WHERE = {"MASTER_ADDR": "gpu1", "MASTER_PORT": "20007"}
 
@@ -48,7 +48,19 @@ def start(folder: Path, script: str, per_node: int) -> "subprocess.Popen[str]":
         "OMP_NUM_THREADS": "1",
     }
     env.pop("RANK", None)
-    command = [sys.executable, "-m", "train.node", "--nodes", "1", "--per-node", str(per_node), "--peer-wait", "20", "--", str(folder / "own.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "train.distributed.accelerate_launcher",
+        "--nodes",
+        "1",
+        "--per-node",
+        str(per_node),
+        "--peer-wait",
+        "20",
+        "--",
+        str(folder / "own.py"),
+    ]
     return subprocess.Popen(command, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -33,7 +33,7 @@ LAZILY = {
     HELPER: set(),
 }
 # The one module that imports submitit; the command line imports it inside functions only.
-SUBMITIT_HOME = "launcher/submit.py"
+SUBMITIT_HOME = "launcher/submission/submitit_executor.py"
 # A kernel is a function in Triton's language, so these modules need it at once; all others import them inside functions only.
 KERNELS = "train/kernels/"
 
@@ -126,7 +126,11 @@ def test_submitit_has_one_home_and_nobody_loads_it_without_need() -> None:
     assert {found.top for found in FOREIGN if found.file == SUBMITIT_HOME} == {"submitit"}
     # A program of its own may load it at once; nothing that others import may.
     imported = {found.name for found in IMPORTS}
-    wrong = [found for found in IMPORTS if found.name == "launcher.submit" and not found.lazy and found.file.removesuffix(".py").replace("/", ".") in imported]
+    wrong = [
+        found
+        for found in IMPORTS
+        if found.name == "launcher.submission.submitit_executor" and not found.lazy and found.file.removesuffix(".py").replace("/", ".") in imported
+    ]
     assert not wrong, faults(wrong)
 
 
@@ -168,21 +172,23 @@ def test_no_module_takes_a_private_name_of_another() -> None:
 
 def test_the_search_for_private_names_finds_them(tmp_path: Path) -> None:
     file = tmp_path / "bad.py"
-    file.write_text("def f():\n    from launcher import show\n    from jobs.names import _near\n    return show._pace, show.ago, _near\n")
-    assert list(private_uses(file)) == ["bad.py:3 imports _near of jobs.names", "bad.py:4 uses show._pace"]
+    file.write_text(
+        "def f():\n    from launcher.status import run_status as show\n    from jobs.core.imports import _near\n    return show._pace, show.ago, _near\n"
+    )
+    assert list(private_uses(file)) == ["bad.py:3 imports _near of jobs.core.imports", "bad.py:4 uses show._pace"]
 
 
 # Past this, ask what second concept has moved in. These have one and are long all the same.
 MOST_LINES = 330
 LONGER = {
     "holdfast.py": 410,  # one file, since a person's script imports it alone
-    "jobs/settings.py": 350,
-    "train/loop.py": 340,  # one function of the training loop
-    "launcher/doctor.py": 380,
-    "launcher/precision.py": 380,
-    "launcher/watchdog.py": 370,
-    "launcher/sweep.py": 370,
-    "launcher/sweep_show.py": 340,
+    "jobs/config/settings.py": 350,
+    "train/trainer.py": 340,  # one function of the training loop
+    "launcher/cluster/doctor.py": 380,
+    "launcher/commands/precision.py": 380,
+    "launcher/attempt/watchdog.py": 370,
+    "launcher/commands/sweep.py": 370,
+    "launcher/status/sweep_status.py": 340,
     "slurm/client.py": 400,
 }
 
@@ -221,7 +227,7 @@ HEAVY = ("torch", "accelerate", "submitit", "numpy", "matplotlib", "optuna", "tr
     ids=" ".join,
 )
 def test_a_command_that_only_reads_loads_nothing_heavy(words: list[str], tmp_path: Path) -> None:
-    program = f"import sys\nfrom launcher.cli import run_app\nsys.argv = ['holdfast', *{words!r}]\ncode = run_app()\nprint('loaded:', *[m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)\nsys.exit(code)"
+    program = f"import sys\nfrom launcher.cli.app import run_app\nsys.argv = ['holdfast', *{words!r}]\ncode = run_app()\nprint('loaded:', *[m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)\nsys.exit(code)"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
@@ -234,7 +240,7 @@ def test_a_command_that_only_reads_loads_nothing_heavy(words: list[str], tmp_pat
     assert done.stdout and done.stderr.splitlines()[-1] == "loaded:"
 
 
-@pytest.mark.parametrize("module", ["launcher.attempt", "jobs.sources", "jobs.stop", "holdfast"])
+@pytest.mark.parametrize("module", ["launcher.attempt", "jobs.config.resolver", "jobs.rank.stop_flag", "holdfast"])
 def test_what_runs_in_the_last_seconds_of_an_attempt_loads_nothing_heavy(module: str) -> None:
     program = f"import sys, {module}\nprint([m for m in {HEAVY!r} + ('jinja2', 'typer', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, timeout=60)

@@ -10,15 +10,15 @@ import pytest
 from conftest import Cluster
 from counting import counted
 
-from jobs import ledger, run_folders
-from jobs.contract import Exit
-from jobs.errors import HoldfastError, NotFoundError, SettingError
-from jobs.rundir import RunDir
-from jobs.sources import load
-from launcher import prepare
-from launcher.cli import run_app
-from launcher.prepare import resolve_here, resolve_members
-from launcher.refreeze import change
+from jobs.config.resolver import load
+from jobs.core.contract import Exit
+from jobs.core.errors import HoldfastError, NotFoundError, SettingError
+from jobs.run import event_log, store
+from jobs.run.rundir import RunDir
+from launcher.cli.app import run_app
+from launcher.submission import create_run
+from launcher.submission.create_run import resolve_here, resolve_members
+from launcher.submission.reconfigure import change
 
 _POINTS = [
     ["SEED=1"],
@@ -67,18 +67,18 @@ def test_job_file_and_site_are_one_for_all(point: list[str], name: str, tmp_path
 
 
 def test_nothing_is_left_of_an_array_when_one_of_its_runs_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = prepare.write_settings
+    write = create_run.write_settings
 
     def fails(run: RunDir, *more: object) -> None:
         if run.path.name == "5":
             raise OSError(28, "No space left on device", str(run.path))
         write(run, *more)
 
-    monkeypatch.setattr(prepare, "write_settings", fails)
+    monkeypatch.setattr(create_run, "write_settings", fails)
     words = [f"RUNS_DIR={tmp_path}/runs"]
     members = resolve_members(words, [[f"SEED={seed}"] for seed in range(20)], {}, tmp_path)
     with pytest.raises(SettingError, match="No space left on device"):
-        prepare.prepare(resolve_here(words, {}, tmp_path), tmp_path, "python3", members)
+        create_run.prepare(resolve_here(words, {}, tmp_path), tmp_path, "python3", members)
     assert not (tmp_path / "runs").exists()
 
 
@@ -86,26 +86,26 @@ def array_of(runs: Path, run_id: str, count: int, *words: str) -> RunDir:
     """The directory of an array as a submission leaves it, named t."""
     words = (f"RUNS_DIR={runs}", "JOB_NAME=t", f"RUN_ID={run_id}", *words)
     members = resolve_members(words, [[f"SEED={seed}"] for seed in range(count)], {}, runs.parent)
-    return prepare.prepare(resolve_here(words, {}, runs.parent), runs.parent, "python3", members)[0]
+    return create_run.prepare(resolve_here(words, {}, runs.parent), runs.parent, "python3", members)[0]
 
 
 def test_a_name_or_an_id_of_an_array_means_the_array(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     array = array_of(runs, "q1", 3)
     for word in ("t", "q1", "t-q1", str(array.path)):
-        assert run_folders.find(word, runs) == array
+        assert store.find(word, runs) == array
     for word in ("q1.2", "t-q1.2", str(array.member(2).path)):
-        assert run_folders.find(word, runs) == array.member(2)
-    assert run_folders.find(None, runs).is_member
+        assert store.find(word, runs) == array.member(2)
+    assert store.find(None, runs).is_member
     # A name means the newest, array or not, whenever its tasks were made.
     other = array_of(runs, "a0", 2)
     single = array_of(runs, "z9", 0)
     os.utime(array.member(1).job_yaml, ns=(2 * other.job_yaml.stat().st_mtime_ns,) * 2)
-    assert run_folders.find("t", runs) == single
+    assert store.find("t", runs) == single
     shutil.rmtree(single.path)
-    assert run_folders.find("t", runs) == other
+    assert store.find("t", runs) == other
     with pytest.raises(NotFoundError, match="no run 'q'"):
-        run_folders.find("q", runs)
+        store.find("q", runs)
 
 
 @pytest.mark.parametrize("words", [[], ["--local"], ["TIME_LIMIT=5"], ["MAX_STEPS=2000", "--allow-change"]], ids=" ".join)
@@ -130,11 +130,11 @@ def test_a_thousand_runs_are_one_submission_and_cost_little(cluster: Cluster) ->
     said = json.loads(done.stdout)
     try:
         assert calls < 3_800_000  # 3.05 million; 4.7 when each value went through JSON's own encoder
-        runs = run_folders.all_runs(cluster.runs)
+        runs = store.all_runs(cluster.runs)
         members = {int(run.path.name): run for run in runs if run.is_member and str(run.path).startswith(said["path"])}
         assert sorted(members) == list(range(1000)) and said["members"] == 1000
         assert [load(members[index].job_yaml).seed for index in (0, 499, 999)] == [1, 500, 1000]
-        assert [event["job_id"] for event in ledger.read(members[999].ledger)] == [f"{said['job_id']}_999"]
+        assert [event["job_id"] for event in event_log.read(members[999].ledger)] == [f"{said['job_id']}_999"]
         waiting = [line for line in cluster.slurm("squeue", "-h", "-r", "-o", "%F|%r").splitlines() if line.startswith(f"{said['job_id']}|")]
         assert waiting == [f"{said['job_id']}|JobHeldUser"] * 1000
         # One question to Slurm shows them all.

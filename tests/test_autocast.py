@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.autocast import examine
+from train.precision.check import examine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "vocab_size": 256, "max_position_embeddings": 160}
@@ -65,7 +65,7 @@ def test_the_command_prints_a_table_and_its_exit_code_says_how_it_went() -> None
     bad = subprocess.run([holdfast, "verify", "autocast", "tests.overflowing:build", "--json"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert bad.returncode == 1, bad.stdout + bad.stderr
     assert "Explode" in json.loads(bad.stdout)["findings"][0]["culprit"]
-    command = [sys.executable, "-m", "launcher.cli", "verify", "autocast", "nanoo"]
+    command = [sys.executable, "-m", "launcher.cli.app", "verify", "autocast", "nanoo"]
     wrong = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert wrong.returncode == 2 and "Did you mean 'nano'?" in wrong.stderr and wrong.stderr.count("\n") == 1, wrong.stderr
 
@@ -73,7 +73,7 @@ def test_the_command_prints_a_table_and_its_exit_code_says_how_it_went() -> None
 def test_a_model_of_ones_own_is_found_beside_a_script_of_ones_own_called_train(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("raise SystemExit('this is the script of a person')\n")
     (tmp_path / "mine.py").write_text((REPOSITORY / "tests" / "overflowing.py").read_text())
-    start = "from launcher.cli import run_app; import sys; sys.exit(run_app(['verify', 'autocast', 'mine:build', '--json']))"
+    start = "from launcher.cli.app import run_app; import sys; sys.exit(run_app(['verify', 'autocast', 'mine:build', '--json']))"
     ours = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-P", "-c", start], cwd=tmp_path, env=ours, capture_output=True, text=True, timeout=120)
     assert "Explode" in json.loads(done.stdout or "{}").get("findings", [{"culprit": ""}])[0]["culprit"], done.stdout + done.stderr

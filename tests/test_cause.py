@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobs.contract import Cause
-from jobs.verdict import BY_OWN_WISH
-from launcher.cause import Evidence, classify
+from jobs.core.contract import Cause
+from jobs.run.retry_policy import BY_OWN_WISH
+from launcher.attempt.classify_exit import Evidence, classify
 from slurm.client import JobInfo
 from slurm.states import ENDED
 

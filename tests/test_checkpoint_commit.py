@@ -15,8 +15,8 @@ import persistence
 import pytest
 from crash import CALLS, Counting, check, last_ack, scenario, write_one
 
-from jobs import ckpt_format
-from train.commit import Commit, Disk, prune
+from jobs.checkpoint import directory
+from train.checkpoint.commit import Commit, Disk, prune
 
 PYTHON = [sys.executable, "-S", "-E", "-B", crash.__file__]
 
@@ -93,8 +93,8 @@ def _paths(folder: Path) -> list[Path]:
     """What the scenario touches and has a name known beforehand; a trash name is random and the kill sweep covers it."""
     paths = [folder, folder.parent]
     for step in crash.STEPS:
-        staging = ckpt_format.staging_of(folder, step, 1)
-        paths += [staging, ckpt_format.path_of(folder, step), *(staging / name for name in ("model.safetensors", "optimizer.safetensors", "manifest.json"))]
+        staging = directory.staging_of(folder, step, 1)
+        paths += [staging, directory.path_of(folder, step), *(staging / name for name in ("model.safetensors", "optimizer.safetensors", "manifest.json"))]
     return paths
 
 
@@ -154,7 +154,7 @@ def test_an_error_at_any_call_leaves_what_was_acknowledged_and_the_next_save_wor
 
 def test_all_calls_that_change_the_disk_go_through_the_seam() -> None:
     # A call beside the seam would be a call that no sweep ends.
-    text = Path(sys.modules["train.commit"].__file__ or "").read_text()
+    text = Path(sys.modules["train.checkpoint.commit"].__file__ or "").read_text()
     body = text.partition("DISK = Disk()")[2]
     for call in (
         "os.mkdir",
@@ -180,7 +180,7 @@ def test_a_step_that_stands_verified_is_known_and_a_damaged_one_is_set_aside_not
     (folder / "step-00000010" / "model.safetensors").write_bytes(b"other")
     assert not Commit(folder, 10, 2).already_there()
     write_one(folder, 10, 2, Disk())
-    assert ckpt_format.verify(folder / "step-00000010").attempt == 2
+    assert directory.verify(folder / "step-00000010").attempt == 2
     assert (folder / ".damaged-step-00000010-2" / "model.safetensors").read_bytes() == b"other"
 
 
@@ -190,7 +190,7 @@ def test_a_zombie_of_an_older_attempt_cannot_give_its_folder_a_final_name(tmp_pa
     zombie = Commit(folder, 20, 1)
     zombie.begin()
     files = {name: zombie.write(name, [b"late"]) for name in ("model.safetensors", "optimizer.safetensors")}
-    ckpt_format.clear_leftovers(folder)  # what attempt 2 does at its start
+    directory.clear_leftovers(folder)  # what attempt 2 does at its start
     with pytest.raises(FileNotFoundError):
         zombie.finish(files, {})
     assert [path.name for path in folder.iterdir()] == ["step-00000010"]
@@ -205,13 +205,13 @@ def test_pruning_keeps_the_newest_each_nth_and_the_best_by_validation(tmp_path: 
         commit.finish(files, {} if loss is None else {"val_loss": loss})
 
     def kept(**policy: int) -> list[int]:
-        gone = ckpt_format.to_prune(folder, **policy)
-        return sorted(ckpt_format.step_of(path) or 0 for path in ckpt_format.complete(folder) if path not in gone)
+        gone = directory.to_prune(folder, **policy)
+        return sorted(directory.step_of(path) or 0 for path in directory.complete(folder) if path not in gone)
 
     assert kept(keep_last=1) == [60]
     assert kept(keep_last=2, keep_every=30) == [30, 50, 60]
     assert kept(keep_last=1, keep_best=2) == [20, 30, 60]
-    assert prune(ckpt_format.to_prune(folder, 1)) == []
+    assert prune(directory.to_prune(folder, 1)) == []
     assert [path.name for path in sorted(folder.iterdir())] == ["step-00000060"]
 
 
@@ -234,7 +234,7 @@ FILL = """
 import sys, json, errno
 from pathlib import Path
 import crash
-from jobs import ckpt_format
+from jobs.checkpoint import directory as ckpt_format
 folder = Path(sys.argv[1]) / "checkpoints"
 class Disk(crash.Disk): pass
 said = []

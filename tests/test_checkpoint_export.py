@@ -14,14 +14,14 @@ from conftest import REPOSITORY, until
 from safetensors.torch import load_file
 from training import TINY, Farm, farm, logs
 
-from jobs import ckpt_format, own_ckpt
-from jobs.contract import Exit
-from jobs.errors import CheckpointError, SettingError
-from jobs.rundir import RunDir
-from jobs.sources import load
-from launcher.cli import run_app
-from launcher.local import pids_of_ranks
-from train.export import export, llama_weights, weights_of
+from jobs.checkpoint import directory, user_checkpoint
+from jobs.config.resolver import load
+from jobs.core.contract import Exit
+from jobs.core.errors import CheckpointError, SettingError
+from jobs.run.rundir import RunDir
+from launcher.cli.app import run_app
+from launcher.local.executor import pids_of_ranks
+from train.checkpoint.export import export, llama_weights, weights_of
 from train.models.gpt import GPT
 from train.models.registry import build_model
 
@@ -44,7 +44,7 @@ def ours(run: RunDir, path: Path) -> GPT:
 
 
 def test_a_plain_export_has_every_weight_by_our_names_and_a_second_one_is_refused(run: RunDir, tmp_path: Path) -> None:
-    path = ckpt_format.complete(run.checkpoints)[0]
+    path = directory.complete(run.checkpoints)[0]
     export(load(run.job_yaml), path, tmp_path / "out", "plain")
     exported, saved = load_file(tmp_path / "out" / "model.safetensors"), load_file(path / "model.safetensors")
     assert exported.keys() == saved.keys() and all(torch.equal(exported[name], saved[name]) for name in saved)
@@ -54,7 +54,7 @@ def test_a_plain_export_has_every_weight_by_our_names_and_a_second_one_is_refuse
 
 
 def test_an_export_for_transformers_has_llama_s_names_and_shapes(run: RunDir, tmp_path: Path) -> None:
-    path = ckpt_format.complete(run.checkpoints)[0]
+    path = directory.complete(run.checkpoints)[0]
     export(load(run.job_yaml), path, tmp_path / "out", "hf")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     weights = load_file(tmp_path / "out" / "model.safetensors")
@@ -70,7 +70,7 @@ def test_an_export_for_transformers_has_llama_s_names_and_shapes(run: RunDir, tm
 def test_transformers_loads_the_export_and_computes_the_same_logits(run: RunDir, tmp_path: Path) -> None:
     import transformers
 
-    path = ckpt_format.complete(run.checkpoints)[0]
+    path = directory.complete(run.checkpoints)[0]
     export(load(run.job_yaml), path, tmp_path / "out", "hf")
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_not_exported(run: RunDir, tmp_path: Path) -> No
     import shutil
 
     folder = tmp_path / "step-00000008"
-    shutil.copytree(ckpt_format.complete(run.checkpoints)[0], folder)
+    shutil.copytree(directory.complete(run.checkpoints)[0], folder)
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(data)
@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_is_not_exported(run: RunDir, tmp_path: Path) -> No
 
 def test_ls_and_verify_speak_of_every_checkpoint_without_torch(run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "launcher.cli", "ckpt", "ls", str(run.path), "--json"],
+        [sys.executable, "-X", "importtime", "-m", "launcher.cli.app", "ckpt", "ls", str(run.path), "--json"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -132,7 +132,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(run: RunDir, tmp_path: Path
     own.checkpoints.mkdir()
     own.job_yaml.write_text(run.job_yaml.read_text())
     (own.path / "aside" / "state.json").write_text("5")
-    own_ckpt.commit(own.path / "aside", own.checkpoints, 5, 1, 3)
+    user_checkpoint.commit(own.path / "aside", own.checkpoints, 5, 1, 3)
     for form in ("hf", "plain"):
         assert run_app(["ckpt", "export", str(own.path), "--form", form]) == Exit.USAGE
         said = capfd.readouterr().err
@@ -154,7 +154,7 @@ def test_verify_resume_proves_a_job_and_its_exit_code_says_so(tmp_path: Path, ca
 def test_verify_resume_refuses_changes_before_it_trains_and_leaves_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.program.command", lambda *_: pytest.fail("something was trained"))
+    monkeypatch.setattr("launcher.subprocesses.command", lambda *_: pytest.fail("something was trained"))
     changes = [word for change in ("NIX=1", "MAX_STEPS=9", "PRECISION=bf16", "MODEL=124m") for word in ("--change", change)]
     assert run_app(["verify", "resume", *words(tmp_path, GPUS_PER_NODE="1"), *changes]) == Exit.USAGE
     said = capfd.readouterr().err.splitlines()
@@ -164,7 +164,7 @@ def test_verify_resume_refuses_changes_before_it_trains_and_leaves_nothing(
 
 
 def test_verify_resume_that_is_interrupted_leaves_neither_runs_nor_processes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "launcher.cli", "verify", "resume", *words(tmp_path, GPUS_PER_NODE="1", MAX_STEPS="100000")]
+    command = [sys.executable, "-m", "launcher.cli.app", "verify", "resume", *words(tmp_path, GPUS_PER_NODE="1", MAX_STEPS="100000")]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, start_new_session=True)
     until(lambda: next(tmp_path.glob("verify-*/straight-0/attempts/1/progress"), None), 120, "a step")
     [straight] = tmp_path.glob("verify-*/straight-0")
@@ -174,7 +174,7 @@ def test_verify_resume_that_is_interrupted_leaves_neither_runs_nor_processes(tmp
 
 
 def test_verify_resume_fails_when_a_resumed_run_is_another_one(tmp_path: Path, farm: Farm) -> None:
-    from launcher.verify import Case, judge_case
+    from launcher.verify.resume import Case, judge_case
 
     straight, other = farm.finished(MAX_STEPS="8", LOG_SAMPLES="true"), farm.finished(MAX_STEPS="8", SEED="8", LOG_SAMPLES="true")
     case = Case("another seed")

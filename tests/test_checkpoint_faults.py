@@ -16,15 +16,15 @@ from conftest import REPOSITORY, weights_sha
 from torch import nn
 from training import Farm, at_step, curve, events, farm, logs, result, saved
 
-from jobs import ckpt_format
-from jobs.contract import Exit
-from jobs.errors import CheckpointError, SettingError
-from jobs.rundir import RunDir
-from jobs.sources import load
-from train import checkpoint
-from train.checkpoint import State
-from train.commit import Commit
-from train.restore import initialise
+from jobs.checkpoint import directory
+from jobs.config.resolver import load
+from jobs.core.contract import Exit
+from jobs.core.errors import CheckpointError, SettingError
+from jobs.run.rundir import RunDir
+from train.checkpoint import state_dict
+from train.checkpoint.commit import Commit
+from train.checkpoint.restore import initialise
+from train.checkpoint.state_dict import State
 
 __all__ = ["farm"]
 pytestmark = pytest.mark.timeout(900)
@@ -44,7 +44,7 @@ def small_model(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
 def write(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     commit = Commit(folder, step, 1)
     commit.begin()
-    files = {name: commit.write(name, checkpoint.safetensors_parts(rows)) for name, rows in checkpoint.content(model, optimizer, 0).items()}
+    files = {name: commit.write(name, state_dict.safetensors_parts(rows)) for name, rows in state_dict.content(model, optimizer, 0).items()}
     commit.finish(files, State(step=step, tokens=step, seed=0, max_steps=9, batch_size=1, data="d", precision="fp32", world=1).plain())
 
 
@@ -97,13 +97,13 @@ def test_two_hundred_random_injuries_are_all_noticed_and_the_checkpoint_before_i
         shutil.copytree(folder, copy)
         what = damage(copy / "step-00000020", rng)
         seen.add(what)
-        chosen, damaged = ckpt_format.newest_verified(copy, 3)
+        chosen, damaged = directory.newest_verified(copy, 3)
         assert chosen == copy / "step-00000010", what
         [(name, reason)] = damaged
         assert name == ".damaged-step-00000020-3" and (copy / name).is_dir()
         assert "step-00000020" in reason and len(reason) > 30, reason
         model, optimizer = small_model(3)
-        checkpoint.load(chosen, model, optimizer)
+        state_dict.load(chosen, model, optimizer)
         for ours, theirs in zip(model.parameters(), older[0].parameters(), strict=True):
             assert torch.equal(ours, theirs)
         shutil.rmtree(copy)
@@ -116,7 +116,7 @@ def test_a_renamed_checkpoint_is_no_other_step_and_strange_names_are_nobody_s(tm
     for name in ("step-40", "step-²0000000", "step-000000x1", "step-00000050.tmp", "Step-00000060"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-00000070").write_text("a file")
-    chosen, damaged = ckpt_format.newest_verified(tmp_path, 1)
+    chosen, damaged = directory.newest_verified(tmp_path, 1)
     assert chosen is None
     assert [reason.split(":")[0] for _, reason in damaged] == ["step-00000070", "step-00000030"]
     assert "belongs to step 20" in damaged[1][1]
@@ -134,15 +134,15 @@ def test_a_run_whose_newest_checkpoints_are_damaged_goes_on_from_the_one_before_
 
     farm.train(run, kill)
     rng = random.Random(seed)
-    newest = ckpt_format.complete(run.checkpoints)
+    newest = directory.complete(run.checkpoints)
     injured = newest if every else newest[: rng.randint(1, 2)]
     what = [damage(path, rng) for path in injured]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launcher.attempt.os.getpid", lambda: 1)
+        patch.setattr("launcher.attempt.lifecycle.os.getpid", lambda: 1)
         assert farm.train(run) == Exit.DONE, logs(run)
     assert result(run) == result(straight), what
     assert [event["name"] for event in events(run, "damaged")] == [f".damaged-{path.name}-2" for path in injured]
-    assert events(run, "resumed")[-1]["step"] == (0 if every else ckpt_format.step_of(newest[len(injured)]))
+    assert events(run, "resumed")[-1]["step"] == (0 if every else directory.step_of(newest[len(injured)]))
     assert "WARNING: checkpoint" in logs(run)
 
 
@@ -150,14 +150,14 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_names_of_its_weights(tm
     write(tmp_path, 10, *small_model())
     other = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4), nn.Linear(4, 2))
     with pytest.raises(CheckpointError, match=r"missing 3.bias, 3.weight, unknown none"):
-        checkpoint.load(tmp_path / "step-00000010", other, None)
+        state_dict.load(tmp_path / "step-00000010", other, None)
     with pytest.raises(CheckpointError, match=r"unknown 2.bias, 2.weight"):
-        checkpoint.load(tmp_path / "step-00000010", other[:2], None)
+        state_dict.load(tmp_path / "step-00000010", other[:2], None)
     with pytest.raises(CheckpointError, match=r"2.weight is \(4, 8\), this model has \(5, 8\)"):
-        checkpoint.load(tmp_path / "step-00000010", nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 5)), None)
+        state_dict.load(tmp_path / "step-00000010", nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 5)), None)
     frozen, optimizer = small_model()
     frozen[0].requires_grad_(False)
-    _, remarks = checkpoint.load(tmp_path / "step-00000010", frozen, optimizer)
+    _, remarks = state_dict.load(tmp_path / "step-00000010", frozen, optimizer)
     assert remarks == ["optimizer state of 0.bias, 0.weight was dropped: this model does not train them"]
 
 
@@ -165,7 +165,7 @@ def test_nothing_in_a_checkpoint_is_a_pickle(farm: Farm) -> None:
     run = farm.finished(MAX_STEPS="8")
     names = {child.name for child in (run.checkpoints / "step-00000008").iterdir()}
     assert names == {"model.safetensors", "optimizer.safetensors", "manifest.json"}
-    state = ckpt_format.verify(run.checkpoints / "step-00000008").state
+    state = directory.verify(run.checkpoints / "step-00000008").state
     assert {"step", "tokens", "seed", "max_steps", "versions"} <= set(state) and "torch" in state["versions"]
     from safetensors.torch import load_file
 
@@ -181,16 +181,16 @@ def test_rows_written_by_several_processes_come_back_whole(tmp_path: Path) -> No
     commit.begin()
     files = {}
     for rank, (start, end) in enumerate([(0, 3), (3, 6), (6, 7), (7, 7)]):
-        rows = {"w": checkpoint.Rows(full[start:end].contiguous(), start, 7)} | ({"s": checkpoint.Rows(scalar)} if rank == 0 else {})
-        name = ckpt_format.file_name("model", rank, 4)
-        files[name] = commit.write(name, checkpoint.safetensors_parts(rows))
-    files["optimizer.safetensors"] = commit.write("optimizer.safetensors", checkpoint.safetensors_parts({}))
+        rows = {"w": state_dict.Rows(full[start:end].contiguous(), start, 7)} | ({"s": state_dict.Rows(scalar)} if rank == 0 else {})
+        name = directory.file_name("model", rank, 4)
+        files[name] = commit.write(name, state_dict.safetensors_parts(rows))
+    files["optimizer.safetensors"] = commit.write("optimizer.safetensors", state_dict.safetensors_parts({}))
     path = commit.finish(files, {})
-    saved = checkpoint.Saved(path, ckpt_format.verify(path).of_kind("model"))
+    saved = state_dict.Saved(path, directory.verify(path).of_kind("model"))
     assert torch.equal(saved.whole("w"), full) and torch.equal(saved.whole("s"), scalar)
     assert torch.equal(saved._rows("w", 2, 7), full[2:7]) and saved._rows("w", 7, 7).shape == (0, 5)
     with pytest.raises(CheckpointError, match="rows are missing of w"):
-        checkpoint.Saved(path, ["model.00000-of-00004.safetensors"])
+        state_dict.Saved(path, ["model.00000-of-00004.safetensors"])
 
 
 def test_weights_of_another_run_come_from_its_newest_checkpoint_that_verifies_and_what_was_passed_over_is_said(tmp_path: Path) -> None:
@@ -220,31 +220,31 @@ def test_weights_of_another_run_come_from_its_newest_checkpoint_that_verifies_an
         initialise(folder / "step-00000020", model)
 
 
-@pytest.mark.parametrize("kind", checkpoint._TYPES, ids=str)
+@pytest.mark.parametrize("kind", state_dict._TYPES, ids=str)
 def test_every_type_comes_back_as_it_was_whole_and_by_rows(tmp_path: Path, kind: torch.dtype) -> None:
     full = (torch.arange(-6, 36).view(7, 6) * (1 + 1j if kind.is_complex else 1)).to(kind)
     model, optimizer = small_model()
     for name, tensor in (("whole", full), ("scalar", full[0, 0]), ("turned", full.clone().conj())):
         model.register_buffer(name, tensor)
-    checkpoint.refuse_unsavable(model, "mine")
+    state_dict.refuse_unsavable(model, "mine")
     commit = Commit(tmp_path, 10, 1)
     commit.begin()
     files = {}
-    for name, rows in checkpoint.content(model, optimizer, 0).items():
+    for name, rows in state_dict.content(model, optimizer, 0).items():
         copies = {
-            key: checkpoint.Rows(torch.empty(one.tensor.shape, dtype=checkpoint.host_type(name, one.tensor)).copy_(one.tensor)) for key, one in rows.items()
+            key: state_dict.Rows(torch.empty(one.tensor.shape, dtype=state_dict.host_type(name, one.tensor)).copy_(one.tensor)) for key, one in rows.items()
         }
-        files[name] = commit.write(name, checkpoint.safetensors_parts(copies))
+        files[name] = commit.write(name, state_dict.safetensors_parts(copies))
     path = commit.finish(files, State(step=10, tokens=1, seed=0, max_steps=9, batch_size=1, data="d", precision="fp32", world=1).plain())
     other, _ = small_model(1)
     for name in ("whole", "scalar", "turned"):
         other.register_buffer(name, torch.zeros_like(getattr(model, name)))
-    checkpoint.load(path, other, None)
+    state_dict.load(path, other, None)
     assert torch.equal(other.whole, full) and torch.equal(other.scalar, full[0, 0]) and torch.equal(other.turned, full.conj())
     for number, (start, end) in enumerate([(0, 3), (3, 7)]):
-        parts = checkpoint.safetensors_parts({"w": checkpoint.Rows(full[start:end].contiguous(), start, 7)})
+        parts = state_dict.safetensors_parts({"w": state_dict.Rows(full[start:end].contiguous(), start, 7)})
         (tmp_path / f"{number}").write_bytes(b"".join(parts))
-    saved = checkpoint.Saved(tmp_path, ["0", "1"])
+    saved = state_dict.Saved(tmp_path, ["0", "1"])
     assert saved.whole("w").dtype == kind and torch.equal(saved.whole("w"), full) and torch.equal(saved._rows("w", 2, 5), full[2:5])
 
 
@@ -252,12 +252,12 @@ def test_types_that_the_library_does_not_read_are_refused_by_name(monkeypatch: p
     model, _ = small_model()
     model.register_buffer("low", torch.zeros(2, dtype=torch.float8_e5m2))  # a weight: saved as fp32
     model.register_buffer("anew", torch.zeros(2, dtype=torch.complex128), persistent=False)
-    checkpoint.refuse_unsavable(model, "mine")
+    state_dict.refuse_unsavable(model, "mine")
     model.register_buffer("freqs_cis", torch.zeros(2, dtype=torch.complex64))
     # What safetensors 0.6 says.
-    monkeypatch.setitem(checkpoint._TYPES, torch.complex64, "C63")
+    monkeypatch.setitem(state_dict._TYPES, torch.complex64, "C63")
     with pytest.raises(SettingError, match=r"^model: 'mine' has what no checkpoint can hold: freqs_cis \(complex64\)\. .*: float64, .*, uint16$"):
-        checkpoint.refuse_unsavable(model, "mine")
+        state_dict.refuse_unsavable(model, "mine")
 
 
 # --- saves in the background, and disks that refuse
@@ -318,7 +318,7 @@ def test_a_folder_removed_during_the_run_is_made_again_by_the_next_save(farm: Fa
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # type: ignore[attr-defined]
 
     assert farm.train(run, remove) == Exit.DONE, logs(run)
-    assert ckpt_format.verify(ckpt_format.complete(run.checkpoints)[0]).step == 40
+    assert directory.verify(directory.complete(run.checkpoints)[0]).step == 40
 
 
 def test_a_folder_that_cannot_be_listed_is_written_down_with_what_the_disk_said(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_a_clock_set_back_by_a_year_changes_nothing(farm: Farm) -> None:
 
     farm.train(run, kill)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launcher.attempt.os.getpid", lambda: 1)
+        patch.setattr("launcher.attempt.lifecycle.os.getpid", lambda: 1)
         farm.before = "clock_set_back_a_year"
         try:
             assert farm.train(run) == Exit.DONE, logs(run)
@@ -354,7 +354,7 @@ def test_a_clock_set_back_by_a_year_changes_nothing(farm: Farm) -> None:
 
 
 def test_free_space_is_asked_for_before_anything_is_written(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
-    from train import saver as module
+    from train.checkpoint import manager as module
 
     class Stub:
         _run, _job = farm.prepare(), type("Job", (), {"keep_last": 2})()
@@ -368,9 +368,9 @@ def test_free_space_is_asked_for_before_anything_is_written(farm: Farm, monkeypa
 
 
 def test_only_the_newest_attempt_of_a_run_may_write(farm: Farm) -> None:
-    from jobs import lease
-    from jobs.errors import RunOwnedError
-    from train import saver as module
+    from jobs.core.errors import RunOwnedError
+    from jobs.run import claim
+    from train.checkpoint import manager as module
 
     run = farm.finished(MAX_STEPS="8")
 
@@ -378,15 +378,15 @@ def test_only_the_newest_attempt_of_a_run_may_write(farm: Farm) -> None:
         _run, _rt = run, type("Runtime", (), {"attempt": 1})()
 
     module.Saver._own(Stub())  # type: ignore[arg-type]
-    assert lease.claim(run, 2, {"job_id": "x"})
+    assert claim.claim(run, 2, {"job_id": "x"})
     with pytest.raises(RunOwnedError, match="attempt 1 writes no more checkpoints"):
         module.Saver._own(Stub())  # type: ignore[arg-type]
 
 
 def test_an_attempt_that_has_a_successor_takes_no_old_checkpoint_away(farm: Farm) -> None:
     """The later one may be reading it just now."""
-    from jobs import lease
-    from train import saver as module
+    from jobs.run import claim
+    from train.checkpoint import manager as module
 
     run = farm.finished(MAX_STEPS="24", CHECKPOINT_EVERY="8", KEEP_LAST="3")
     job = load(run.job_yaml).model_copy(update={"keep_last": 2})
@@ -396,25 +396,25 @@ def test_an_attempt_that_has_a_successor_takes_no_old_checkpoint_away(farm: Farm
         rt = SimpleNamespace(attempt=attempt, is_main=True, job_id="7")
         stub = SimpleNamespace(_run=run, _rt=rt, _job=job, _say=print, _disk=module.DISK)
         module.Saver._acknowledge(stub, save, background=True)  # type: ignore[arg-type]
-        return [ckpt_format.step_of(path) for path in ckpt_format.complete(run.checkpoints)]
+        return [directory.step_of(path) for path in directory.complete(run.checkpoints)]
 
-    assert lease.claim(run, 2, {"job_id": "x"})
+    assert claim.claim(run, 2, {"job_id": "x"})
     assert left(attempt=1) == [24, 16, 8]
     assert left(attempt=2) == [24, 16]
 
 
 def test_the_best_checkpoints_by_validation_and_each_nth_are_kept(farm: Farm) -> None:
     run = farm.finished(KEEP_LAST="1", KEEP_BEST="1", KEEP_EVERY="16", EVAL_EVERY="10")
-    kept = [ckpt_format.step_of(path) for path in ckpt_format.complete(run.checkpoints)]
+    kept = [directory.step_of(path) for path in directory.complete(run.checkpoints)]
     best = min((line for line in curve(run) if line[2] is not None), key=lambda line: line[2] or 0)[0]
     assert set(kept) == {40, 32, 16, best}, kept
-    assert ckpt_format.val_loss_of(ckpt_format.path_of(run.checkpoints, best)) == min(line[2] for line in curve(run) if line[2] is not None)
+    assert directory.val_loss_of(directory.path_of(run.checkpoints, best)) == min(line[2] for line in curve(run) if line[2] is not None)
     assert weights_sha(run)
 
 
 def test_each_nth_step_is_kept_also_where_saves_go_by_time(farm: Farm) -> None:
     run = farm.finished(KEEP_LAST="1", KEEP_EVERY="15", CHECKPOINT_EVERY="auto", MAX_STEPS="32")
-    assert [ckpt_format.step_of(path) for path in ckpt_format.complete(run.checkpoints)] == [32, 30, 15]
+    assert [directory.step_of(path) for path in directory.complete(run.checkpoints)] == [32, 30, 15]
 
 
 @pytest.mark.parametrize("world", ["1", "2"])
@@ -428,19 +428,19 @@ def test_a_checkpoint_whose_validation_the_next_attempt_finished_is_kept_as_the_
     stopped = farm.finished(**settings, DATA_OPTIONS=f"note={tmp_path / 'note'}")
     assert [event["cause"] for event in events(stopped, "end")] == ["requeued", "finished"], logs(stopped)
     assert result(stopped) == result(straight)
-    kept = [[(path.name, ckpt_format.val_loss_of(path)) for path in ckpt_format.complete(run.checkpoints)] for run in (straight, stopped)]
+    kept = [[(path.name, directory.val_loss_of(path)) for path in directory.complete(run.checkpoints)] for run in (straight, stopped)]
     assert kept[0] == kept[1] and kept[0][-1][0] == "step-00000002", (kept, curve(straight))
-    for path in ckpt_format.complete(stopped.checkpoints):
-        ckpt_format.verify(path)
+    for path in directory.complete(stopped.checkpoints):
+        directory.verify(path)
 
 
 FULL = """
 import os, sys, time
 sys.path.insert(0, {tests!r})
 from training import Farm, events, logs, curve
-from launcher import local
+from launcher.local import executor as local
 from pathlib import Path
-from jobs import ckpt_format
+from jobs.checkpoint import directory as ckpt_format
 farm = Farm(Path(sys.argv[1]) / "runs")
 local.spawn = farm.spawn
 run = farm.prepare(MAX_STEPS="200", CHECKPOINT_EVERY="10", KEEP_LAST="50", PREFLIGHT_S="0", MAX_STORAGE="0")
@@ -468,7 +468,7 @@ READ_ONLY = """
 import subprocess, sys
 sys.path.insert(0, {tests!r})
 from training import Farm, events, logs, result, saved
-from launcher import local
+from launcher.local import executor as local
 from pathlib import Path
 from jobs import ckpt_format, ledger
 farm = Farm(Path(sys.argv[1]))

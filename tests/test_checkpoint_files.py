@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import ckpt_format
-from jobs.ckpt_format import FileEntry, Manifest
-from jobs.errors import CheckpointError
-from train import commit
-from train.commit import Commit, Disk
+from jobs.checkpoint import directory
+from jobs.checkpoint.directory import FileEntry, Manifest
+from jobs.core.errors import CheckpointError
+from train.checkpoint import commit
+from train.checkpoint.commit import Commit, Disk
 
 NAMES = ("model.safetensors", "optimizer.safetensors")
 
@@ -34,13 +34,13 @@ def rewritten(path: Path, **changes: Any) -> Path:
     body = json.loads((path / "manifest.json").read_text())
     del body["sum"]
     body = {name: value for name, value in {**body, **changes}.items() if value is not ...}
-    (path / "manifest.json").write_text(json.dumps({**body, "sum": ckpt_format._sum_of(body)}))
+    (path / "manifest.json").write_text(json.dumps({**body, "sum": directory._sum_of(body)}))
     return path
 
 
 def refusal(path: Path) -> str:
     with pytest.raises(CheckpointError) as err:
-        ckpt_format.verify(path)
+        directory.verify(path)
     return str(err.value)
 
 
@@ -49,10 +49,10 @@ def refusal(path: Path) -> str:
 
 def test_names_say_step_attempt_and_writer() -> None:
     folder = Path("/c")
-    assert ckpt_format.path_of(folder, 1200) == folder / "step-00001200"
-    assert ckpt_format.staging_of(folder, 1200, 3) == folder / ".step-00001200.tmp-3"
-    assert ckpt_format.file_name("model") == "model.safetensors"
-    assert ckpt_format.file_name("model", 1, 2) == "model.00001-of-00002.safetensors"
+    assert directory.path_of(folder, 1200) == folder / "step-00001200"
+    assert directory.staging_of(folder, 1200, 3) == folder / ".step-00001200.tmp-3"
+    assert directory.file_name("model") == "model.safetensors"
+    assert directory.file_name("model", 1, 2) == "model.00001-of-00002.safetensors"
     assert commit.trash_name(folder / ".step-00001200.tmp-3").name.startswith(".trash-step-00001200.tmp-3-")
     assert commit.trash_name(folder / "a") != commit.trash_name(folder / "a")
 
@@ -60,36 +60,36 @@ def test_names_say_step_attempt_and_writer() -> None:
 @pytest.mark.parametrize("name", ["step-10", "step-0000000a", "step-000000010", "step-00000010x", ".step-00000010", "step-00000010.tmp-1", "model"])
 def test_what_is_not_exactly_a_steps_name_is_no_checkpoint(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
-    assert ckpt_format.step_of(tmp_path / name) is None and ckpt_format.complete(tmp_path) == []
+    assert directory.step_of(tmp_path / name) is None and directory.complete(tmp_path) == []
 
 
 def test_complete_ones_are_listed_newest_first_and_none_where_there_is_no_folder(tmp_path: Path) -> None:
     for step in (5, 100_000_000, 30):
-        ckpt_format.path_of(tmp_path, step).mkdir()
-    assert [ckpt_format.step_of(path) for path in ckpt_format.complete(tmp_path)] == [100_000_000, 30, 5]
+        directory.path_of(tmp_path, step).mkdir()
+    assert [directory.step_of(path) for path in directory.complete(tmp_path)] == [100_000_000, 30, 5]
     (tmp_path / "file").write_text("")
-    assert ckpt_format.complete(tmp_path / "none") == ckpt_format.complete(tmp_path / "file") == []
+    assert directory.complete(tmp_path / "none") == directory.complete(tmp_path / "file") == []
 
 
 # -- the manifest ------------------------------------------------------------------------------------------------------
 
 
 def test_a_manifest_says_what_was_written(tmp_path: Path) -> None:
-    manifest = ckpt_format.verify(saved(tmp_path, 10, 3, {"tokens": 7}))
+    manifest = directory.verify(saved(tmp_path, 10, 3, {"tokens": 7}))
     assert (manifest.step, manifest.attempt, manifest.state) == (10, 3, {"tokens": 7})
     assert manifest.bytes == sum(entry.bytes for entry in manifest.files.values()) == sum(len(name) + 4 for name in NAMES)
     assert manifest.of_kind("model") == ["model.safetensors"] and manifest.of_kind("mod") == []
-    assert json.loads((tmp_path / "step-00000010" / "manifest.json").read_text())["format"] == ckpt_format.FORMAT
+    assert json.loads((tmp_path / "step-00000010" / "manifest.json").read_text())["format"] == directory.FORMAT
 
 
 def test_a_manifest_that_another_tool_wrote_in_another_order_is_the_same(tmp_path: Path) -> None:
     path = saved(tmp_path) / "manifest.json"
     path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items()))))
-    assert ckpt_format.verify(path.parent).step == 10
+    assert directory.verify(path.parent).step == 10
 
 
 def test_files_of_many_writers_are_listed_in_the_order_of_their_ranks() -> None:
-    files = {ckpt_format.file_name(kind, rank, 3): FileEntry(1, "") for rank in (2, 0, 1) for kind in ("optimizer", "model")}
+    files = {directory.file_name(kind, rank, 3): FileEntry(1, "") for rank in (2, 0, 1) for kind in ("optimizer", "model")}
     assert Manifest(1, 1, files).of_kind("model") == [f"model.0000{rank}-of-00003.safetensors" for rank in range(3)]
 
 
@@ -132,7 +132,7 @@ def test_a_manifest_lists_a_model_and_an_optimizer_and_nothing_outside(tmp_path:
 
 
 def test_a_script_of_ones_own_has_files_of_any_name_but_inside(tmp_path: Path) -> None:
-    assert list(ckpt_format.verify(saved(tmp_path, state={"own": True}, names=("deep/weights.pt", "..b"))).files) == ["deep/weights.pt", "..b"]
+    assert list(directory.verify(saved(tmp_path, state={"own": True}, names=("deep/weights.pt", "..b"))).files) == ["deep/weights.pt", "..b"]
     for number, names in enumerate([(), ("../a",), ("/etc/passwd",), ("deep/../../a",), ("a", "/b")]):
         path = rewritten(saved(tmp_path / str(number), state={"own": True}), files={name: {"bytes": 0, "sha256": ""} for name in names})
         assert refusal(path) == "step-00000010: its manifest lists no file, or one outside of it"
@@ -151,7 +151,7 @@ def test_every_kind_of_damage_to_a_file_is_named(tmp_path: Path) -> None:
     (path / NAMES[1]).unlink()
     assert refusal(path) == f"step-00000010: {NAMES[1]} cannot be read (No such file or directory)"
     with pytest.raises(CheckpointError, match="cannot be read"):
-        ckpt_format.hash_files(path, NAMES)
+        directory.hash_files(path, NAMES)
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -159,9 +159,9 @@ def test_the_newest_that_verifies_is_found_and_the_damaged_before_it_are_set_asi
     for step in (10, 20, 30):
         saved(tmp_path, step)
     for step in (20, 30):
-        (ckpt_format.path_of(tmp_path, step) / NAMES[0]).write_bytes(b"")
+        (directory.path_of(tmp_path, step) / NAMES[0]).write_bytes(b"")
     (tmp_path / ".damaged-step-00000030-2").mkdir()
-    found, damaged = ckpt_format.newest_verified(tmp_path, 2, ckpt_format.Ahead(tmp_path) if early else None)
+    found, damaged = directory.newest_verified(tmp_path, 2, directory.Ahead(tmp_path) if early else None)
     assert found == tmp_path / "step-00000010"
     assert [name for name, _ in damaged] == [".damaged-step-00000030-2+", ".damaged-step-00000020-2"] and "has 0 bytes" in damaged[0][1]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -170,27 +170,27 @@ def test_the_newest_that_verifies_is_found_and_the_damaged_before_it_are_set_asi
         ".damaged-step-00000030-2+",
         "step-00000010",
     ]
-    assert ckpt_format.newest_verified(tmp_path / "none", 2) == (None, [])
+    assert directory.newest_verified(tmp_path / "none", 2) == (None, [])
 
 
 def test_what_was_verified_ahead_is_not_read_again_and_what_came_since_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, read = saved(tmp_path, 10), []
-    hash_files = ckpt_format.hash_files
-    monkeypatch.setattr(ckpt_format, "hash_files", lambda path, names: read.append(path) or hash_files(path, names))
-    ahead = ckpt_format.Ahead(tmp_path)
+    hash_files = directory.hash_files
+    monkeypatch.setattr(directory, "hash_files", lambda path, names: read.append(path) or hash_files(path, names))
+    ahead = directory.Ahead(tmp_path)
     ahead._thread.join()
     assert read == [first], "nobody has asked yet"
-    assert ckpt_format.newest_verified(tmp_path, 2, ahead) == (first, []) and ahead.verify(first).step == 10 and read == [first]
+    assert directory.newest_verified(tmp_path, 2, ahead) == (first, []) and ahead.verify(first).step == 10 and read == [first]
     second = saved(tmp_path, 20)
-    assert ckpt_format.newest_verified(tmp_path, 2, ahead) == (second, []) and read == [first, second]
-    assert ckpt_format.Ahead(tmp_path / "none").verify(first).step == 10
+    assert directory.newest_verified(tmp_path, 2, ahead) == (second, []) and read == [first, second]
+    assert directory.Ahead(tmp_path / "none").verify(first).step == 10
 
 
 def test_whoever_asks_while_it_is_still_being_verified_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, read = saved(tmp_path, 10), []
-    hash_files, asked = ckpt_format.hash_files, threading.Event()
-    monkeypatch.setattr(ckpt_format, "hash_files", lambda path, names: asked.wait(30) and not read.append(path) and hash_files(path, names))
-    ahead = ckpt_format.Ahead(tmp_path)
+    hash_files, asked = directory.hash_files, threading.Event()
+    monkeypatch.setattr(directory, "hash_files", lambda path, names: asked.wait(30) and not read.append(path) and hash_files(path, names))
+    ahead = directory.Ahead(tmp_path)
     threading.Timer(0.2, asked.set).start()
     assert ahead.verify(first).step == 10 and read == [first]
 
@@ -198,8 +198,8 @@ def test_whoever_asks_while_it_is_still_being_verified_waits(tmp_path: Path, mon
 def test_what_fails_ahead_for_another_reason_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path, 10)
     with monkeypatch.context() as broken:
-        broken.setattr(ckpt_format, "hash_files", lambda path, names: 1 / 0)
-        ahead = ckpt_format.Ahead(tmp_path)
+        broken.setattr(directory, "hash_files", lambda path, names: 1 / 0)
+        ahead = directory.Ahead(tmp_path)
         ahead._thread.join()
     assert ahead.verify(path).step == 10
 
@@ -209,11 +209,11 @@ def test_what_cannot_be_set_aside_keeps_its_name(tmp_path: Path, monkeypatch: py
         raise PermissionError
 
     monkeypatch.setattr(os, "rename", refuse)
-    assert ckpt_format.set_aside(saved_without_rename(tmp_path), 2) == "step-00000010"
+    assert directory.set_aside(saved_without_rename(tmp_path), 2) == "step-00000010"
 
 
 def saved_without_rename(folder: Path) -> Path:
-    path = ckpt_format.path_of(folder, 10)
+    path = directory.path_of(folder, 10)
     path.mkdir()
     return path
 
@@ -226,12 +226,12 @@ def test_leftovers_are_cleared_and_nothing_else(tmp_path: Path, monkeypatch: pyt
     moved: list[tuple[str, str]] = []
     real = os.rename
     monkeypatch.setattr(os, "rename", lambda old, new: (moved.append((Path(old).name, Path(new).name)), real(old, new)))
-    ckpt_format.clear_leftovers(tmp_path)
+    directory.clear_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".damaged-step-00000007-1", "notes", "step-00000010"]
     # A staging folder loses its name before it loses a file; what is in the trash already is only deleted.
     ((old, new),) = moved
     assert old == ".step-00000020.tmp-1" and new.startswith(".trash-step-00000020.tmp-1-")
-    ckpt_format.clear_leftovers(tmp_path / "none")
+    directory.clear_leftovers(tmp_path / "none")
 
 
 def test_a_staging_folder_that_cannot_be_renamed_is_left_whole_and_the_others_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +243,7 @@ def test_a_staging_folder_that_cannot_be_renamed_is_left_whole_and_the_others_go
         raise PermissionError
 
     monkeypatch.setattr(os, "rename", refuse)
-    ckpt_format.clear_leftovers(tmp_path)
+    directory.clear_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".step-00000020.tmp-1"] and (tmp_path / ".step-00000020.tmp-1" / "file").exists()
 
 
@@ -253,7 +253,7 @@ def test_a_leftover_that_cannot_be_deleted_does_not_stop_a_run(tmp_path: Path, m
 
     (tmp_path / ".trash-a").mkdir()
     monkeypatch.setattr(os, "rmdir", refuse)
-    ckpt_format.clear_leftovers(tmp_path)
+    directory.clear_leftovers(tmp_path)
     assert (tmp_path / ".trash-a").exists()
 
 
@@ -265,7 +265,7 @@ def test_what_is_kept_by_age_number_and_validation(tmp_path: Path) -> None:
         saved(tmp_path, step, state={} if loss is None else {"val_loss": loss})
 
     def gone(**policy: int) -> list[int | None]:
-        return [ckpt_format.step_of(path) for path in ckpt_format.to_prune(tmp_path, **policy)]
+        return [directory.step_of(path) for path in directory.to_prune(tmp_path, **policy)]
 
     assert gone(keep_last=2) == [40, 30, 20, 10]
     assert gone(keep_last=10) == []
@@ -274,16 +274,16 @@ def test_what_is_kept_by_age_number_and_validation(tmp_path: Path) -> None:
     # Of two that are equally good the later one is kept.
     assert gone(keep_last=1, keep_best=2) == [40, 30, 10]
     # What is no number is not among the best, even where there is no other.
-    assert gone(keep_last=1, keep_best=9) == [40, 30] and ckpt_format.val_loss_of(tmp_path / "step-00000030") is None
-    assert ckpt_format.val_loss_of(tmp_path / "step-00000050") == 0.0
-    assert ckpt_format.val_loss_of(tmp_path / "step-00000040") is ckpt_format.val_loss_of(tmp_path / "step-00000099") is None
+    assert gone(keep_last=1, keep_best=9) == [40, 30] and directory.val_loss_of(tmp_path / "step-00000030") is None
+    assert directory.val_loss_of(tmp_path / "step-00000050") == 0.0
+    assert directory.val_loss_of(tmp_path / "step-00000040") is directory.val_loss_of(tmp_path / "step-00000099") is None
 
 
 def test_a_list_of_names_is_cut_after_four() -> None:
-    assert ckpt_format.few([]) == "none"
-    assert ckpt_format.few("abcd") == "a, b, c, d"
-    assert ckpt_format.few("abcde") == "a, b, c, d and 1 more"
-    assert ckpt_format.few("abcdef") == "a, b, c, d and 2 more"
+    assert directory.few([]) == "none"
+    assert directory.few("abcd") == "a, b, c, d"
+    assert directory.few("abcde") == "a, b, c, d and 1 more"
+    assert directory.few("abcdef") == "a, b, c, d and 2 more"
 
 
 # -- the commit --------------------------------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ def test_a_file_is_written_whole_however_little_a_call_takes(tmp_path: Path, mon
     disk, data = Recorded(), b"0123456789"
     entry = commit.write_file(tmp_path / "a", [data, b"", memoryview(np.zeros((0, 3))), memoryview(data)], disk)
     assert (tmp_path / "a").read_bytes() == data + data and disk.open == 0
-    assert entry == FileEntry(20, ckpt_format.hash_file(tmp_path, "a"))
+    assert entry == FileEntry(20, directory.hash_file(tmp_path, "a"))
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644 & ~_umask()
     with pytest.raises(FileExistsError):
         commit.write_file(tmp_path / "a", [data], disk)
@@ -416,7 +416,7 @@ def test_nothing_is_deleted_before_the_disk_knows_of_its_new_name(tmp_path: Path
 
 
 def test_sizes_as_a_person_reads_them() -> None:
-    assert [ckpt_format.size_text(count) for count in (5 * 2**20, 2**30 - 2**20, 2**30, 5 * 2**29)] == ["5.0 MiB", "1023.0 MiB", "1.0 GiB", "2.5 GiB"]
+    assert [directory.size_text(count) for count in (5 * 2**20, 2**30 - 2**20, 2**30, 5 * 2**29)] == ["5.0 MiB", "1023.0 MiB", "1.0 GiB", "2.5 GiB"]
 
 
 def test_a_sum_is_found_while_another_thread_keeps_the_interpreter_busy(tmp_path: Path) -> None:
@@ -424,7 +424,7 @@ def test_a_sum_is_found_while_another_thread_keeps_the_interpreter_busy(tmp_path
     content = os.urandom(2**20) * 192
     (tmp_path / "a").write_bytes(content)
     found: list[str] = []
-    hashing = threading.Thread(target=lambda: found.append(ckpt_format.hash_file(tmp_path, "a")))
+    hashing = threading.Thread(target=lambda: found.append(directory.hash_file(tmp_path, "a")))
     begun = time.monotonic()
     hashing.start()
     while hashing.is_alive() and time.monotonic() - begun < 20:
@@ -437,6 +437,6 @@ def test_a_sum_is_found_while_another_thread_keeps_the_interpreter_busy(tmp_path
 
 @pytest.mark.parametrize("content", [b"", b"a", b"ab", bytes(range(256)) * 40])
 def test_a_sum_is_that_of_the_whole_file_whatever_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    monkeypatch.setattr(ckpt_format, "_HASH_BLOCK", 1000)
+    monkeypatch.setattr(directory, "_HASH_BLOCK", 1000)
     (tmp_path / "a").write_bytes(content)
-    assert ckpt_format.hash_file(tmp_path, "a") == hashlib.sha256(content).hexdigest()
+    assert directory.hash_file(tmp_path, "a") == hashlib.sha256(content).hexdigest()

@@ -5,11 +5,11 @@ import math
 import pytest
 from training import Farm, events, farm, logs
 
-from jobs.contract import Exit
-from jobs.errors import SettingError
-from jobs.sources import load
-from launcher.prepare import resolve_here
-from train.interval import LEAST_S, MOST_S, History, Rhythm, choose, history_of, prior_hours
+from jobs.config.resolver import load
+from jobs.core.contract import Exit
+from jobs.core.errors import SettingError
+from launcher.submission.create_run import resolve_here
+from train.checkpoint.interval import LEAST_S, MOST_S, History, Rhythm, choose, history_of, prior_hours
 
 __all__ = ["farm"]
 

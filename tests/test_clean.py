@@ -15,12 +15,15 @@ from unittest import mock
 import pytest
 from conftest import REPOSITORY, Cluster, until
 
-from jobs import ckpt_format, lease, ledger, own_ckpt, space_words
-from jobs.contract import Event
-from jobs.errors import SettingError
-from jobs.rundir import RunDir
-from launcher import clean, snapshot
-from launcher.cli import run_app
+from jobs.checkpoint import directory, user_checkpoint
+from jobs.core.contract import Event
+from jobs.core.errors import SettingError
+from jobs.run import claim, event_log
+from jobs.run.rundir import RunDir
+from jobs.sweep import parser
+from launcher.cli.app import run_app
+from launcher.commands import clean
+from launcher.submission import snapshot
 
 DAY_S = 86_400
 
@@ -32,13 +35,13 @@ def made(folder: Path, name: str, cause: str | None = "finished", age_s: float =
     run.code.mkdir(exist_ok=True)
     (run.code / "x.py").write_text("x" * 5000)
     run.job_yaml.write_text(f'job_name: "{name}"\n' + "".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
-    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id)
-    ledger.append(run.ledger, Event.START, attempt=1, job_id=job_id, world=1)
+    event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id)
+    event_log.append(run.ledger, Event.START, attempt=1, job_id=job_id, world=1)
     if cause:
-        ledger.append(run.ledger, Event.END, attempt=1, job_id=job_id, cause=cause, step=5, saved_step=5)
-    source = own_ckpt.staging(run.checkpoints, 5, 1)
+        event_log.append(run.ledger, Event.END, attempt=1, job_id=job_id, cause=cause, step=5, saved_step=5)
+    source = user_checkpoint.staging(run.checkpoints, 5, 1)
     (source / "w").write_bytes(b"w" * 10_000)
-    own_ckpt.commit(source, run.checkpoints, 5, 1, 2)
+    user_checkpoint.commit(source, run.checkpoints, 5, 1, 2)
     then = time.time() - age_s
     for path in (run.ledger, run.job_yaml):
         os.utime(path, (then, then))
@@ -48,7 +51,7 @@ def made(folder: Path, name: str, cause: str | None = "finished", age_s: float =
 def cleaned(folder: Path, *words: str, code: int = 0, queue: dict[str, tuple[str, str, str]] | None = None, trouble: str = "") -> dict[str, str]:
     """Run -> why it was left (empty: it goes), as the command says it on a machine without Slurm, or where squeue says `queue`."""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), mock.patch("launcher.show.ask_queue", lambda: (queue, trouble)):
+    with contextlib.redirect_stdout(out), mock.patch("launcher.status.run_status.ask_queue", lambda: (queue, trouble)):
         assert run_app(["clean", "--json", *words, f"RUNS_DIR={folder}"]) == code, out.getvalue()
     return {one["run"]: one["why_left"] for one in json.loads(out.getvalue())["runs"]} if out.getvalue() else {}
 
@@ -61,13 +64,13 @@ def test_without_yes_nothing_goes_and_what_would_is_said_with_its_size(tmp_path:
     runs = tmp_path / "runs"
     made(runs, "old", age_s=40 * DAY_S), made(runs, "new")
     done = subprocess.run(
-        [sys.executable, "-m", "launcher.cli", "clean", "--older", "30d", f"RUNS_DIR={runs}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "launcher.cli.app", "clean", "--older", "30d", f"RUNS_DIR={runs}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and "1 of 2 runs would go" in done.stdout and "--yes does it" in done.stdout and " MB" in done.stdout
     assert "left: last touched" in done.stdout
     assert names(runs) == ["new", "old"]
     done = subprocess.run(
-        [sys.executable, "-m", "launcher.cli", "clean", "--yes", f"RUNS_DIR={runs}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "launcher.cli.app", "clean", "--yes", f"RUNS_DIR={runs}"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
     )
     assert "nothing is chosen" in done.stdout and names(runs) == ["new", "old"]
 
@@ -130,7 +133,7 @@ def test_what_a_queued_array_will_start_from_stays_and_so_does_what_is_reached_b
     made(runs, "by-link", None, init_from=str(tmp_path / "best")), made(runs, "of-home", None, init_from="~/runs/c")
     search = made(runs, "search", None, job_id="8")
     (search.member(0).path / "logs").mkdir(parents=True)
-    search.sweep.write_text(space_words.define([f"INIT_FROM={runs}/e,/elsewhere"], {}, None, "", 256).model_dump_json())
+    search.sweep.write_text(parser.define([f"INIT_FROM={runs}/e,/elsewhere"], {}, None, "", 256).model_dump_json())
     said = cleaned(runs, "a", "b", "c", "d", "e", "--yes", queue={"7_0": ("PENDING", "Priority", "")})
     starts = {"a": "many", "b": "by-link", "c": "of-home", "e": "search"}
     assert said == {"d": ""} | {run: f"run {user} starts from it" for run, user in starts.items()}
@@ -141,11 +144,11 @@ def test_what_a_queued_array_will_start_from_stays_and_so_does_what_is_reached_b
 def test_a_local_run_of_another_machine_stays_until_it_has_an_end_or_is_said_to_be_gone(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     run = made(runs, "far", None, 9 * DAY_S, job_id="local-999999999")
-    assert lease.claim(run, 1, {"job_id": "local-999999999", "host": "gpubox", "pid": 999_999_999, "stamp": "x:1"})
+    assert claim.claim(run, 1, {"job_id": "local-999999999", "host": "gpubox", "pid": 999_999_999, "stamp": "x:1"})
     (why,) = cleaned(runs, "far", "--yes").values()
     assert why.startswith("it was begun on gpubox without Slurm") and f"delete {run.attempt(1).owner}" in why
     shutil.copytree(run.path, runs / "ended")
-    ledger.append(RunDir(runs / "ended").ledger, Event.END, attempt=1, job_id="local-999999999", cause="finished", step=5, saved_step=5)
+    event_log.append(RunDir(runs / "ended").ledger, Event.END, attempt=1, job_id="local-999999999", cause="finished", step=5, saved_step=5)
     run.attempt(1).owner.unlink()
     assert cleaned(runs, "far", "ended", "--yes") == {"far": "", "ended": ""}
 
@@ -157,7 +160,7 @@ def test_an_array_goes_as_a_whole_or_stays(tmp_path: Path) -> None:
         made(array.members, str(index), cause, job_id=f"local-{os.getpid()}")
     assert cleaned(runs, "many", "--yes") == {"many": "it is running"}
     assert cleaned(runs, str(array.member(0).path), "--yes") == {"many.0": "it is one task of an array; name the array, many"}
-    ledger.append(array.member(1).ledger, Event.END, attempt=1, job_id="local-1", cause="finished", step=5, saved_step=5)
+    event_log.append(array.member(1).ledger, Event.END, attempt=1, job_id="local-1", cause="finished", step=5, saved_step=5)
     assert cleaned(runs, "many", "--yes") == {"many": ""}
     assert names(runs) == []
 
@@ -188,7 +191,7 @@ def test_checkpoints_and_records_can_be_kept(tmp_path: Path) -> None:
     assert frees == before - clean.size_of(run.path) >= 50_000
     with pytest.raises(SettingError, match=f"code of run {run.id} is gone.*INIT_FROM="):
         snapshot.refuse_without_code(run)
-    assert ckpt_format.verify(ckpt_format.path_of(run.checkpoints, 5)).step == 5
+    assert directory.verify(directory.path_of(run.checkpoints, 5)).step == 5
     assert cleaned(tmp_path / "runs", "kept", "--yes") == {"kept": ""}
     assert names(tmp_path / "runs") == []
 
@@ -204,7 +207,7 @@ def test_of_an_array_the_checkpoints_and_records_of_every_task_can_be_kept(tmp_p
     shutil.rmtree(tasks[1].checkpoints)
     assert cleaned(tmp_path / "runs", "many", "--keep-checkpoints", "--yes") == {"many": ""}
     assert names(array.path) == ["job.yaml", "ledger.jsonl", "logs", "study.journal", "submit.sbatch", "sweep.json", "tasks"]
-    assert ckpt_format.verify(ckpt_format.path_of(tasks[0].checkpoints, 5)).step == 5
+    assert directory.verify(directory.path_of(tasks[0].checkpoints, 5)).step == 5
     assert [names(task.path) for task in tasks] == [
         ["checkpoints", "job.yaml", "ledger.jsonl", "logs", "trial.json"], ["job.yaml", "ledger.jsonl", "logs", "trial.json"]
     ]  # fmt: skip
@@ -255,7 +258,7 @@ def test_what_slurm_runs_or_queues_stays_and_so_does_everything_when_slurm_is_si
     finally:
         for one in (cluster.job_id(run), cluster.job_id(queued.member(0)).partition("_")[0]):
             cluster.slurm("scancel", one)
-    until(lambda: ledger.attempts(ledger.read(run.ledger))[-1].cause, 90, "the end of the run")
+    until(lambda: event_log.attempts(event_log.read(run.ledger))[-1].cause, 90, "the end of the run")
     until(lambda: not cluster.slurm("squeue", "-h", "-j", cluster.job_id(run)).strip(), 90, "its job to leave the queue")
     said = json.loads(cluster.holdfast("clean", "--json", "--yes", str(run.path), str(queued.path), str(preempted.path)).stdout)
     assert [one["why_left"] for one in said["runs"]] == ["", "", ""]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import SubmitError
+from jobs.core.errors import SubmitError
 from slurm import allocation, client
 from slurm.client import Slurm, expand_nodelist, job_info, parse_config, parse_json_state, parse_sacct, parse_scontrol, parse_squeue
 from slurm.environment import clean_environment

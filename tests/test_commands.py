@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, SMALL, Cluster, losses, until, weights_sha
 
-from jobs import lease, ledger
-from jobs.contract import Event, Exit
-from jobs.rundir import RunDir
-from launcher.cli import run_app
-from launcher.local import pid_of_rank
-from launcher.prepare import prepare, resolve_here
+from jobs.core.contract import Event, Exit
+from jobs.run import claim, event_log
+from jobs.run.rundir import RunDir
+from launcher.cli.app import run_app
+from launcher.local.executor import pid_of_rank
+from launcher.submission.create_run import prepare, resolve_here
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")
 ONE = {**SMALL, "NODES": "1", "GPUS_PER_NODE": "1", "DEVICE": "cpu", "MAX_STEPS": "60", "CHECKPOINT_EVERY": "20", "EVAL_EVERY": "30"}
@@ -67,7 +67,7 @@ def test_the_version_is_that_of_the_package() -> None:
 
 @pytest.mark.parametrize("words", ["explain", "explain --json"])
 def test_a_reader_that_goes_away_is_no_error_for_a_command_that_only_tells(words: str) -> None:
-    command = f"'{sys.executable}' -m launcher.cli {words} | head -1"
+    command = f"'{sys.executable}' -m launcher.cli.app {words} | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "") and len(done.stdout.splitlines()) == 1
 
@@ -218,7 +218,7 @@ def test_run_trains_in_the_foreground_and_ctrl_c_saves_and_resume_goes_on(tmp_pa
     assert "holdfast resume --local halved" in out or "holdfast resume --local quickstart-halved" in out
     resumed = holdfast("resume", "--local", "halved", f"RUNS_DIR={runs}")
     assert resumed.returncode == 0, resumed.stderr
-    attempts = ledger.attempts(ledger.read(run.ledger))
+    attempts = event_log.attempts(event_log.read(run.ledger))
     assert len(attempts) == 2 and attempts[0].lost_steps == 0 and attempts[1].start_step > 20
     reference = RunDir(runs / "quickstart-straight")
     assert weights_sha(run) == weights_sha(reference)
@@ -229,8 +229,8 @@ def test_run_trains_in_the_foreground_and_ctrl_c_saves_and_resume_goes_on(tmp_pa
 def test_a_local_run_of_another_machine_is_not_resumed_and_stays_as_it_is(tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     run, _ = prepare(resolve_here([f"RUNS_DIR={tmp_path}/runs", "RUN_ID=far", "DEVICE=cpu"], {}, tmp_path), tmp_path, sys.executable)
     run.stop_file.touch()
-    assert lease.claim(run, 1, {"job_id": "local-999999999", "host": "gpubox", "pid": 999_999_999, "stamp": "x:1"})
-    ledger.append(run.ledger, Event.START, attempt=1, job_id="local-999999999", world=1)
+    assert claim.claim(run, 1, {"job_id": "local-999999999", "host": "gpubox", "pid": 999_999_999, "stamp": "x:1"})
+    event_log.append(run.ledger, Event.START, attempt=1, job_id="local-999999999", world=1)
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     assert run_app(["resume", str(run.path), *words]) == Exit.REQUEUE
     said = capsys.readouterr().err
@@ -249,7 +249,7 @@ def test_the_local_executor_survives_a_killed_rank(tmp_path: Path) -> None:
     os.kill(victim, signal.SIGKILL)
 
     def causes() -> list[str]:
-        return [attempt.cause.value for attempt in ledger.attempts(ledger.read(run.ledger)) if attempt.cause]
+        return [attempt.cause.value for attempt in event_log.attempts(event_log.read(run.ledger)) if attempt.cause]
 
     until(lambda: causes() == ["killed", "finished"], 90, "the second attempt to finish")
     assert "finished" in holdfast("status", str(run.path), f"RUNS_DIR={tmp_path}/runs").stdout

@@ -13,11 +13,11 @@ import torch
 from conftest import REPOSITORY
 from on_device import needs_compiler
 
-from jobs.rundir import RunDir
-from jobs.settings import Job
-from train import kernel_cache as kernel_cache_module
-from train.compile_cache import CompileCache
-from train.kernel_cache import KernelCache
+from jobs.config.settings import Job
+from jobs.run.rundir import RunDir
+from train.compilation import kernel_cache as kernel_cache_module
+from train.compilation.compile_cache import CompileCache
+from train.compilation.kernel_cache import KernelCache
 
 
 def cache_of(run: RunDir, said: list[str], *, compile: bool = True) -> CompileCache:
@@ -69,9 +69,9 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from torch._dynamo.utils import counters
-from jobs.rundir import RunDir
-from jobs.settings import Job
-from train.compile_cache import CompileCache
+from jobs.run.rundir import RunDir
+from jobs.config.settings import Job
+from train.compilation.compile_cache import CompileCache
 
 rt = SimpleNamespace(device=torch.device(sys.argv[2]), is_main=True)
 cache = CompileCache(Job(job_name="t", compile=True), RunDir(Path(sys.argv[1])), rt, print)
@@ -121,7 +121,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from train.kernels import swiglu
-from train.kernel_cache import KernelCache
+from train.compilation.kernel_cache import KernelCache
 
 path, folder = map(Path, sys.argv[1:3])
 cache = KernelCache(path, folder)

@@ -12,10 +12,10 @@ from conftest import REPOSITORY, until
 from terminal import Terminal
 
 from benchmarks import many_runs
-from jobs.precision import Precision
-from jobs.rundir import RunDir
-from jobs.settings import names
-from launcher import completion, vocabulary
+from jobs.config.settings import names
+from jobs.run.rundir import RunDir
+from jobs.specs.precision import Precision
+from launcher.cli import completion, vocabulary
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")
 
@@ -181,7 +181,7 @@ def test_a_tab_costs_little_and_loads_nothing_heavy(tmp_path: Path) -> None:
 
     assert not {"torch", "submitit", "numpy", "rich.table"} & loaded()  # the first Tab, which gathers the words: 285 modules
     later = loaded()
-    assert not {"typer", "pydantic", "yaml", "jinja2", "launcher.cli", "jobs.settings"} & later
+    assert not {"typer", "pydantic", "yaml", "jinja2", "launcher.cli.app", "jobs.config.settings"} & later
     assert len(later) < 100  # 76; Python itself has 33
     tab = min(_seconds_of_a_processor(HOLDFAST, "completion", "--line", line, env=env) for _ in range(5))
     assert tab < 0.5, f"{tab:.2f} s of a processor"  # 0.03 s; 0.17 s while each Tab gathered
@@ -220,7 +220,7 @@ def test_words_are_gathered_once_and_kept_as_they_are(house: Path) -> None:
     assert list(vocabulary.vocabulary()["settings"]) == names()
 
 
-@pytest.mark.parametrize("file", ["launcher/cli_jobs.py", "jobs/settings.py", "jobs/mine.yaml", "slurm/sites/moon.yaml"])
+@pytest.mark.parametrize("file", ["launcher/cli/job.py", "jobs/config/settings.py", "jobs/mine.yaml", "slurm/sites/moon.yaml"])
 def test_a_file_that_is_new_changed_or_gone_makes_kept_words_stale(house: Path, file: str) -> None:
     vocabulary.vocabulary()
     path = house / "house" / file

@@ -6,7 +6,7 @@ from enum import Enum
 
 import pytest
 
-from jobs import contract
+from jobs.core import contract
 
 FROZEN: dict[type[Enum], str] = {
     contract.Exit: '{"DONE": 0, "FAILED": 1, "USAGE": 2, "REQUEUE": 75, "IMPOSSIBLE": 78, "INTERRUPTED": 130}',

@@ -17,12 +17,12 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from jobs.errors import SettingError
-from jobs.settings import Job
+from jobs.config.settings import Job
+from jobs.core.errors import SettingError
 from train.data.build import build
+from train.data.loader import Feed
 from train.data.sources import open_data
 from train.data.tokens import read_tokens
-from train.feed import Feed
 
 TEXTS = [f"Document {n}: {'žluťoučký kůň ' * (n % 7)}ends.\r\n" for n in range(200)]
 
@@ -199,7 +199,7 @@ def test_a_parquet_or_saved_set_without_the_column_names_those_there_are(tmp_pat
 
 def holdfast(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "launcher.cli", "data", "build", *words],
+        [sys.executable, "-m", "launcher.cli.app", "data", "build", *words],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
@@ -226,7 +226,7 @@ def test_a_folder_with_a_script_of_ones_own_called_train_is_no_obstacle(tmp_path
     for name in ("train.py", "jobs.py", "runpy.py"):
         (tmp_path / name).write_text("raise SystemExit('this is the script of a person')\n")
     # The command itself runs as it is installed, which looks for nothing in the working folder.
-    start = "from launcher.cli import run_app; import sys; sys.exit(run_app(['data', 'build', 'in.jsonl', '--out', 'set']))"
+    start = "from launcher.cli.app import run_app; import sys; sys.exit(run_app(['data', 'build', 'in.jsonl', '--out', 'set']))"
     done = subprocess.run(
         [sys.executable, "-P", "-c", start], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120
     )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.errors import SettingError
+from jobs.core.errors import SettingError
 from train.data.corpus import BYTE_VOCAB, byte_entropy, load_split, stdlib_corpus, text_corpus
 from train.data.sources import Dataset, open_data, write_tokens
 from train.data.tokens import sidecar

@@ -16,16 +16,16 @@ import torch
 from conftest import REPOSITORY, until
 from training import Farm, at_step, events, farm, logs, result
 
-from jobs.contract import STOP_SIGNALS, Exit, RankEnv
-from jobs.errors import DataWorkerError, SettingError
-from jobs.rundir import RunDir
-from jobs.settings import Job
-from launcher.local import pids_of_ranks
-from train import switches
+from jobs.config.settings import Job
+from jobs.core.contract import STOP_SIGNALS, Exit, RankEnv
+from jobs.core.errors import DataWorkerError, SettingError
+from jobs.run.rundir import RunDir
+from launcher.local.executor import pids_of_ranks
+from train import perf_flags
 from train.data import workers
+from train.data.loader import Feed, ValidationFeed
 from train.data.synthetic import AffineTokens, Digits
 from train.data.windows import TokenWindows
-from train.feed import Feed, ValidationFeed
 from train.models.convnet import ConvNet
 
 __all__ = ["farm"]
@@ -275,26 +275,26 @@ class Shapes(Augmented):
 
 def test_cudnn_benchmark_is_on_only_where_it_can_help_and_else_says_why() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert switches.no_cudnn_benchmark(ConvNet(), Shapes(), gpu) is None
-    assert "no GPU" in str(switches.no_cudnn_benchmark(ConvNet(), Shapes(), cpu))
-    assert "no convolution" in str(switches.no_cudnn_benchmark(torch.nn.Linear(2, 2), Shapes(), gpu))
-    assert "fixed_shapes" in str(switches.no_cudnn_benchmark(ConvNet(), Augmented(), gpu))
+    assert perf_flags.no_cudnn_benchmark(ConvNet(), Shapes(), gpu) is None
+    assert "no GPU" in str(perf_flags.no_cudnn_benchmark(ConvNet(), Shapes(), cpu))
+    assert "no convolution" in str(perf_flags.no_cudnn_benchmark(torch.nn.Linear(2, 2), Shapes(), gpu))
+    assert "fixed_shapes" in str(perf_flags.no_cudnn_benchmark(ConvNet(), Augmented(), gpu))
     before = torch.backends.cudnn.benchmark
     try:
-        assert switches.apply(job_of(cudnn_benchmark=True), ConvNet(), Shapes(), gpu) == [
+        assert perf_flags.apply(job_of(cudnn_benchmark=True), ConvNet(), Shapes(), gpu) == [
             "cudnn_benchmark: convolutions are timed in the first step, the fastest way is kept"
         ]
         assert torch.backends.cudnn.benchmark
-        (line,) = switches.apply(job_of(cudnn_benchmark=True), ConvNet(), Augmented(), gpu)
+        (line,) = perf_flags.apply(job_of(cudnn_benchmark=True), ConvNet(), Augmented(), gpu)
         assert line.startswith("warning: CUDNN_BENCHMARK has no effect") and not torch.backends.cudnn.benchmark
     finally:
         torch.backends.cudnn.benchmark = before
 
 
 def test_settings_of_workers_without_workers_are_named_as_without_effect() -> None:
-    lines = switches.apply(job_of(prefetch_factor=4, persistent_workers=False), ConvNet(), Shapes(), torch.device("cpu"))
+    lines = perf_flags.apply(job_of(prefetch_factor=4, persistent_workers=False), ConvNet(), Shapes(), torch.device("cpu"))
     assert [line.split()[1] for line in lines] == ["PREFETCH_FACTOR", "PERSISTENT_WORKERS"]
-    assert not switches.apply(job_of(prefetch_factor=4, persistent_workers=False, num_workers=1), ConvNet(), Shapes(), torch.device("cpu"))
+    assert not perf_flags.apply(job_of(prefetch_factor=4, persistent_workers=False, num_workers=1), ConvNet(), Shapes(), torch.device("cpu"))
 
 
 def test_built_in_data_say_that_their_shapes_are_fixed() -> None:

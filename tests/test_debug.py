@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from training import Farm, curve, farm  # noqa: F401
 
-from jobs.contract import Exit
-from jobs.errors import ImpossibleJobError
-from jobs.job_files import shipped_jobs
-from jobs.sources import Resolved, amend, given_values, resolve
-from jobs.space import trial_of
-from slurm import sitefile
+from jobs.config.job_files import shipped_jobs
+from jobs.config.resolver import Resolved, amend, given_values, resolve
+from jobs.core.contract import Exit
+from jobs.core.errors import ImpossibleJobError
+from jobs.sweep.search_space import trial_of
+from slurm import site_file
 
 FILE = "max_steps: 5000\nbatch_size: 256\nmicro_batch_size: 16\ngrad_accum_steps: 4\neval_every: 500\neval_samples: 4096\nwarmup_steps: 400\ngpus_per_node: 4\n"
 SIZES = ("max_steps", "batch_size", "micro_batch_size", "grad_accum_steps", "eval_every", "eval_samples", "warmup_steps")
@@ -18,7 +18,7 @@ SIZES = ("max_steps", "batch_size", "micro_batch_size", "grad_accum_steps", "eva
 
 def resolved(folder: Path, *words: str, text: str = FILE, **environ: str) -> Resolved:
     (folder / "job.yaml").write_text(text)
-    return resolve(["job.yaml", *words], environ, folder, lambda word: sitefile.find(word, folder))
+    return resolve(["job.yaml", *words], environ, folder, lambda word: site_file.find(word, folder))
 
 
 def sizes(found: Resolved) -> tuple[object, ...]:
@@ -62,7 +62,7 @@ def test_what_no_longer_fits_into_the_run_follows_unless_it_was_said(tmp_path: P
 
 @pytest.mark.parametrize("name", shipped_jobs())
 def test_every_job_file_of_ours_can_be_debugged(name: str, tmp_path: Path) -> None:
-    job = resolve([name, "DEBUG=true"], {}, tmp_path, lambda word: sitefile.find(word, tmp_path)).job
+    job = resolve([name, "DEBUG=true"], {}, tmp_path, lambda word: site_file.find(word, tmp_path)).job
     assert job.max_steps <= 20 and job.batch_size <= 2 * job.world_size
 
 

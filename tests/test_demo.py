@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import SMALL
 
-from jobs.errors import SettingError
-from launcher import demo
-from slurm import lab
+from jobs.core.errors import SettingError
+from launcher.cluster import demo
+from slurm.devcluster import lab
 
 
 def test_where_slurm_is_missing_it_says_what_and_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,10 +27,10 @@ import pytest
 import typer
 from conftest import REPOSITORY, Cluster
 
-from jobs.setting_names import OTHER_VARIABLES, setting_name
-from jobs.sources import resolve
-from launcher.cli import app
-from slurm import sitefile
+from jobs.config.resolver import resolve
+from jobs.config.setting_names import OTHER_VARIABLES, setting_name
+from launcher.cli.app import app
+from slurm import site_file
 
 PAGES = sorted(path for path in (*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("examples/*.md")))
 # Words of a person's own, and of commands that take no settings.
@@ -208,7 +208,7 @@ def test_the_check_of_words_finds_what_does_not_exist() -> None:
 def test_yaml_is_a_job_or_site_file_as_it_stands(block: Block, tmp_path: Path) -> None:
     path = tmp_path / "shown.yaml"
     path.write_text(block.text)
-    assert block.how == "not-run" or resolve([f"JOB={path}"], {}, tmp_path, lambda word: sitefile.find(word, tmp_path)).job
+    assert block.how == "not-run" or resolve([f"JOB={path}"], {}, tmp_path, lambda word: site_file.find(word, tmp_path)).job
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.kind == "python"], ids=where)

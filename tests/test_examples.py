@@ -11,11 +11,12 @@ import pytest
 from chaos import Stage
 from conftest import REPOSITORY, Cluster, until, weights_sha
 
-from jobs import ckpt_format, ledger
-from jobs.contract import Exit
-from jobs.rundir import RunDir
-from jobs.setting_names import setting_name
-from jobs.yaml_text import read_yaml
+from jobs.checkpoint import directory
+from jobs.config.setting_names import setting_name
+from jobs.config.yaml_io import read_yaml
+from jobs.core.contract import Exit
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
 
 EXAMPLES = REPOSITORY / "examples"
 QUIET = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -52,7 +53,7 @@ def preempted(cluster: Cluster) -> RunDir:
 @pytest.mark.slurm
 @pytest.mark.timeout(900)
 def test_the_image_classifier_is_preempted_and_loses_nothing(cluster: Cluster, preempted: RunDir) -> None:
-    attempts = ledger.attempts(ledger.read(preempted.ledger))
+    attempts = event_log.attempts(event_log.read(preempted.ledger))
     assert [attempt.cause.value for attempt in attempts if attempt.cause] == ["preempted", "finished"], cluster.logs(preempted)
     assert attempts[0].lost_steps == 0 and attempts[0].step and attempts[0].step >= 30
     assert attempts[1].start_step == attempts[0].step
@@ -90,7 +91,7 @@ def test_the_language_model_learns_and_leaves_its_checkpoints(tmp_path: Path) ->
     run = RunDir(tmp_path / "holdfast-run")
     said, trouble = (process := by_hand("finetune.py", tmp_path, "--steps", "30", "--save-every", "10")).communicate(timeout=300)
     assert process.returncode == 0, said + trouble
-    assert [path.name for path in ckpt_format.complete(run.checkpoints)] == ["step-00000030", "step-00000020"]
+    assert [path.name for path in directory.complete(run.checkpoints)] == ["step-00000030", "step-00000020"]
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == list(range(5, 31, 5))
     result = json.loads(said.splitlines()[-1])
     assert result["step"] == 30 and result["last_loss"] < 4.5 < result["first_loss"]
@@ -108,11 +109,11 @@ def test_a_stop_costs_the_language_model_no_step_and_no_bit(tmp_path: Path) -> N
     assert process.communicate(timeout=300) and process.returncode == 0
     run = RunDir(stopped / "holdfast-run")
     process = by_hand("finetune.py", stopped, "--steps", "600")
-    until(lambda: ckpt_format.complete(run.checkpoints), 120, "the first checkpoint")
+    until(lambda: directory.complete(run.checkpoints), 120, "the first checkpoint")
     process.send_signal(signal.SIGTERM)
     said, trouble = process.communicate(timeout=120)
     assert process.returncode == Exit.REQUEUE, said + trouble
-    step = ckpt_format.step_of(ckpt_format.complete(run.checkpoints)[0])
+    step = directory.step_of(directory.complete(run.checkpoints)[0])
     assert step and step < 600 and f"stopped at step {step}\n" in said
     process = by_hand("finetune.py", stopped, "--steps", "600")
     said, trouble = process.communicate(timeout=300)

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import Farm, at_step, farm, logs  # noqa: F401
 
-from jobs import goodput, ledger
-from jobs.contract import Cause, Event, Exit
-from jobs.goodput import Part, account, parts_of
-from jobs.rundir import RunDir
-from launcher.left_behind import clock_record
-from train.clock import Clock
+from jobs.core.contract import Cause, Event, Exit
+from jobs.run import event_log, goodput
+from jobs.run.goodput import Part, account, parts_of
+from jobs.run.rundir import RunDir
+from launcher.attempt.evidence import clock_record
+from train.metrics.goodput_timer import Clock
 
 
 class Hands:
@@ -188,7 +188,7 @@ def test_the_parts_always_sum_to_the_allocation(moves: list[tuple[str, float]], 
 
 def identity(run: RunDir, least_useful_s: float = 0.0) -> goodput.Account:
     """The account of a run, held to what is promised of it."""
-    found = account(ledger.read(run.ledger))
+    found = account(event_log.read(run.ledger))
     for one in found.attempts:
         assert abs(sum(one.parts_s.values()) - one.seconds) <= 0.01 * one.seconds + 0.01, one
         assert one.parts_s["other"] <= max(0.05 * one.seconds, 2.0), one
@@ -209,7 +209,7 @@ def test_a_run_that_is_stopped_killed_and_finished_accounts_for_every_second(far
     first, second = found.attempts
     assert first.parts_s["stop"] > 0 and first.parts_s["start_up"] > 0 and first.parts_s["lost"] == 0
     assert second.parts_s["restore"] > 0 and second.parts_s["evaluation"] > 0 and second.parts_s["save_stall"] > 0
-    ends = [event for event in ledger.read(run.ledger) if event["event"] == Event.END]
+    ends = [event for event in event_log.read(run.ledger) if event["event"] == Event.END]
     assert all(event["gpu_seconds"] == pytest.approx(2 * event["seconds"], abs=0.2) for event in ends)
 
 
@@ -229,7 +229,7 @@ def test_steps_after_the_newest_checkpoint_are_lost_when_the_ranks_are_killed(fa
 
 def test_a_process_that_is_killed_leaves_its_clock_at_most_a_second_behind(tmp_path: Path) -> None:
     path = tmp_path / "clock.json"
-    code = f"import sys, time; from pathlib import Path; from train.clock import Clock; clock = Clock(Path({str(path)!r}), time.monotonic() - 5); print(flush=True); time.sleep(60)"
+    code = f"import sys, time; from pathlib import Path; from train.metrics.goodput_timer import Clock; clock = Clock(Path({str(path)!r}), time.monotonic() - 5); print(flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline()
     time.sleep(1.5)

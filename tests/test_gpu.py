@@ -16,18 +16,19 @@ from conftest import REPOSITORY
 from on_device import CASES, One, Training, falls, gradient_job, gradients_of, gradients_over_ranks, job_of, largest_gap
 
 from benchmarks.trace import read
-from jobs import metrics
-from jobs.peaks import peak_of
-from jobs.precision import MODES, Precision, runs_on
-from train import optim, runtime, switches
-from train.autocast import TOLERANCE
+from jobs.run import metrics_log
+from jobs.specs.gpu_peaks import peak_of
+from jobs.specs.precision import MODES, Precision, runs_on
+from train import optim, perf_flags
+from train.checkpoint.host_staging import Filling
+from train.data.loader import Feed
 from train.data.sources import open_data
 from train.data.synthetic import AffineTokens
-from train.feed import Feed
-from train.filling import Filling
-from train.fp8 import load_early
+from train.distributed import runtime
 from train.models.convnet import ConvNet
-from train.seeds import seed_everything
+from train.precision.check import TOLERANCE
+from train.precision.fp8 import load_early
+from train.rng import seed_everything
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"), pytest.mark.timeout(900)]
 GPU = torch.device("cuda")
@@ -71,7 +72,7 @@ def training(folder: Path, name: str, **settings: Any) -> Training:
 
 @pytest.mark.parametrize("name", MODES_HERE)
 def test_every_precision_falls_like_fp32(tmp_path: Path, name: str) -> None:
-    """Parity: the tolerances of train.autocast, relative to fp32's loss at the same step (below 1 nat: to 1 nat).
+    """Parity: the tolerances of train.precision.check, relative to fp32's loss at the same step (below 1 nat: to 1 nat).
 
     On a CPU the same 25 steps gave bf16 0.006, bf16 O2 0.004, and fp8 as torchao emulates it 0.039."""
     run = training(tmp_path / "run", name).train(STEPS)
@@ -130,7 +131,7 @@ def test_o2_holds_16_bit_matrices_and_fp32_masters_on_the_gpu(tmp_path: Path, na
 _PRODUCTS = """
 import sys, torch
 from on_device import job_of
-from train import runtime
+from train.distributed import runtime
 runtime.start(job_of(sys.argv[1], "cuda"))
 g = torch.Generator().manual_seed(0)
 a, b = (torch.randn(512, 512, generator=g, dtype=torch.float64) for _ in range(2))
@@ -216,7 +217,7 @@ def test_cudnn_times_its_convolutions_where_shapes_are_fixed() -> None:
     model, data = ConvNet().to(GPU), AffineTokens(seq_len=8, vocab_size=16, split="train")
     before = torch.backends.cudnn.benchmark
     try:
-        (line,) = switches.apply(job_of("fp32", "cuda", cudnn_benchmark=True), model, data, GPU)
+        (line,) = perf_flags.apply(job_of("fp32", "cuda", cudnn_benchmark=True), model, data, GPU)
         assert torch.backends.cudnn.benchmark and not line.startswith("warning")
         model(images=torch.rand(8, 1, 8, 8, device=GPU), targets=torch.zeros(8, dtype=torch.int64, device=GPU)).backward()
     finally:
@@ -245,7 +246,7 @@ def test_the_ordinary_entry_point_names_the_gpu_and_logs_finite_numbers(tmp_path
     text = "\n".join(path.read_text() for path in run.logs.glob("*.0.out"))
     gpu = torch.cuda.get_device_properties(0)
     assert gpu.name in text and f"sm_{gpu.major}{gpu.minor}" in text and "GiB" in text
-    lines = metrics.read(run.metrics)
+    lines = metrics_log.read(run.metrics)
     assert [line["step"] for line in lines] == list(range(1, 21)) and lines[-1]["loss"] < lines[0]["loss"]
     assert all(line["tflops"] > 0 and line["gpu_memory_gib"] > 0 for line in lines)
     # So small a model is far from the peak: its share may be 0.00 %.
@@ -289,7 +290,7 @@ def test_the_first_line_of_a_run_describes_this_gpu() -> None:
 def test_memory_is_taken_in_segments_that_grow() -> None:
     """In a process of its own: this one has allocated before."""
     code = (
-        "import torch; from on_device import gradient_job; from train import runtime\n"
+        "import torch; from on_device import gradient_job; from train.distributed import runtime\n"
         "torch.empty(1000, device=runtime.start(gradient_job('cuda', 1)).device)\n"
         "print([segment['is_expandable'] for segment in torch.cuda.memory_snapshot()])"
     )

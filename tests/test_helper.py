@@ -12,14 +12,15 @@ import pytest
 from conftest import REPOSITORY, until
 
 import holdfast
-from jobs import ckpt_format, ledger, metrics, own_ckpt
-from jobs.contract import Cause, Exit
-from jobs.errors import CheckpointError, SettingError
-from jobs.rundir import RunDir
-from launcher import snapshot
-from launcher.local import run_attempts
-from launcher.prepare import prepare, resolve_here
-from launcher.watchdog import Watchdog
+from jobs.checkpoint import directory, user_checkpoint
+from jobs.core.contract import Cause, Exit
+from jobs.core.errors import CheckpointError, SettingError
+from jobs.run import event_log, metrics_log
+from jobs.run.rundir import RunDir
+from launcher.attempt.watchdog import Watchdog
+from launcher.local.executor import run_attempts
+from launcher.submission import snapshot
+from launcher.submission.create_run import prepare, resolve_here
 
 SCRIPT = REPOSITORY / "tests" / "helped_script.py"
 ENVIRON = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
@@ -63,7 +64,7 @@ def steps_of(run: RunDir) -> list[int]:
 
 
 def causes(run: RunDir) -> list[str]:
-    return [str(attempt.cause) for attempt in ledger.attempts(ledger.read(run.ledger))]
+    return [str(attempt.cause) for attempt in event_log.attempts(event_log.read(run.ledger))]
 
 
 def test_it_needs_the_standard_library_only() -> None:
@@ -78,12 +79,12 @@ def test_it_needs_the_standard_library_only() -> None:
 def test_by_hand_it_keeps_everything_in_a_folder_and_a_signal_costs_nothing(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "holdfast-run")
     first = by_hand(tmp_path, "2000", "10", "0.05")
-    until(lambda: ckpt_format.complete(run.checkpoints), 90, "the first checkpoint")
+    until(lambda: directory.complete(run.checkpoints), 90, "the first checkpoint")
     first.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=90)
     assert first.returncode == Exit.REQUEUE, said
     assert not (run.path / "attempts").exists() and not run.ledger.exists()
-    stopped = ckpt_format.step_of(ckpt_format.complete(run.checkpoints)[0])
+    stopped = directory.step_of(directory.complete(run.checkpoints)[0])
     assert stopped and f"stopped at step {stopped}" in said
     last = stopped // 10 * 10 + 20
     second = by_hand(tmp_path, str(last), "10", "0")
@@ -91,7 +92,7 @@ def test_by_hand_it_keeps_everything_in_a_folder_and_a_signal_costs_nothing(tmp_
     assert second.returncode == 0 and f"goes on from step-{stopped:08d}" in said
     assert f"rank 0 ended at {end_of(0, last)}" in said
     assert steps_of(run) == list(range(5, last + 1, 5))
-    assert [path.name for path in ckpt_format.complete(run.checkpoints)] == [f"step-{last:08d}", f"step-{last - 10:08d}"]
+    assert [path.name for path in directory.complete(run.checkpoints)] == [f"step-{last:08d}", f"step-{last - 10:08d}"]
 
 
 def test_by_hand_a_second_start_finds_the_end(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_by_hand_a_second_start_finds_the_end(tmp_path: Path) -> None:
 
 def test_ctrl_c_by_hand_is_what_it_always_was(tmp_path: Path) -> None:
     process = by_hand(tmp_path, "10000", "5", "0.01")
-    until(lambda: ckpt_format.complete(tmp_path / "holdfast-run" / "checkpoints"), 90, "the first checkpoint")
+    until(lambda: directory.complete(tmp_path / "holdfast-run" / "checkpoints"), 90, "the first checkpoint")
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=90)
     assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in said
@@ -114,13 +115,13 @@ def test_a_killed_run_goes_on_and_the_ledger_counts_what_was_lost(tmp_path: Path
     script = tmp_path / "killed.py"
     script.write_text(SCRIPT.read_text().replace("    stop = ", "    if step == 33 and holdfast.attempt == 1:\n        os.kill(os.getpid(), 9)\n    stop = "))
     run = own_run(tmp_path / "runs", "40", "10", "0", ENTRY=str(script))
-    assert run_attempts(run, ENVIRON) == Exit.DONE, run.log(ledger.read(run.ledger)[0]["job_id"], 0).read_text()
-    attempts = ledger.attempts(ledger.read(run.ledger))
+    assert run_attempts(run, ENVIRON) == Exit.DONE, run.log(event_log.read(run.ledger)[0]["job_id"], 0).read_text()
+    attempts = event_log.attempts(event_log.read(run.ledger))
     assert [attempt.cause for attempt in attempts] == [Cause.KILLED, Cause.FINISHED]
     assert (attempts[0].step, attempts[0].lost_steps, attempts[1].start_step) == (33, 3, 30)
     assert (run.path / "end.0").read_text() == str(end_of(5, 40))
     assert steps_of(run) == list(range(5, 41, 5))
-    saves = [event["step"] for event in ledger.read(run.ledger) if event["event"] == "checkpoint"]
+    saves = [event["step"] for event in event_log.read(run.ledger) if event["event"] == "checkpoint"]
     assert saves == [10, 20, 30, 40]
 
 
@@ -129,34 +130,34 @@ def test_a_script_that_ends_without_a_checkpoint_has_lost_nothing(tmp_path: Path
     script.write_text("import holdfast\nfor step in range(1, 6):\n    holdfast.progress(step)\n")
     run = own_run(tmp_path / "runs", ENTRY=str(script))
     assert run_attempts(run, ENVIRON) == Exit.DONE
-    [attempt] = ledger.attempts(ledger.read(run.ledger))
+    [attempt] = event_log.attempts(event_log.read(run.ledger))
     assert (attempt.cause, attempt.step, attempt.lost_steps) == (Cause.FINISHED, 5, 0)
 
 
 @pytest.mark.trains
 def test_a_stop_file_stops_it_for_good_and_resume_goes_on(tmp_path: Path) -> None:
     run = own_run(tmp_path / "runs", "2000", "1500", "0.03", KEEP_LAST="1")
-    process = subprocess.Popen([sys.executable, "-m", "launcher.local", str(run.path)], cwd=REPOSITORY, env=ENVIRON)
+    process = subprocess.Popen([sys.executable, "-m", "launcher.local.executor", str(run.path)], cwd=REPOSITORY, env=ENVIRON)
     until(lambda: run.metrics.exists(), 90, "its first line")
     run.stop_file.touch()
     assert process.wait(90) != 0
     assert causes(run) == ["cancelled"]
-    attempt = ledger.attempts(ledger.read(run.ledger))[0]
+    attempt = event_log.attempts(event_log.read(run.ledger))[0]
     assert attempt.lost_steps == 0 and attempt.step
     run.stop_file.unlink()
     (run.path / "hurry").touch()
-    ledger.append(run.ledger, ledger.Event.SUBMITTED, attempt=0, job_id="local-1", by="resume")
+    event_log.append(run.ledger, event_log.Event.SUBMITTED, attempt=0, job_id="local-1", by="resume")
     assert run_attempts(run, ENVIRON) == Exit.DONE
     assert (run.path / "end.0").read_text() == str(end_of(5, 2000))
-    assert len(ckpt_format.complete(run.checkpoints)) == 1
-    answer = subprocess.run([sys.executable, "-m", "launcher.cli", "ckpt", "verify", str(run.path)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert len(directory.complete(run.checkpoints)) == 1
+    answer = subprocess.run([sys.executable, "-m", "launcher.cli.app", "ckpt", "verify", str(run.path)], cwd=REPOSITORY, capture_output=True, text=True)
     assert answer.returncode == 0 and "1 of 1 verified" in answer.stdout
 
 
 def test_an_exception_is_written_down_with_its_kind(tmp_path: Path) -> None:
     run = own_run(tmp_path / "runs", "20", "10", "0", NODE_ENV="FAIL_AT=12")
     assert run_attempts(run, ENVIRON) == Exit.FAILED
-    last = ledger.read(run.ledger)[-1]
+    last = event_log.read(run.ledger)[-1]
     assert last["cause"] == "out_of_memory" and "MemoryError: no room for the walk" in last["evidence"] and last["lost_steps"] == 2
     assert "helped_script.py" in run.attempt(1).error(0).read_text()
 
@@ -164,12 +165,12 @@ def test_an_exception_is_written_down_with_its_kind(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path: Path) -> None:
     run = own_run(tmp_path / "runs", "20", "10", "0")
     assert run_attempts(run, ENVIRON) == Exit.DONE
-    newest = ckpt_format.path_of(run.checkpoints, 20)
+    newest = directory.path_of(run.checkpoints, 20)
     (newest / "parts" / "0.bin").write_bytes(b"y" * 1000)
-    ledger.append(run.ledger, ledger.Event.SUBMITTED, attempt=0, job_id="local-1", by="resume")
+    event_log.append(run.ledger, event_log.Event.SUBMITTED, attempt=0, job_id="local-1", by="resume")
     assert run_attempts(run, ENVIRON) == Exit.DONE
-    assert [event["name"] for event in ledger.read(run.ledger) if event["event"] == "damaged"] == [".damaged-step-00000020-2"]
-    assert ledger.attempts(ledger.read(run.ledger))[1].start_step == 10
+    assert [event["name"] for event in event_log.read(run.ledger) if event["event"] == "damaged"] == [".damaged-step-00000020-2"]
+    assert event_log.attempts(event_log.read(run.ledger))[1].start_step == 10
     assert (run.path / "end.0").read_text() == str(end_of(5, 20))
 
 
@@ -187,7 +188,7 @@ def test_a_ghost_writes_no_checkpoint_any_more(tmp_path: Path) -> None:
 def test_a_stop_before_the_script_asks_ends_it_with_75(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
-    program = "import time, jobs.stop\njobs.stop._PATIENCE_S = 0.2\nimport holdfast\nprint('ready', flush=True)\ntime.sleep(60)"
+    program = "import time, jobs.rank.stop_flag\njobs.stop._PATIENCE_S = 0.2\nimport holdfast\nprint('ready', flush=True)\ntime.sleep(60)"
     env = {**ENVIRON, "PYTHONPATH": str(REPOSITORY), "HOLDFAST_RUN_DIR": str(run.path), "HOLDFAST_ATTEMPT": "1"}
     process = subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "ready\n"
@@ -203,12 +204,12 @@ def test_settings_of_the_job_can_be_read(tmp_path: Path) -> None:
     )
     run = own_run(tmp_path / "runs", "a b", ENTRY=str(script), LR="2e-4", NOTE="Zürich: 🙂 \\ # x")
     assert run_attempts(run, {**ENVIRON, "PYTHONUTF8": "1"}) == Exit.DONE
-    said = run.log(ledger.read(run.ledger)[0]["job_id"], 0).read_text()
+    said = run.log(event_log.read(run.ledger)[0]["job_id"], 0).read_text()
     assert "said [0.0002, 'Zürich: 🙂 \\\\ # x', ['a b'], False, None] 1" in said and "is not a setting" in said
 
 
 def test_silence_is_a_hang_only_after_the_script_has_spoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.watchdog._ANSWER_S", 0)
+    monkeypatch.setattr("launcher.attempt.watchdog._ANSWER_S", 0)
     run = RunDir(tmp_path)
     run.attempt(1).path.mkdir(parents=True)
     killed: list[str] = []
@@ -275,36 +276,36 @@ def test_lines_of_steps_that_are_trained_again_go_and_one_of_the_same_step_grows
     second.write(3, {"step": 3, "loss": 7})
     second.write(3, {"step": 3, "loss": 8, "val_loss": 9})
     second.sync()
-    assert metrics.read(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "loss": 1}, {"step": 2, "loss": 2}, {"step": 3, "loss": 8, "val_loss": 9}]
+    assert metrics_log.read(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "loss": 1}, {"step": 2, "loss": 2}, {"step": 3, "loss": 8, "val_loss": 9}]
 
 
 # -- the commit of files that somebody else wrote ----------------------------------------------------------------------
 
 
 def filled(folder: Path, step: int, text: str = "x") -> Path:
-    source = own_ckpt.staging(folder, step, 1)
+    source = user_checkpoint.staging(folder, step, 1)
     (source / "weights.bin").write_text(text)
     return source
 
 
 def test_what_cannot_be_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no files"):
-        own_ckpt.commit(own_ckpt.staging(tmp_path, 1, 1), tmp_path, 1, 1, 2)
+        user_checkpoint.commit(user_checkpoint.staging(tmp_path, 1, 1), tmp_path, 1, 1, 2)
     with pytest.raises(CheckpointError, match="no files"):
-        own_ckpt.commit(tmp_path / "absent", tmp_path, 1, 1, 2)
+        user_checkpoint.commit(tmp_path / "absent", tmp_path, 1, 1, 2)
     source = filled(tmp_path, 2)
     (source / "manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match="name of the manifest"):
-        own_ckpt.commit(source, tmp_path, 2, 1, 2)
-    assert ckpt_format.complete(tmp_path) == []
+        user_checkpoint.commit(source, tmp_path, 2, 1, 2)
+    assert directory.complete(tmp_path) == []
 
 
 def test_a_checkpoint_that_is_there_stays_and_a_damaged_one_makes_room(tmp_path: Path) -> None:
-    final, _ = own_ckpt.commit(filled(tmp_path, 3, "first"), tmp_path, 3, 1, 2)
-    own_ckpt.commit(filled(tmp_path, 3, "second"), tmp_path, 3, 1, 2)
+    final, _ = user_checkpoint.commit(filled(tmp_path, 3, "first"), tmp_path, 3, 1, 2)
+    user_checkpoint.commit(filled(tmp_path, 3, "second"), tmp_path, 3, 1, 2)
     assert (final / "weights.bin").read_text() == "first"
     (final / "weights.bin").write_text("firsd")
-    own_ckpt.commit(filled(tmp_path, 3, "third"), tmp_path, 3, 1, 2)
+    user_checkpoint.commit(filled(tmp_path, 3, "third"), tmp_path, 3, 1, 2)
     assert (final / "weights.bin").read_text() == "third"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".damaged-step-00000003-1", "step-00000003"]
 
@@ -315,32 +316,32 @@ def test_a_link_that_would_not_lead_into_the_checkpoint_is_refused(tmp_path: Pat
     (source / "deep").mkdir()
     (source / "deep" / "last.bin").symlink_to(to := to.format(source=source))
     with pytest.raises(CheckpointError) as err:
-        own_ckpt.commit(source, tmp_path, 2, 1, 2)
+        user_checkpoint.commit(source, tmp_path, 2, 1, 2)
     said = f"{source}: deep/last.bin is a symbolic link to {to}, where the checkpoint does not keep it; copy the file to deep/last.bin instead"
-    assert str(err.value) == said and ckpt_format.complete(tmp_path) == []
+    assert str(err.value) == said and directory.complete(tmp_path) == []
     (source / "deep" / "last.bin").unlink()
-    assert own_ckpt.commit(source, tmp_path, 2, 1, 2)[0].is_dir(), "it is as it was, and can be committed once that is mended"
+    assert user_checkpoint.commit(source, tmp_path, 2, 1, 2)[0].is_dir(), "it is as it was, and can be committed once that is mended"
 
 
 def test_a_link_to_a_file_beside_it_is_read_under_the_final_name(tmp_path: Path) -> None:
     source = filled(tmp_path, 2, "weights")
     (source / "last.bin").symlink_to("weights.bin")
-    final, _ = own_ckpt.commit(source, tmp_path, 2, 1, 2)
-    assert set(ckpt_format.verify(final).files) == {"last.bin", "weights.bin"} and (final / "last.bin").read_text() == "weights"
+    final, _ = user_checkpoint.commit(source, tmp_path, 2, 1, 2)
+    assert set(directory.verify(final).files) == {"last.bin", "weights.bin"} and (final / "last.bin").read_text() == "weights"
 
 
 def test_a_checkpoint_of_an_earlier_step_than_those_there_is_not_pruned_by_its_own_commit(tmp_path: Path) -> None:
     for step in (10, 20, 30, 5):
-        final, _ = own_ckpt.commit(filled(tmp_path, step), tmp_path, step, 1, 2)
-        assert ckpt_format.verify(final).step == step
-    assert [ckpt_format.step_of(path) for path in ckpt_format.complete(tmp_path)] == [30, 20, 5]
-    own_ckpt.commit(filled(tmp_path, 40), tmp_path, 40, 1, 2)
-    assert [ckpt_format.step_of(path) for path in ckpt_format.complete(tmp_path)] == [40, 30]
+        final, _ = user_checkpoint.commit(filled(tmp_path, step), tmp_path, step, 1, 2)
+        assert directory.verify(final).step == step
+    assert [directory.step_of(path) for path in directory.complete(tmp_path)] == [30, 20, 5]
+    user_checkpoint.commit(filled(tmp_path, 40), tmp_path, 40, 1, 2)
+    assert [directory.step_of(path) for path in directory.complete(tmp_path)] == [40, 30]
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_wherever_the_disk_refuses_nothing_half_has_a_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    own_ckpt.commit(filled(tmp_path, 1), tmp_path, 1, 1, 1)
+    user_checkpoint.commit(filled(tmp_path, 1), tmp_path, 1, 1, 1)
     real, count = getattr(os, call), 0
     for allowed in range(20):
         count = 0
@@ -355,30 +356,30 @@ def test_wherever_the_disk_refuses_nothing_half_has_a_final_name(tmp_path: Path,
         source = filled(tmp_path, 2)
         monkeypatch.setattr(os, call, refuse)
         try:
-            own_ckpt.commit(source, tmp_path, 2, 1, 1)
+            user_checkpoint.commit(source, tmp_path, 2, 1, 1)
         except OSError:
-            assert ckpt_format.verify(own_ckpt.newest(tmp_path, 1, may_change=False)[0] or tmp_path)
+            assert directory.verify(user_checkpoint.newest(tmp_path, 1, may_change=False)[0] or tmp_path)
         else:
             break
         finally:
             monkeypatch.setattr(os, call, real)
-            shutil.rmtree(own_ckpt.staging(tmp_path, 2, 1))
+            shutil.rmtree(user_checkpoint.staging(tmp_path, 2, 1))
     assert allowed < 19 and count
-    assert ckpt_format.verify(ckpt_format.path_of(tmp_path, 2)).step == 2
+    assert directory.verify(directory.path_of(tmp_path, 2)).step == 2
 
 
 def test_a_manifest_that_points_outside_is_refused(tmp_path: Path) -> None:
     for name in ("../other", "/etc/hostname", "a/../../b"):
-        path = ckpt_format.path_of(tmp_path, 1)
+        path = directory.path_of(tmp_path, 1)
         path.mkdir(exist_ok=True)
-        (path / "manifest.json").write_text(ckpt_format.Manifest(1, 1, {name: ckpt_format.FileEntry(1, "0")}, {"own": True}).text())
+        (path / "manifest.json").write_text(directory.Manifest(1, 1, {name: directory.FileEntry(1, "0")}, {"own": True}).text())
         with pytest.raises(CheckpointError, match="outside"):
-            ckpt_format.verify(path)
+            directory.verify(path)
 
 
 def test_leftovers_of_earlier_attempts_go_and_this_ones_stay(tmp_path: Path) -> None:
-    own_ckpt.staging(tmp_path, 4, 1), own_ckpt.staging(tmp_path, 4, 2), (tmp_path / ".damaged-step-1-1").mkdir()
-    own_ckpt.clear_leftovers(tmp_path, 2)
+    user_checkpoint.staging(tmp_path, 4, 1), user_checkpoint.staging(tmp_path, 4, 2), (tmp_path / ".damaged-step-1-1").mkdir()
+    user_checkpoint.clear_leftovers(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".damaged-step-1-1", ".step-00000004.tmp-2"]
 
 
@@ -404,7 +405,7 @@ def started(cwd: Path, entry: str) -> str:
     run, _ = prepare(resolve_here([f"ENTRY={entry}", "DEVICE=cpu", f"RUNS_DIR={cwd}/runs"], {}, cwd), cwd, sys.executable)
     (cwd / "other.py").write_text("WORD = 'changed since'\n")
     code = run_attempts(run, ENVIRON)
-    said = run.log(ledger.read(run.ledger)[0]["job_id"], 0).read_text()
+    said = run.log(event_log.read(run.ledger)[0]["job_id"], 0).read_text()
     assert code == Exit.DONE, said
     return said
 

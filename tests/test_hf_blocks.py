@@ -238,8 +238,8 @@ def test_recomputed_activations_give_the_same_gradients(name: str) -> None:
 def test_fp8_products_stay_joined(name: str) -> None:
     """torchao's rounding, emulated: the joined product has one scale for its weights, so it is near and not equal to separate ones."""
     pytest.importorskip("torchao")
-    from jobs.settings import Job
-    from train.fp8 import convert
+    from jobs.config.settings import Job
+    from train.precision.fp8 import convert
 
     model = built(name)
     names = list(model.state_dict())
@@ -290,10 +290,10 @@ def test_kernels_equal_transformers(name: str, compiled: bool) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_fp8_products_are_joined_on_a_gpu(backend: str, recompute: bool) -> None:
     """Losses and gradients near bf16's, with one product for q, k and v; compiled."""
-    from jobs.precision import Precision
-    from jobs.settings import Job
-    from train.fp8 import convert, load_early
-    from train.numerics import forward_context
+    from jobs.config.settings import Job
+    from jobs.specs.precision import Precision
+    from train.precision.fp8 import convert, load_early
+    from train.precision.numerics import forward_context
 
     if importlib.util.find_spec("transformer_engine" if backend == "te" else "torchao") is None:
         pytest.skip(f"{backend} is not installed")

@@ -14,14 +14,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from jobs.errors import HoldfastError, NotFoundError, SettingError
-from jobs.rundir import RunDir
-from jobs.settings import Job, bare_type, names
-from jobs.sources import load, resolve
-from jobs.yaml_text import dump_yaml
-from launcher.attempt import begin
-from slurm import sitefile
-from slurm.render import Script, render_script
+from jobs.config.resolver import load, resolve
+from jobs.config.settings import Job, bare_type, names
+from jobs.config.yaml_io import dump_yaml
+from jobs.core.errors import HoldfastError, NotFoundError, SettingError
+from jobs.run.rundir import RunDir
+from launcher.attempt.lifecycle import begin
+from slurm import site_file
+from slurm.script.render import Script, render_script
 
 _MANY = typing.get_origin(bare_type("modules")), typing.get_origin(bare_type("node_env"))
 TEXTS = [name for name in names() if bare_type(name) is str]
@@ -63,7 +63,7 @@ NEEDS = {"accelerate_config": {"launch": "accelerate", "entry": "a.py"}}
 def carried(folder: Path, name: str, value: object) -> object:
     """The value of a setting as a node reads it, from a job file that gave it. Raises HoldfastError."""
     (folder / "given.yaml").write_text(dump_yaml({**NEEDS.get(name, {}), name: value}), "ascii")
-    resolved = resolve(["given.yaml"], {}, folder, lambda word: sitefile.find(word, folder))
+    resolved = resolve(["given.yaml"], {}, folder, lambda word: site_file.find(word, folder))
     (folder / "job.yaml").write_text(dump_yaml(resolved.job.model_dump(mode="json")))
     return getattr(load(folder / "job.yaml"), name)
 
@@ -126,7 +126,7 @@ def test_a_mapping_is_refused_in_a_clear_line_or_arrives_unchanged(folder: Path,
 def test_text_that_an_environment_can_hold_arrives_from_there_unchanged(folder: Path, value: str) -> None:
     environ = {"NOTE": value, "HOLDFAST_DATA": f"text:{value}"}
     try:
-        job = resolve([], environ, folder, lambda word: sitefile.find(word, folder)).job
+        job = resolve([], environ, folder, lambda word: site_file.find(word, folder)).job
     except SettingError as err:
         assert {said.partition(":")[0] for said in str(err).splitlines()} == {"NOTE", "DATA"}
         return
@@ -143,7 +143,7 @@ STUBS = {
     "python": """case "$*" in
 "-m launcher.attempt begin") echo "$RECORD/env.sh"; printf %s "$HOLDFAST_LOG_OFFSET" > "$RECORD/offset" ;;
 "-m launcher.attempt end "*) printf "%s\\0" "$@" > "$RECORD/end" ;;
-"-m launcher.watchdog "*) ;;  # beside the ranks: it may come after them
+"-m launcher.attempt.watchdog "*) ;;  # beside the ranks: it may come after them
 *) printf "%s\\0" "$0" "$@" > "$RECORD/python" ;;
 esac""",
 }
@@ -373,4 +373,4 @@ def test_hostile_text_reaches_the_training_process_of_a_real_job_unchanged(clust
 def test_a_site_file_that_is_a_link_to_itself_is_none(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(NotFoundError, match=r"site file './loop' does not exist"):
-        sitefile.find("./loop", tmp_path)
+        site_file.find("./loop", tmp_path)

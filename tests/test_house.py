@@ -92,13 +92,13 @@ def test_every_file_and_function_on_the_page_exists() -> None:
 
 
 def test_the_check_of_names_finds_what_does_not_exist() -> None:
-    assert not missing("train/step.py:Stepper.run") and not missing("jobs/precision.py:MODES")
-    assert missing("train/step.py:Stepper.walk") and missing("train/steps.py") and missing("jobs/rundir.py:run")
+    assert not missing("train/train_step.py:Stepper.run") and not missing("jobs/specs/precision.py:MODES")
+    assert missing("train/train_step.py:Stepper.walk") and missing("train/steps.py") and missing("jobs/run/rundir.py:run")
 
 
 def test_every_module_says_what_it_is_in_one_line() -> None:
     said = draw.modules()
-    assert set(said) >= {"jobs/settings.py", "train/data/order.py", "holdfast.py"}
+    assert set(said) >= {"jobs/config/settings.py", "train/data/order.py", "holdfast.py"}
     assert not {name: line for name, line in said.items() if not line or len(line) > 300}
 
 

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from jobs.imports import without_collections
+from jobs.core.gc_pause import without_collections
 
 
 @pytest.mark.parametrize("on", [True, False])

@@ -14,12 +14,12 @@ import pytest
 import yaml
 from conftest import REPOSITORY, Cluster
 
-from jobs.errors import SettingError
-from jobs.sources import resolve
-from launcher.init import choose, site_text
-from slurm import sitefile
-from slurm.discover import Cluster as Found
-from slurm.discover import Gpus, arch_of, described, parse_accounts, parse_gres
+from jobs.config.resolver import resolve
+from jobs.core.errors import SettingError
+from launcher.cluster.init import choose, site_text
+from slurm import site_file
+from slurm.discovery import Cluster as Found
+from slurm.discovery import Gpus, arch_of, described, parse_accounts, parse_gres
 
 CONFIG = {"ClusterName": "alps", "SLURM_VERSION": "24.05.4", "SelectType": "select/cons_tres"}
 PARTITIONS = """\
@@ -124,7 +124,7 @@ def test_the_file_resolves_to_what_was_found(alps: Found, name: str, tmp_path: P
     assert partition
     path = tmp_path / "site.yaml"
     path.write_text(site_text(alps, partition, {"partition": name, "account": "research", "qos": ""}, date(2026, 11, 24)))
-    job = resolve(["NODES=1", "GPUS_PER_NODE=4", f"SITE={path}"], {}, REPOSITORY, lambda word: sitefile.find(word, REPOSITORY)).job
+    job = resolve(["NODES=1", "GPUS_PER_NODE=4", f"SITE={path}"], {}, REPOSITORY, lambda word: site_file.find(word, REPOSITORY)).job
     assert (job.partition, job.account, job.qos) == (name, "research", None)
     values = yaml.safe_load(path.read_text())
     if name == "preempt":
@@ -138,7 +138,7 @@ def test_the_file_resolves_to_what_was_found(alps: Found, name: str, tmp_path: P
         for line in path.read_text().splitlines()
     )
     path.write_text(bare.replace("[cuda/13.0]", "[]"))
-    resolve(["NODES=1", "GPUS_PER_NODE=4", f"SITE={path}"], {}, REPOSITORY, lambda word: sitefile.find(word, REPOSITORY))
+    resolve(["NODES=1", "GPUS_PER_NODE=4", f"SITE={path}"], {}, REPOSITORY, lambda word: site_file.find(word, REPOSITORY))
     assert len(yaml.safe_load(bare)) > len(values) + 4
 
 
@@ -148,7 +148,7 @@ def test_odd_names_are_written_so_that_they_come_back(alps: Found, tmp_path: Pat
     for odd in ("no", "1e3", "a b", "it's: #1", "0123", "on"):
         path = tmp_path / "site.yaml"
         path.write_text(site_text(alps, partition, {"partition": odd, "account": odd, "qos": odd}, date(2026, 11, 24)))
-        job = resolve(["NODES=1", "GPUS_PER_NODE=1", f"SITE={path}"], {}, REPOSITORY, lambda word: sitefile.find(word, REPOSITORY)).job
+        job = resolve(["NODES=1", "GPUS_PER_NODE=1", f"SITE={path}"], {}, REPOSITORY, lambda word: site_file.find(word, REPOSITORY)).job
         assert (job.partition, job.account, job.qos) == (odd, odd, odd)
 
 
@@ -157,7 +157,7 @@ def test_on_the_lab_the_file_is_right_and_a_job_runs_with_it(cluster: Cluster, t
     def init(*words: str) -> subprocess.CompletedProcess[str]:
         env = {name: value for name, value in cluster.env.items() if name not in ("HOLDFAST_SITE", "RUNS_DIR")}
         return subprocess.run(
-            [sys.executable, "-m", "launcher.cli", "init", *words],
+            [sys.executable, "-m", "launcher.cli.app", "init", *words],
             cwd=tmp_path,
             env={**env, "PYTHONPATH": str(REPOSITORY)},
             capture_output=True,
@@ -196,7 +196,7 @@ def test_on_the_lab_the_file_is_right_and_a_job_runs_with_it(cluster: Cluster, t
 def test_at_a_terminal_it_asks_and_asks_again(cluster: Cluster, tmp_path: Path) -> None:
     master, slave = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "launcher.cli", "init"],
+        [sys.executable, "-m", "launcher.cli.app", "init"],
         cwd=tmp_path,
         env={**cluster.env, "PYTHONPATH": str(REPOSITORY), "TERM": "dumb"},
         stdin=slave,

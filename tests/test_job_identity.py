@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, Cluster, until
 
-from jobs import ledger
-from jobs.rundir import RunDir
-from slurm import lab
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
+from slurm.devcluster import lab
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(lab.missing_programs()), reason="needs Slurm")]
 
@@ -59,7 +59,7 @@ def row(cluster: Cluster, run: RunDir, **env: str) -> dict[str, object]:
 
 
 def submitted(run: RunDir) -> dict[str, object]:
-    return [event for event in ledger.read(run.ledger) if event["event"] == "submitted"][-1]
+    return [event for event in event_log.read(run.ledger) if event["event"] == "submitted"][-1]
 
 
 def test_exported_client_variables_change_no_answer(small: Cluster) -> None:

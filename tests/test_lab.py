@@ -19,9 +19,10 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE
 
-from jobs.errors import LabError
-from slurm import lab, lab_conf, lab_files, lab_host, lab_prefix, lab_proc
-from slurm.lab import Lab, LabConfig
+from jobs.core.errors import LabError
+from slurm.devcluster import config_files, host_info, lab, proc, slurm_conf
+from slurm.devcluster import prefix as lab_prefix
+from slurm.devcluster.lab import Lab, LabConfig
 
 REPO = Path(lab.__file__).resolve().parents[1]
 NOBODY = 65534
@@ -71,14 +72,14 @@ def job(of: Lab, number: str) -> dict[str, str]:
 
 
 def until(done: Callable[[], bool], timeout_s: float = 15) -> None:
-    assert lab_proc.wait_until(done, PATIENCE * timeout_s, 0.05), "did not happen in time"
+    assert proc.wait_until(done, PATIENCE * timeout_s, 0.05), "did not happen in time"
 
 
-def jobs_of(of: Lab) -> list[lab_proc.Process]:
-    return [p for group in lab_proc.of_lab(of.root).jobs.values() for p in group]
+def jobs_of(of: Lab) -> list[proc.Process]:
+    return [p for group in proc.of_lab(of.root).jobs.values() for p in group]
 
 
-def command_of(process: lab_proc.Process) -> bytes:
+def command_of(process: proc.Process) -> bytes:
     with suppress(OSError):
         return Path(f"/proc/{process.pid}/cmdline").read_bytes()
     return b""
@@ -86,10 +87,10 @@ def command_of(process: lab_proc.Process) -> bytes:
 
 def with_slurm_conf(conf: Path) -> list[int]:
     pids = (int(e) for e in os.listdir("/proc") if e.isdigit())
-    return [p for p in pids if lab_proc.look_up(p) and lab_proc.environment(p).get("SLURM_CONF") == str(conf)]
+    return [p for p in pids if proc.look_up(p) and proc.environment(p).get("SLURM_CONF") == str(conf)]
 
 
-def owners_of(processes: list[lab_proc.Process]) -> set[int]:
+def owners_of(processes: list[proc.Process]) -> set[int]:
     """User ids of the processes that are still there when we look."""
     found = set()
     for process in processes:
@@ -107,7 +108,7 @@ def listening_addresses(of: Lab) -> dict[str, set[str]]:
             if fields[3] == "0A":  # LISTEN
                 address_of[fields[9]] = fields[1].partition(":")[0]
     found: dict[str, set[str]] = {}
-    for process in lab_proc.of_lab(of.root).all():
+    for process in proc.of_lab(of.root).all():
         # Daemons open and close files, and job steps end, while we look: what is gone does not listen.
         with suppress(OSError):
             for fd in os.listdir(f"/proc/{process.pid}/fd"):
@@ -148,16 +149,16 @@ def test_a_value_that_slurm_would_choke_on_is_refused_with_its_bounds(wrong: dic
 
 def test_a_lab_of_one_node_without_gpus_and_with_accounting_says_so(tmp_path: Path) -> None:
     config = LabConfig(nodes=1, gpus=0, accounting=True)
-    text = lab_conf.slurm_conf(config, tmp_path, 12000, "ada", "box")
+    text = slurm_conf.slurm_conf(config, tmp_path, 12000, "ada", "box")
     assert "NodeName=node1 " in text and "Port=12002 " in text and "gpu" not in text.lower().replace(str(tmp_path).lower(), "")
-    assert "AccountingStoragePort=12001\n" in text and lab_conf.gres_conf(config, tmp_path) == ""
-    with_gpus = lab_conf.slurm_conf(LabConfig(nodes=1, gpus=2, accounting=True), tmp_path, 12000, "ada", "box")
+    assert "AccountingStoragePort=12001\n" in text and slurm_conf.gres_conf(config, tmp_path) == ""
+    with_gpus = slurm_conf.slurm_conf(LabConfig(nodes=1, gpus=2, accounting=True), tmp_path, 12000, "ada", "box")
     assert "AccountingStorageTRES=gres/gpu\n" in with_gpus
 
 
 def test_configuration_says_what_was_asked_for(tmp_path: Path) -> None:
     config = LabConfig(nodes=3, gpus=2, grace_s=7, preempt_mode="CANCEL", user_signal=True, extra_conf="DebugFlags=Gres")
-    text = lab_conf.slurm_conf(config, tmp_path, 12000, "ada", "box")
+    text = slurm_conf.slurm_conf(config, tmp_path, 12000, "ada", "box")
     assert "SlurmUser=ada\n" in text
     assert "NodeName=node[1-3] NodeHostname=box NodeAddr=127.0.0.1 Port=[12002-12004]" in text
     assert "Gres=gpu:h100:2" in text
@@ -168,7 +169,7 @@ def test_configuration_says_what_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_real_gpus_are_dealt_out_to_the_nodes(tmp_path: Path) -> None:
-    text = lab_conf.gres_conf(LabConfig(nodes=2, gpus=2, real_gpus=True), tmp_path)
+    text = slurm_conf.gres_conf(LabConfig(nodes=2, gpus=2, real_gpus=True), tmp_path)
     assert text.splitlines() == [
         f"NodeName=node1 Name=gpu Type=h100 File={tmp_path}/dev/gpu[0-1]",
         f"NodeName=node2 Name=gpu Type=h100 File={tmp_path}/dev/gpu[2-3]",
@@ -176,12 +177,12 @@ def test_real_gpus_are_dealt_out_to_the_nodes(tmp_path: Path) -> None:
 
 
 def test_host_name_of_the_machine_means_loopback_inside() -> None:
-    text = lab_conf.hosts("127.0.0.1 localhost\n10.1.2.3 box.site box other # me\n::1 box\n", ("box.site", "box"), ("node1",))
+    text = slurm_conf.hosts("127.0.0.1 localhost\n10.1.2.3 box.site box other # me\n::1 box\n", ("box.site", "box"), ("node1",))
     assert text == "127.0.0.1 box.site box\n127.0.0.11 node1\n127.0.0.1 localhost\n10.1.2.3 other\n"
 
 
 def test_missing_programs_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(lab_host, "search_path", lambda: str(tmp_path))
+    monkeypatch.setattr(host_info, "search_path", lambda: str(tmp_path))
     monkeypatch.delenv(lab_prefix.VARIABLE, raising=False)
     assert {"slurmctld", "munged", "sbatch"} <= set(lab.missing_programs())
     assert "mariadbd" in lab.missing_programs(accounting=True)
@@ -203,8 +204,8 @@ def test_a_prefix_without_slurm_is_refused_and_one_with_packages_names_its_plugi
     assert (prefix.plugins, prefix.version, prefix.can_do_without_cgroups) == (plugins, (26, 5), True)
     assert prefix.slurmd_options == ("-d", f"{tmp_path}/shims/slurmstepd")
     assert prefix.before("/bin") == prefix.before(prefix.before("/bin")) == f"{tmp_path}/shims:/bin"
-    assert f"PluginDir={plugins}\n" in lab_conf.slurm_conf(LabConfig(nodes=1), tmp_path, 12000, "ada", "box", prefix.plugins)
-    assert lab_conf.cgroup_conf(LabConfig(), True) == "CgroupPlugin=disabled\n"
+    assert f"PluginDir={plugins}\n" in slurm_conf.slurm_conf(LabConfig(nodes=1), tmp_path, 12000, "ada", "box", prefix.plugins)
+    assert slurm_conf.cgroup_conf(LabConfig(), True) == "CgroupPlugin=disabled\n"
     nothing = lab_prefix.SlurmPrefix.of({})
     assert (nothing.plugins, nothing.slurmd_options, nothing.before("/bin")) == (None, (), "/bin")
 
@@ -260,44 +261,44 @@ def test_parent_that_everybody_may_write_is_refused(room: Path) -> None:
 
 
 def test_port_in_use_is_passed_over_and_refused_when_asked_for(room: Path) -> None:
-    with lab_host.reserved_ports(room, LabConfig(nodes=1), None) as first:
-        with lab_host.reserved_ports(room, LabConfig(nodes=1), None) as second:
+    with host_info.reserved_ports(room, LabConfig(nodes=1), None) as first:
+        with host_info.reserved_ports(room, LabConfig(nodes=1), None) as second:
             assert second != first
         with (
             pytest.raises(LabError, match="in use"),
-            lab_host.reserved_ports(room, LabConfig(base_port=first - 2), None),
+            host_info.reserved_ports(room, LabConfig(base_port=first - 2), None),
         ):
             pass
     with socket.create_server(("127.0.0.1", first + 2)):
-        with lab_host.reserved_ports(room, LabConfig(nodes=1), None) as third:
+        with host_info.reserved_ports(room, LabConfig(nodes=1), None) as third:
             assert third != first
-    with lab_host.reserved_ports(room, LabConfig(nodes=1), None) as again:
+    with host_info.reserved_ports(room, LabConfig(nodes=1), None) as again:
         assert again == first
 
 
 def test_without_private_hosts_a_public_host_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lab_host, "isolate", lambda how, hosts: ["false"])
+    monkeypatch.setattr(host_info, "isolate", lambda how, hosts: ["false"])
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("10.1.2.3", 0))])
     with pytest.raises(LabError, match=r"10\.1\.2\.3.*/etc/hosts"):
-        lab_host.pick_isolation()
+        host_info.pick_isolation()
 
 
 def test_a_host_name_that_means_nothing_is_refused_and_loopback_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: object) -> object:
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(lab_host, "isolate", lambda how, hosts: ["false"])
+    monkeypatch.setattr(host_info, "isolate", lambda how, hosts: ["false"])
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(LabError, match="means nothing"):
-        lab_host.pick_isolation()
+        host_info.pick_isolation()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", ("127.0.1.1", 0))])
-    assert lab_host.pick_isolation() == "none"
+    assert host_info.pick_isolation() == "none"
 
 
 def test_a_user_without_a_name_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 4_000_000_000)
     with pytest.raises(LabError, match="uid 4000000000 has none"):
-        lab_host.user_name()
+        host_info.user_name()
 
 
 @pytest.mark.usefixtures("all_programs")
@@ -312,28 +313,28 @@ def test_a_directory_of_another_user_and_one_that_cannot_be_made_are_refused(roo
 
 
 def test_a_second_start_waits_for_the_first_and_says_whom_it_waits_for(room: Path) -> None:
-    with lab_host.exclusive(room / "none"):
+    with host_info.exclusive(room / "none"):
         pass  # nothing there: nothing to wait for, and nothing is made
     assert not (room / "none").exists()
-    with lab_host.exclusive(room):
+    with host_info.exclusive(room):
         with pytest.raises(LabError, match=r"at work for 0.2 s.*lab\.lock"):
-            with lab_host.exclusive(room, 0.2):
+            with host_info.exclusive(room, 0.2):
                 pass
-    with lab_host.exclusive(room, 0.2):
+    with host_info.exclusive(room, 0.2):
         pass
 
 
 def test_no_free_block_of_ports_is_an_error_that_names_the_range(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lab_host, "_reserve", lambda port, held: False)
+    monkeypatch.setattr(host_info, "_reserve", lambda port, held: False)
     with pytest.raises(LabError, match="no 3 ports in a row are free"):
-        with lab_host.reserved_ports(room, LabConfig(nodes=1), 12000):
+        with host_info.reserved_ports(room, LabConfig(nodes=1), 12000):
             pass
 
 
 def test_more_real_gpus_than_there_are_is_refused(room: Path) -> None:
     wanted = LabConfig(nodes=3, gpus=64, real_gpus=True)
     with pytest.raises(LabError, match="need 192, this machine has"):
-        lab_files.write_files(lab.Lab(room, wanted, 12000, "none"))
+        config_files.write_files(lab.Lab(room, wanted, 12000, "none"))
 
 
 def test_another_shape_than_the_running_lab_has_is_refused_and_what_differs_is_said(room: Path) -> None:
@@ -353,13 +354,13 @@ def test_what_is_no_saved_lab_is_none(room: Path) -> None:
 
 def test_recycled_pid_is_not_signalled() -> None:
     with subprocess.Popen(["sleep", "60"]) as child:
-        found = lab_proc.look_up(child.pid)
-        assert found and lab_proc.alive(found)
-        stale = lab_proc.Process(found.pid, found.started - 1, found.parent, found.name)
-        lab_proc.terminate([stale], 0.1)
+        found = proc.look_up(child.pid)
+        assert found and proc.alive(found)
+        stale = proc.Process(found.pid, found.started - 1, found.parent, found.name)
+        proc.terminate([stale], 0.1)
         assert child.poll() is None
-        lab_proc.terminate([found], 5)
-    assert lab_proc.look_up(child.pid) is None
+        proc.terminate([found], 5)
+    assert proc.look_up(child.pid) is None
 
 
 # -- with Slurm --------------------------------------------------------------------------------------------------------
@@ -380,7 +381,7 @@ def test_two_node_step_runs_with_gpus_on_loopback_only(room: Path) -> None:
     assert sorted(told.split("\n")[:2]) == ["node1 0,1,2,3,4,5,6,7", "node2 0,1,2,3,4,5,6,7"]
 
     running = submit(cluster, "srun --nodes=2 sleep 600", "--nodes=2")
-    until(lambda: len(lab_proc.of_lab(cluster.root).jobs) == 2)
+    until(lambda: len(proc.of_lab(cluster.root).jobs) == 2)
     until(lambda: "srun" in listening_addresses(cluster))
     listening = listening_addresses(cluster)
     assert {"slurmctld", "slurmd"} <= set(listening)
@@ -401,10 +402,10 @@ def test_two_labs_start_at_once_and_know_nothing_of_each_other(room: Path) -> No
     assert one.base_port != two.base_port
     assert submit(one, "sleep 600") == submit(two, "sleep 600") == "1"
     until(lambda: {p.name for p in jobs_of(two)} == {"slurmstepd", "slurm_script", "sleep"})
-    of_two = lab_proc.of_lab(two.root)
+    of_two = proc.of_lab(two.root)
     one.stop()
     assert lab.find(one.root) is None and with_slurm_conf(one.conf) == []
-    assert lab_proc.of_lab(two.root) == of_two
+    assert proc.of_lab(two.root) == of_two
     assert job(two, "1")["JobState"] == "RUNNING"
 
 
@@ -415,11 +416,11 @@ def test_stop_leaves_no_process_but_those_it_did_not_start(room: Path, controlle
     # A batch script that ignores its end, and a child of it that no environment gives away.
     number = submit(cluster, "trap '' TERM; env -i sleep 86399 & while :; do sleep 0.1; done")
     until(lambda: job(cluster, number)["JobState"] == "RUNNING")
-    sleepers: list[lab_proc.Process] = []
+    sleepers: list[proc.Process] = []
 
     def is_stripped() -> bool:
         # Between fork and exec it still has the environment of its shell.
-        sleepers[:] = [p for p in jobs_of(cluster) if b"86399" in command_of(p) and p.name == "sleep" and not lab_proc.environment(p.pid)]
+        sleepers[:] = [p for p in jobs_of(cluster) if b"86399" in command_of(p) and p.name == "sleep" and not proc.environment(p.pid)]
         return bool(sleepers)
 
     until(is_stripped)
@@ -430,7 +431,7 @@ def test_stop_leaves_no_process_but_those_it_did_not_start(room: Path, controlle
         cluster.stop()
         assert with_slurm_conf(cluster.conf) == [shell.pid]
         shell.terminate()
-    assert sleepers and not any(map(lab_proc.alive, sleepers))
+    assert sleepers and not any(map(proc.alive, sleepers))
     assert (cluster.root / "log" / "slurmctld.log").stat().st_size
     assert "not running" in cluster.status().describe()
     cluster.stop()
@@ -451,9 +452,9 @@ def test_low_job_is_preempted_by_a_high_one_and_comes_back(room: Path) -> None:
 def test_lost_node_loses_its_tasks_and_comes_back_usable(room: Path) -> None:
     cluster = lab.start(room / "lab", TWO)
     number = submit(cluster, "srun --nodes=2 --no-kill sleep 600", "--nodes=2", "--no-kill")
-    until(lambda: len(lab_proc.of_lab(cluster.root).jobs) == 2)
+    until(lambda: len(proc.of_lab(cluster.root).jobs) == 2)
     cluster.kill_node("node2")
-    assert "node2" not in lab_proc.of_lab(cluster.root).jobs
+    assert "node2" not in proc.of_lab(cluster.root).jobs
     assert [d.name for d in cluster.status().daemons if not d.alive] == ["node2"]
     client(cluster, "scancel", number)
     cluster.restart_node("node2")
@@ -470,11 +471,11 @@ def test_jobs_outlive_their_controller(room: Path) -> None:
     until(lambda: job(cluster, number)["JobState"] == "RUNNING")
     time.sleep(0.2)
     cluster.kill_controller()
-    assert "slurmctld" not in lab_proc.of_lab(cluster.root).daemons
+    assert "slurmctld" not in proc.of_lab(cluster.root).daemons
     cluster.start_controller()
     assert lab.find(cluster.root) == cluster
     # What slurmctld had not yet written to disk is lost with it; the job itself goes on either way.
-    assert lab_proc.of_lab(cluster.root).jobs
+    assert proc.of_lab(cluster.root).jobs
 
 
 @real()
@@ -488,12 +489,12 @@ def test_failed_start_shows_the_reason_and_leaves_nothing(room: Path) -> None:
 
 @real()
 def test_daemons_let_go_of_the_callers_output_and_outlive_it(room: Path) -> None:
-    code = "import sys; from pathlib import Path; from slurm import lab; lab.start(Path(sys.argv[1])); print('up')"
+    code = "import sys; from pathlib import Path; from slurm.devcluster import lab; lab.start(Path(sys.argv[1])); print('up')"
     done = subprocess.run([sys.executable, "-c", code, str(room / "lab")], cwd=REPO, capture_output=True, text=True, timeout=20)
     assert done.stdout == "up\n", done.stderr
     cluster = lab.find(room / "lab")
     assert cluster and cluster.config == LabConfig()
-    assert {os.getsid(p.pid) for p in lab_proc.of_lab(cluster.root).all()}.isdisjoint({os.getsid(0)})
+    assert {os.getsid(p.pid) for p in proc.of_lab(cluster.root).all()}.isdisjoint({os.getsid(0)})
 
 
 @real(accounting=True)
@@ -529,11 +530,11 @@ def test_plain_user_has_a_lab_too(room: Path, isolation: str) -> None:
     become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "env", f"HOME={room}"]
     become.append("PYTHONDONTWRITEBYTECODE=1")
     for python in (sys.executable, "/usr/bin/python3"):
-        trial = [*become, python, "-c", "import slurm.lab"]
+        trial = [*become, python, "-c", "import slurm.devcluster.lab"]
         if subprocess.run(trial, cwd=REPO, capture_output=True, timeout=20).returncode == 0:
             break
     else:
-        pytest.skip("no Python that an unprivileged user may run and that can import slurm.lab")
+        pytest.skip("no Python that an unprivileged user may run and that can import slurm.devcluster.lab")
     done = subprocess.run(
         [*become, python, "-c", AS_SOMEBODY, str(room / "lab"), isolation],
         cwd=REPO, capture_output=True, text=True, timeout=90,
@@ -542,7 +543,7 @@ def test_plain_user_has_a_lab_too(room: Path, isolation: str) -> None:
     how, found = json.loads(done.stdout)
     assert found and how in (("none",) if isolation == "none" else ("user", "none"))
     cluster = saved_lab(room / "lab")
-    assert owners_of(lab_proc.of_lab(cluster.root).all()) == {NOBODY}
+    assert owners_of(proc.of_lab(cluster.root).all()) == {NOBODY}
 
     def call(*command: str) -> str:
         return client(cluster, *become, *command)

@@ -14,17 +14,17 @@ from on_device import One
 from torch import nn
 from training import Farm, farm, logs
 
-from jobs import metrics
-from jobs.goodput import Part
-from jobs.peaks import peak_of
-from jobs.precision import Precision
-from jobs.settings import Job
-from train import runtime
-from train.clock import Clock
-from train.flops import flops_per_sample
-from train.live import Live, progress_text
+from jobs.config.settings import Job
+from jobs.run import metrics_log
+from jobs.run.goodput import Part
+from jobs.specs.gpu_peaks import peak_of
+from jobs.specs.precision import Precision
+from train.distributed import runtime
+from train.metrics.flops import flops_per_sample
+from train.metrics.goodput_timer import Clock
+from train.metrics.profiler import Tracer
+from train.metrics.throughput import Live, progress_text
 from train.models.registry import build_model
-from train.tracer import Tracer
 
 __all__ = ["farm"]
 CPU = torch.device("cpu")
@@ -119,7 +119,7 @@ def test_a_range_of_steps_that_is_none_is_refused(text: str, said: str) -> None:
 
 def test_live_figures_and_a_trace_of_the_asked_steps_come_with_a_run(farm: Farm) -> None:
     run = farm.finished(PRECISION="fp32", MAX_STEPS="12", EVAL_EVERY="6", LOG_EVERY="1", PROFILE_STEPS="3-5")
-    lines = metrics.read(run.metrics)
+    lines = metrics_log.read(run.metrics)
     assert len(lines) == 12 and all({"tokens_per_s", "tflops", "data_wait_pct", "save_wait_pct"} <= set(line) for line in lines)
     assert all(line["tflops"] > 0 and 0 <= line["data_wait_pct"] <= 100 and 0 <= line["save_wait_pct"] <= 100 for line in lines)
     said = logs(run)

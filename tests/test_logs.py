@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from conftest import Cluster, until
 
-from jobs import ledger
-from jobs.contract import Cause, Event, Exit
-from jobs.errors import NotFoundError, SettingError
-from jobs.rundir import RunDir
-from jobs.settings import Job
-from jobs.yaml_text import dump_yaml
-from launcher.cli import run_app
-from launcher.logs import copy_logs, follow_logs
+from jobs.config.settings import Job
+from jobs.config.yaml_io import dump_yaml
+from jobs.core.contract import Cause, Event, Exit
+from jobs.core.errors import NotFoundError, SettingError
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
+from launcher.cli.app import run_app
+from launcher.commands.logs import copy_logs, follow_logs
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")
 
@@ -38,7 +38,7 @@ def begin(run: RunDir, number: int, job_id: str) -> None:
     attempt.path.mkdir(parents=True)
     sizes = {path.name.split(".")[-2]: path.stat().st_size for path in run.logs.glob(f"{job_id}.*.out")}
     attempt.log_sizes.write_text(json.dumps(sizes))
-    ledger.append(run.ledger, Event.START, attempt=number, job_id=job_id)
+    event_log.append(run.ledger, Event.START, attempt=number, job_id=job_id)
 
 
 def write(run: RunDir, job_id: str, stream: str, text: str) -> None:
@@ -47,7 +47,7 @@ def write(run: RunDir, job_id: str, stream: str, text: str) -> None:
 
 
 def end(run: RunDir, number: int, job_id: str, cause: Cause) -> None:
-    ledger.append(run.ledger, Event.END, attempt=number, job_id=job_id, cause=cause, step=number, start_step=number - 1, saved_step=number)
+    event_log.append(run.ledger, Event.END, attempt=number, job_id=job_id, cause=cause, step=number, start_step=number - 1, saved_step=number)
 
 
 def two_attempts(run: RunDir, second_job: str = "12") -> None:
@@ -129,7 +129,7 @@ def test_what_is_not_there_is_named_beside_what_is(run: RunDir) -> None:
 
 @pytest.mark.parametrize("rank", ["0", "batch", "all"])
 def test_a_job_that_died_before_its_attempt_began_says_what_its_script_wrote(run: RunDir, rank: str) -> None:
-    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="12")
+    event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="12")
     with pytest.raises(NotFoundError, match="no attempt has started yet"):
         copied(run, rank)
     write(run, "12", "batch", "module: command not found")
@@ -140,11 +140,11 @@ def test_a_job_that_died_before_its_attempt_began_says_what_its_script_wrote(run
 
 
 def test_a_later_job_that_began_no_attempt_stands_behind_the_last_attempt(run: RunDir) -> None:
-    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="12")
+    event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="12")
     two_attempts(run)
     assert "has begun no attempt" not in copied(run)
     end(run, 2, "12", Cause.CODE_ERROR)
-    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="13")
+    event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="13")
     write(run, "13", "batch", "/shared/env.sh: No such file or directory\n")
     assert copied(run).endswith("zero two\n--- job 13 · has begun no attempt · log of its script ---\n/shared/env.sh: No such file or directory\n")
 
@@ -168,7 +168,7 @@ def test_a_reader_that_goes_away_is_no_error(run: RunDir) -> None:
 
 @pytest.mark.parametrize("rank", ["0", "all"])
 def test_following_loses_nothing_and_repeats_nothing_over_attempts(run: RunDir, rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.show.ask_queue", lambda: ({"12": ("RUNNING", "None", "node1")}, ""))
+    monkeypatch.setattr("launcher.status.run_status.ask_queue", lambda: ({"12": ("RUNNING", "None", "node1")}, ""))
     out = io.BytesIO()
     follower = threading.Thread(target=follow_logs, args=(run, rank, None, out, lambda seconds: time.sleep(0.002) or False), daemon=True)
     follower.start()
@@ -186,7 +186,7 @@ def test_following_loses_nothing_and_repeats_nothing_over_attempts(run: RunDir, 
             until(lambda: b"line 0 of attempt 1" in out.getvalue(), 20, "the first line")
         end(run, attempt, "12", Cause.REQUEUED if attempt < 3 else Cause.FINISHED)
         until(lambda: f"line 149 of attempt {attempt}".encode() in out.getvalue() or rank == "all", 20, "the last line")  # noqa: B023
-    # After the last line of the ledger, too, as `launcher.attempt end` and a slow disk do it.
+    # After the last line of the ledger, too, as `launcher.attempt.lifecycle end` and a slow disk do it.
     write(run, "12", "0", "\nthe very last\n")
     wanted.append("0: the very last" if rank == "all" else "the very last")
     follower.join(30)
@@ -195,12 +195,12 @@ def test_following_loses_nothing_and_repeats_nothing_over_attempts(run: RunDir, 
 
 
 def test_following_a_run_that_left_the_queue_ends(run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("launcher.logs._ASK_S", 0.2)
-    monkeypatch.setattr("launcher.logs._DRAIN_S", 0.1)
+    monkeypatch.setattr("launcher.commands.logs._ASK_S", 0.2)
+    monkeypatch.setattr("launcher.commands.logs._DRAIN_S", 0.1)
     asked: list[None] = []
     answers = [{"12": ("PENDING", "Priority", "")}, {}, {"12": ("RUNNING", "None", "")}, {}, {}]
-    monkeypatch.setattr("launcher.show.ask_queue", lambda: (asked.append(None) or answers[min(len(asked), len(answers)) - 1], ""))
-    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="12")
+    monkeypatch.setattr("launcher.status.run_status.ask_queue", lambda: (asked.append(None) or answers[min(len(asked), len(answers)) - 1], ""))
+    event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="12")
     follow_logs(run, "0", None, io.BytesIO())
     # One answer that it is gone is not believed: a requeue has a moment like that.
     assert len(asked) == 5
@@ -212,12 +212,12 @@ def test_following_a_run_that_left_the_queue_ends(run: RunDir, monkeypatch: pyte
 
 
 def test_following_a_run_that_was_resumed_waits_for_its_new_job(run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("launcher.logs._ASK_S", 0.1)
-    monkeypatch.setattr("launcher.logs._DRAIN_S", 0.05)
-    monkeypatch.setattr("launcher.show.ask_queue", lambda: ({"13": ("PENDING", "Priority", "")}, ""))
+    monkeypatch.setattr("launcher.commands.logs._ASK_S", 0.1)
+    monkeypatch.setattr("launcher.commands.logs._DRAIN_S", 0.05)
+    monkeypatch.setattr("launcher.status.run_status.ask_queue", lambda: ({"13": ("PENDING", "Priority", "")}, ""))
     begin(run, 1, "12")
     end(run, 1, "12", Cause.CANCELLED)
-    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="13", by="resume")
+    event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="13", by="resume")
     begun = time.monotonic()
     follow_logs(run, "0", None, io.BytesIO(), lambda seconds: time.sleep(0.01) or time.monotonic() - begun > 1)
     assert time.monotonic() - begun > 1, "it ended by itself"

@@ -15,14 +15,14 @@ from conftest import REPOSITORY
 from ragged_models import Ragged
 from training import Farm, events, farm, logs  # noqa: F401
 
-from jobs import ckpt_format
-from jobs.contract import Exit
-from jobs.errors import SettingError
-from jobs.rundir import RunDir
+from jobs.checkpoint import directory
+from jobs.core.contract import Exit
+from jobs.core.errors import SettingError
+from jobs.run.rundir import RunDir
 from train.data.order import sample_ids
 from train.models.contract import MeanLossModel, find_count_rule, read_loss
 from train.models.hf import build_hf
-from train.seeds import seed_everything
+from train.rng import seed_everything
 
 pytestmark = pytest.mark.trains
 
@@ -146,7 +146,7 @@ def test_one_bad_sample_ends_the_run_whatever_log_every_is(farm: Farm, world: st
         at = said.partition("at step ")[2].partition(" ")[0]
         assert code != Exit.DONE and "net.0.weight" in said and "not finite" in said, logs(run)
         assert all(line["step"] < int(at) for line in lines(run))
-        for path in ckpt_format.complete(run.checkpoints):
+        for path in directory.complete(run.checkpoints):
             assert int(path.name.removeprefix("step-")) < int(at), "no checkpoint holds what the bad step left"
         found.append((code, at))
     assert found[0] == found[1]
@@ -161,11 +161,11 @@ def test_a_step_without_any_target_is_an_error(farm: Farm) -> None:  # noqa: F81
 def test_validation_without_any_target_is_unknown_and_never_the_best(farm: Farm) -> None:  # noqa: F811
     run = farm.finished(**{**OWN, "DATA_OPTIONS": "val_empty=1", "EVAL_EVERY": "1", "CHECKPOINT_EVERY": "1", "KEEP_BEST": "1"})
     assert [line["val_loss"] for line in lines(run)] == [None] * 3
-    for path in ckpt_format.complete(run.checkpoints):
+    for path in directory.complete(run.checkpoints):
         manifest = json.loads((path / "manifest.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-        assert manifest["state"]["val_loss"] is None and ckpt_format.val_loss_of(path) is None
+        assert manifest["state"]["val_loss"] is None and directory.val_loss_of(path) is None
     for command in (["status", "--json", str(run.path)], ["report", str(run.path)], ["diff", str(run.path), str(run.path)]):
-        done = subprocess.run([sys.executable, "-m", "launcher.cli", *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-m", "launcher.cli.app", *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
         assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
 
 
@@ -174,7 +174,7 @@ def test_a_model_built_in_16_bits_learns_in_fp32(farm: Farm) -> None:  # noqa: F
     run = farm.finished(**{**same, "MODEL_OPTIONS": "dtype=bfloat16"})
     from safetensors.torch import load_file
 
-    newest = ckpt_format.complete(run.checkpoints)[-1]
+    newest = directory.complete(run.checkpoints)[-1]
     weights = {name: tensor for path in newest.glob("*.safetensors") for name, tensor in load_file(path).items()}
     kept = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point() and tensor.ndim}
     assert kept and all(tensor.dtype == torch.float32 for tensor in kept.values())

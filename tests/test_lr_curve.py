@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from jobs.rules import schedule_of
-from jobs.schedule import Schedule, describe, lr_at
-from launcher.lr_curve import plot
+from jobs.config.validation import schedule_of
+from jobs.specs.lr_schedule import Schedule, describe, lr_at
+from launcher.report.lr_plot import plot
 
 
 def explain(*words: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "ascii"}
-    return subprocess.run([sys.executable, "-m", "launcher.cli", "explain", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-m", "launcher.cli.app", "explain", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
 
 def stars(lines: list[str]) -> list[set[int]]:
@@ -68,7 +68,7 @@ def test_the_schedule_of_a_shipped_job_file_leaves_nothing_to_warn_of(path: Path
 
 
 def load_resolved(path: Path):
-    from launcher.prepare import resolve_here
+    from launcher.submission.create_run import resolve_here
 
     return resolve_here([f"JOB={path}", "SITE=generic"], {}, REPOSITORY).job
 

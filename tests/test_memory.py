@@ -15,14 +15,14 @@ from conftest import REPOSITORY
 from on_device import One
 
 from benchmarks.largest import expected_gb, job_of_cell
-from jobs.memory import Shape, activations, estimate
-from jobs.precision import MODES, Precision
-from jobs.settings import Job
-from jobs.sources import load
+from jobs.config.memory_estimate import Shape, activations, estimate
+from jobs.config.resolver import load
+from jobs.config.settings import Job
+from jobs.specs.precision import MODES, Precision
 from train import optim
 from train.models.registry import PRESETS, build_model
-from train.numerics import LossScale, forward_context
-from train.step import Stepper
+from train.precision.numerics import LossScale, forward_context
+from train.train_step import Stepper
 
 CPU = torch.device("cpu")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -201,7 +201,7 @@ def test_explain_tells_it_where_it_can() -> None:
     def explain(*words: str) -> str:
         env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY)}
         return subprocess.run(
-            [sys.executable, "-m", "launcher.cli", "explain", *words], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60, check=True
+            [sys.executable, "-m", "launcher.cli.app", "explain", *words], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60, check=True
         ).stdout
 
     line = explain("jobs/gpt_1b_h100.yaml").rstrip().splitlines()[-1]

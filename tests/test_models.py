@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from jobs.errors import SettingError
-from jobs.settings import Job
+from jobs.config.settings import Job
+from jobs.core.errors import SettingError
 from train.models.contract import LossSum, count_targets, read_loss
 from train.models.gpt import GPT, GPTConfig, rope_tables
 from train.models.loss import chunked_loss_sum
@@ -280,7 +280,7 @@ def test_gradients_under_ddp_are_those_of_the_bare_model(tmp_path: Path, changes
 @pytest.mark.parametrize(("words", "mb"), [({}, 800), ({"nodes": 2}, 25), ({"bucket_cap_mb": 7}, 7), ({"model": "nano"}, 25)])
 def test_gradients_go_in_a_few_large_buckets_on_one_node_and_in_small_ones_between_nodes(words: dict, mb: int) -> None:
     """1.26 billion gradients in fp32 are 4,812 MiB; the 2 of nano are less than torch's own bucket."""
-    from train.parallel import ddp_options
+    from train.distributed.parallel import ddp_options
 
     job = Job(**{"job_name": "t", "model": "1b", **words})
     assert ddp_options(job, on_meta(job.model))["bucket_cap_mb"] == pytest.approx(mb, abs=3)

@@ -18,16 +18,16 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, Cluster, until
 
-from jobs import ledger
-from jobs.contract import Cause, Event, Exit
-from jobs.errors import SettingError
-from jobs.rundir import RunDir
-from jobs.settings import Job
-from jobs.verdict import Verdict
-from launcher import notify
-from launcher.local import run_attempts
-from launcher.prepare import prepare, resolve_here
-from slurm import lab
+from jobs.config.settings import Job
+from jobs.core.contract import Cause, Event, Exit
+from jobs.core.errors import SettingError
+from jobs.run import event_log
+from jobs.run.retry_policy import Verdict
+from jobs.run.rundir import RunDir
+from launcher.attempt import notify
+from launcher.local.executor import run_attempts
+from launcher.submission.create_run import prepare, resolve_here
+from slurm.devcluster import lab
 
 OVER = Verdict(False, "finished")
 # Made anew each time: this file itself is part of what a run freezes.
@@ -70,14 +70,14 @@ def hook() -> Iterator[Hook]:
 def ended(tmp_path: Path, cause: Cause = Cause.FINISHED) -> RunDir:
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
-    ledger.append(run.ledger, Event.START, attempt=1, job_id="7", world=1)
-    ledger.append(run.ledger, Event.END, attempt=1, job_id="7", cause=cause, step=1200, saved_step=1200, lost_steps=3)
+    event_log.append(run.ledger, Event.START, attempt=1, job_id="7", world=1)
+    event_log.append(run.ledger, Event.END, attempt=1, job_id="7", cause=cause, step=1200, saved_step=1200, lost_steps=3)
     return run
 
 
 def hurry(run: RunDir) -> None:
     """Once the first attempt is over, the second one need not dawdle."""
-    until(lambda: any(attempt.cause for attempt in ledger.attempts(ledger.read(run.ledger))), 90, "the end of the first attempt")
+    until(lambda: any(attempt.cause for attempt in event_log.attempts(event_log.read(run.ledger))), 90, "the end of the first attempt")
     (run.path / "hurry").touch()
 
 
@@ -223,7 +223,7 @@ def test_slurm_mails_the_end_and_not_the_requeue() -> None:
 
 def test_the_script_asks_slurm_for_its_mail_only_when_told_to() -> None:
     shown = [
-        subprocess.run([sys.executable, "-m", "launcher.cli", "render", *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=120).stdout
+        subprocess.run([sys.executable, "-m", "launcher.cli.app", "render", *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=120).stdout
         for words in ([], ["NOTIFY_EMAIL=a@b.org"])
     ]
     assert "mail" not in shown[0]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from on_device import CASES, SMALL_SHAPE, One, Training, falls, gradient_job, gradients_of, gradients_over_ranks, job_of, largest_gap, needs_compiler
 
-from jobs import ckpt_format
-from train import checkpoint, export, saver
-from train.autocast import TOLERANCE
-from train.filling import Filling
+from jobs.checkpoint import directory
+from train.checkpoint import export, manager, state_dict
+from train.checkpoint.host_staging import Filling
+from train.precision.check import TOLERANCE
 
 CPU = torch.device("cpu")
 
@@ -119,11 +119,11 @@ def test_a_save_in_the_background_holds_the_step_that_it_was_asked_at(tmp_path: 
 
 
 def test_what_is_large_lies_in_several_files_of_about_the_same_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FILE_BYTES", 40_000)
+    monkeypatch.setattr(state_dict, "FILE_BYTES", 40_000)
     run = training(tmp_path / "run", "bf16", amp_opt_level="O2").train(2)
     run.save()
     path = run.run.checkpoints / "step-00000002"
-    files = ckpt_format.verify(path).files
+    files = directory.verify(path).files
     total = sum(entry.bytes for name, entry in files.items() if name.startswith("model"))
     parts = [files[f"model.{n:05}-of-{-(-total // 40_000):05}.safetensors"].bytes for n in range(total // 40_000)]
     assert len(parts) > 3 and max(parts) < 3 * 40_000 and len([name for name in files if name.startswith("optimizer")]) > 2 * len(parts) - 2
@@ -135,8 +135,8 @@ def test_what_is_large_lies_in_several_files_of_about_the_same_size(tmp_path: Pa
 
 
 def test_memory_for_saves_is_cut_from_slabs_without_gaps_and_stays_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saver, "_SLAB", 4096)
-    memory = saver.HostMemory(pinned=True)
+    monkeypatch.setattr(manager, "_SLAB", 4096)
+    memory = manager.HostMemory(pinned=True)
     monkeypatch.setattr(memory, "_new", lambda size: torch.empty(size, dtype=torch.uint8))
     sizes = [3000, 2000, 900, 5000, 1, 0, 1700]
     taken = [memory.buffer("model.safetensors", str(n), torch.Size([size]), torch.uint8) for n, size in enumerate(sizes)]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from colleague import COLLEAGUE, OWNER, Users, needs_two_users, two_users
 
-from slurm import lab
-from slurm.lab import Lab, LabConfig
+from slurm.devcluster import lab
+from slurm.devcluster.lab import Lab, LabConfig
 
 pytestmark = needs_two_users
 
@@ -23,7 +23,7 @@ def users() -> Iterator[Users]:
 
 # -- labs ---------------------------------------------------------------------------------------------------------------
 
-_START = "import sys; from pathlib import Path; from slurm import lab; lab.start(Path(sys.argv[1]), lab.LabConfig(nodes=1, kill_wait_s=3))"
+_START = "import sys; from pathlib import Path; from slurm.devcluster import lab; lab.start(Path(sys.argv[1]), lab.LabConfig(nodes=1, kill_wait_s=3))"
 
 
 def _saved_lab(root: Path) -> Lab:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from launcher import program
+from launcher import subprocesses
 
 # Each prints something, on one of the two streams at least.
 COMMANDS = [
@@ -40,7 +40,7 @@ def code_without_reader(command: list[str], streams: str, cwd: Path, env: dict[s
     return done.returncode, (done.stdout or "") + (done.stderr or "")
 
 
-@pytest.mark.parametrize("module", ["launcher.entry", "launcher.cli"])
+@pytest.mark.parametrize("module", ["launcher.cli.entry", "launcher.cli.app"])
 @pytest.mark.parametrize(("words", "code"), COMMANDS)
 def test_closed_pipe_keeps_exit_code(words: str, code: int, module: str, tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HOLDFAST_RUNS_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -55,18 +55,20 @@ def test_closed_pipe_of_repeated_render_and_of_completion(tmp_path: Path) -> Non
     """Answers that are kept never reach the command line proper."""
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(tmp_path)}
     for words in (["render"], ["render"], ["completion", "--line", "holdfast "]):
-        assert code_without_reader([sys.executable, "-m", "launcher.entry", *words], "out", REPOSITORY, env, False) == (0, "")
+        assert code_without_reader([sys.executable, "-m", "launcher.cli.entry", *words], "out", REPOSITORY, env, False) == (0, "")
 
 
 def test_closed_pipe_of_modules_that_a_command_starts(tmp_path: Path) -> None:
     """`holdfast ckpt export` and others run train.* with their own output."""
-    command = program.command("train.export", "--help")
+    command = subprocesses.command("train.checkpoint.export", "--help")
     assert code_without_reader(command, "out", tmp_path, dict(os.environ), False) == (0, "")
 
 
 def test_full_disk_is_reported() -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "launcher.entry", "explain"], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher.cli.entry", "explain"], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
     assert done.returncode == 1 and "No space left on device" in done.stderr and "Exception ignored" not in done.stderr
 
 
@@ -74,7 +76,7 @@ def test_full_disk_is_reported() -> None:
 def test_training_in_the_foreground_outlives_its_reader(tmp_path: Path) -> None:
     """The log of the run is complete, too."""
     settings = "MODEL=nano DEVICE=cpu NODES=1 GPUS_PER_NODE=1 SEQ_LEN=16 BATCH_SIZE=2 MAX_STEPS=3 EVAL_EVERY=3 CHECKPOINT_EVERY=3"
-    command = [sys.executable, "-m", "launcher.cli", "run", *settings.split(), f"RUNS_DIR={tmp_path}"]
+    command = [sys.executable, "-m", "launcher.cli.app", "run", *settings.split(), f"RUNS_DIR={tmp_path}"]
     code, text = code_without_reader(command, "out", REPOSITORY, {**os.environ, "OMP_NUM_THREADS": "1"}, False)
     assert code == 0, text
     (log,) = tmp_path.glob("*/logs/*.0.out")

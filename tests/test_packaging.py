@@ -115,8 +115,8 @@ def test_the_wheel_carries_every_file_of_the_packages_and_nothing_else(wheel: Pa
     }
     assert inside == wanted | {"holdfast.py"}
     # Of each kind that a command reads: job files, sweeps, site files, templates, the script by hand, the page of a report.
-    kinds = ["jobs/quickstart.yaml", "jobs/sweeps/precision.yaml", "slurm/sites/generic.yaml", "slurm/templates/train.sbatch.j2", "slurm/train.sbatch"]
-    assert {*kinds, "launcher/templates/report.html.j2", *(f"{folder}/py.typed" for folder in PACKAGES)} <= inside
+    kinds = ["jobs/quickstart.yaml", "jobs/sweeps/precision.yaml", "slurm/sites/generic.yaml", "slurm/script/templates/train.sbatch.j2", "slurm/train.sbatch"]
+    assert {*kinds, "launcher/report/templates/report.html.j2", *(f"{folder}/py.typed" for folder in PACKAGES)} <= inside
 
 
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:
@@ -127,7 +127,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
         assert archive.read(f"{info}/licenses/LICENSE") == (REPOSITORY / "LICENSE").read_bytes()
     assert (said["Name"], said["Version"], said["License-Expression"]) == (PROJECT["name"], PROJECT["version"], PROJECT["license"])
     assert said["Requires-Python"] == PROJECT["requires-python"] and said["Description-Content-Type"] == "text/markdown"
-    assert "holdfast = launcher.entry:main" in entry
+    assert "holdfast = launcher.cli.entry:main" in entry
     assert said.get_all("Project-URL") is None, "an address must be real; add the check that it answers"
 
 
@@ -150,7 +150,7 @@ def test_the_wheel_works_without_the_repository(wheel: Path, tmp_path: Path) -> 
         archive.extractall(packages)
     # What it depends on comes from here, behind it on the path; no network is needed for that. site.addsitedir would read the .pth of an editable install.
     (packages / "zz_dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n")
-    (home / "bin/holdfast").write_text(f"#!{home}/bin/python\nimport sys\nfrom launcher.entry import main\nsys.exit(main())\n")
+    (home / "bin/holdfast").write_text(f"#!{home}/bin/python\nimport sys\nfrom launcher.cli.entry import main\nsys.exit(main())\n")
     (home / "bin/holdfast").chmod(0o755)
     environ = {"PATH": f"{home}/bin:/usr/bin:/bin", "HOME": str(away), "LANG": "C.UTF-8"}
 

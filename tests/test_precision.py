@@ -16,16 +16,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jobs import ledger, sources
-from jobs.errors import ImpossibleJobError, SettingError
-from jobs.precision import MODES, Precision, nearest_that_runs, runs_on
-from jobs.rundir import RunDir
-from jobs.settings import Job
-from train import build, fp8, optim
+from jobs.config import resolver
+from jobs.config.settings import Job
+from jobs.core.errors import ImpossibleJobError, SettingError
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
+from jobs.specs.precision import MODES, Precision, nearest_that_runs, runs_on
+from train import build, optim
 from train.data.sources import open_data
 from train.models.registry import build_model
-from train.numerics import GradientOverflow, LossScale, OverflowGuard, first_bad, forward_context
-from train.step import Stepper
+from train.precision import fp8
+from train.precision.numerics import GradientOverflow, LossScale, OverflowGuard, first_bad, forward_context
+from train.train_step import Stepper
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = {"n_layers": 1, "d_model": 64, "n_heads": 2, "d_ff": 128}
@@ -242,7 +244,7 @@ def test_o0_means_no_mixed_precision_and_o2_needs_16_bits(tmp_path: Path) -> Non
     job_file.write_text("seq_len: 32\n")
 
     def resolve(*words: str) -> Job:
-        return sources.resolve([str(job_file), *words], {}, tmp_path, lambda word: (site, "site.yaml")).job
+        return resolver.resolve([str(job_file), *words], {}, tmp_path, lambda word: (site, "site.yaml")).job
 
     assert resolve("AMP_OPT_LEVEL=O0").precision is Precision.FP32
     assert resolve("AMP_OPT_LEVEL=O1").precision is Precision.BF16
@@ -461,4 +463,4 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_step(tmp_path: Path) ->
     assert done.returncode == 1, done.stdout
     assert "at step" in done.stdout and "A lower LR" in done.stdout
     run = RunDir(tmp_path / "runs" / "quickstart-nan")
-    assert [a.cause.value for a in ledger.attempts(ledger.read(run.ledger)) if a.cause] == ["code_error"]
+    assert [a.cause.value for a in event_log.attempts(event_log.read(run.ledger)) if a.cause] == ["code_error"]

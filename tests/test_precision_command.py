@@ -17,14 +17,14 @@ import torch
 from conftest import REPOSITORY
 from on_device import One, job_of, needs_compiler
 
-from jobs import advice
-from jobs.errors import HoldfastError, SettingError
-from jobs.memory import estimate
-from jobs.precision import MODES
-from jobs.settings import Job
-from launcher.precision import LEAST_GAIN, Row, candidates, judge, markdown, name_of, recommend, table
-from launcher.prepare import resolve_here
-from train import bench, largest
+from jobs.config import precision_cache
+from jobs.config.memory_estimate import estimate
+from jobs.config.settings import Job
+from jobs.core.errors import HoldfastError, SettingError
+from jobs.specs.precision import MODES
+from launcher.commands.precision import LEAST_GAIN, Row, candidates, judge, markdown, name_of, recommend, table
+from launcher.submission.create_run import resolve_here
+from train import batch_size_finder, bench
 
 H100 = {"device": "NVIDIA H100", "arch": 90, "fp8": ["te", "torchao"], "memory_gb": 80.0, "torch": "2.11"}
 CPU = {"device": "CPU", "arch": None, "fp8": [], "memory_gb": None, "torch": "2.13"}
@@ -33,7 +33,7 @@ NANO = ["MODEL_OPTIONS=n_layers=1,d_model=64,n_heads=2,d_ff=128", "SEQ_LEN=64", 
 
 def holdfast(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HOLDFAST_"))}
-    return subprocess.run([sys.executable, "-m", "launcher.cli", *words], cwd=REPOSITORY, env={**clean, **env}, capture_output=True, text=True, timeout=500)
+    return subprocess.run([sys.executable, "-m", "launcher.cli.app", *words], cwd=REPOSITORY, env={**clean, **env}, capture_output=True, text=True, timeout=500)
 
 
 def job(**settings: Any) -> Job:
@@ -181,7 +181,7 @@ def test_the_largest_micro_batch_is_guessed_from_one_sample_and_then_tried_out()
 
     def limit(most: int) -> tuple[int, float | None]:
         tried.clear()
-        return largest.largest_micro_batch(job(), 4, first, 80.0, lambda one: peak(one, most))
+        return batch_size_finder.largest_micro_batch(job(), 4, first, 80.0, lambda one: peak(one, most))
 
     # 77.6 GB of 80 less the 20 that do not grow, at 2.5 GB a sample.
     assert limit(23) == (23, 77.5) and tried == [23, 24]
@@ -200,18 +200,18 @@ def test_the_largest_micro_batch_is_guessed_from_one_sample_and_then_tried_out()
         tried.append(one.batch_size)
         return 28 + 0.5 * one.batch_size if one.batch_size < 103 else None
 
-    assert largest.largest_micro_batch(job(), 4, first, 80.0, slow) == (99, 77.5) and tried == [23, 99, 105]
+    assert batch_size_finder.largest_micro_batch(job(), 4, first, 80.0, slow) == (99, 77.5) and tried == [23, 99, 105]
     tried.clear()
-    assert largest.largest_micro_batch(job(), 4, first, 80.0, slow, guess=98) == (98, 77.0) and tried == [98, 104]
+    assert batch_size_finder.largest_micro_batch(job(), 4, first, 80.0, slow, guess=98) == (98, 77.0) and tried == [98, 104]
 
 
 def test_the_first_guess_of_a_built_in_model_is_what_the_estimate_has_room_for() -> None:
     of_1b = job(model="1b", seq_len=2048, compile=True, amp_opt_level="O2")
-    size = largest.expected_to_fit(of_1b, 85.0)
+    size = batch_size_finder.expected_to_fit(of_1b, 85.0)
     assert size is not None
-    fits, too_many = (estimate(largest.with_micro_batch(of_1b, one)) for one in (size, size + 1))
+    fits, too_many = (estimate(batch_size_finder.with_micro_batch(of_1b, one)) for one in (size, size + 1))
     assert fits is not None and too_many is not None and fits.peak <= 0.97 * 85e9 < too_many.peak
-    assert largest.expected_to_fit(of_1b, 10.0) is None and largest.expected_to_fit(job(model="convnet"), 85.0) is None
+    assert batch_size_finder.expected_to_fit(of_1b, 10.0) is None and batch_size_finder.expected_to_fit(job(model="convnet"), 85.0) is None
 
 
 @needs_compiler
@@ -246,25 +246,25 @@ def test_a_cosine_is_that_of_the_angle() -> None:
 def test_advice_that_is_torn_or_of_other_hardware_is_not_taken_and_the_newest_wins(tmp_path: Path) -> None:
     one = job(gpu_arch="sm_90")
     content = {"settings": {"precision": "fp8", "fp8_backend": "te"}, "device": "H100", "date": "2026-01-01", "rule": "fastest"}
-    assert advice.look_up(tmp_path, one) is None
-    advice.keep(advice.place(tmp_path, one, 90), content)
-    found = advice.look_up(tmp_path, one)
+    assert precision_cache.look_up(tmp_path, one) is None
+    precision_cache.keep(precision_cache.place(tmp_path, one, 90), content)
+    found = precision_cache.look_up(tmp_path, one)
     assert found is not None and found.settings == content["settings"] and found.device == "H100"
-    assert advice.look_up(tmp_path, job(gpu_arch="sm_80")) is None
-    assert advice.look_up(tmp_path, job(device="cpu")) is None
-    assert advice.look_up(tmp_path, job(gpu_arch="sm_90", model="124m")) is None
-    assert advice.look_up(tmp_path, job(gpu_arch="sm_90", lr=0.5, seed=9)) is not None, "these change neither speed nor rounding"
-    newer = advice.place(tmp_path, one, 80)
-    advice.keep(newer, {**content, "device": "A100"})
+    assert precision_cache.look_up(tmp_path, job(gpu_arch="sm_80")) is None
+    assert precision_cache.look_up(tmp_path, job(device="cpu")) is None
+    assert precision_cache.look_up(tmp_path, job(gpu_arch="sm_90", model="124m")) is None
+    assert precision_cache.look_up(tmp_path, job(gpu_arch="sm_90", lr=0.5, seed=9)) is not None, "these change neither speed nor rounding"
+    newer = precision_cache.place(tmp_path, one, 80)
+    precision_cache.keep(newer, {**content, "device": "A100"})
     os.utime(newer, (2e9, 2e9))
-    anywhere = advice.look_up(tmp_path, job())
+    anywhere = precision_cache.look_up(tmp_path, job())
     assert anywhere is not None and anywhere.device == "A100"
-    advice.place(tmp_path, one, 90).write_text('{"settings": {')
-    assert advice.look_up(tmp_path, one) is None
+    precision_cache.place(tmp_path, one, 90).write_text('{"settings": {')
+    assert precision_cache.look_up(tmp_path, one) is None
 
 
 def test_a_resume_cannot_ask_for_auto(tmp_path: Path) -> None:
-    from jobs.sources import amend
+    from jobs.config.resolver import amend
 
     with pytest.raises(SettingError, match="looked up at submit"):
         amend({"job_name": "a", "batch_size": 8}, {}, ["PRECISION=auto"])
@@ -272,8 +272,8 @@ def test_a_resume_cannot_ask_for_auto(tmp_path: Path) -> None:
 
 def test_a_value_of_ones_own_goes_before_the_advice(tmp_path: Path) -> None:
     one = job(gpu_arch="sm_90", seq_len=128)
-    advice.keep(
-        advice.place(tmp_path, one, 90),
+    precision_cache.keep(
+        precision_cache.place(tmp_path, one, 90),
         {"settings": {"precision": "fp8", "fp8_backend": "te", "fp8_recipe": "current"}, "device": "H100", "date": "2026-01-01", "rule": "fastest"},
     )
     words = ["MODEL=nano", "MODEL_OPTIONS={}", "SEQ_LEN=128", "GPU_ARCH=sm_90", "PRECISION=auto", "FP8_RECIPE=delayed", f"RUNS_DIR={tmp_path}"]

@@ -12,15 +12,17 @@ import pytest
 from conftest import until
 from pydantic import ValidationError
 
-from jobs.errors import RenderError
-from jobs.rundir import RunDir
-from jobs.settings import Job
-from jobs.sources import resolve
+from jobs.config.resolver import resolve
+from jobs.config.settings import Job
+from jobs.core.errors import RenderError
+from jobs.run.rundir import RunDir
 from launcher import docs
-from slurm import lab, render, sitefile
+from slurm import site_file
+from slurm.devcluster import lab
+from slurm.devcluster.lab import LabConfig
 from slurm.environment import clean_environment
-from slurm.lab import LabConfig
-from slurm.render import OURS, Script, render_script
+from slurm.script import render
+from slurm.script.render import OURS, Script, render_script
 
 REPO = docs.ROOT
 GOLDEN = sorted((REPO / docs.GOLDEN).glob("*.sbatch"))
@@ -289,7 +291,7 @@ def test_a_job_without_an_id_is_shown_in_a_folder_that_says_so(tmp_path: Path) -
 
 def test_the_files_that_decide_a_script_are_those_of_three_packages_and_the_templates() -> None:
     files = {Path(name).relative_to(REPO).as_posix() for name in render.own_files()}
-    assert {"jobs/settings.py", "slurm/render.py", "launcher/entry.py", *(path.relative_to(REPO).as_posix() for path in TEMPLATES)} <= files
+    assert {"jobs/config/settings.py", "slurm/script/render.py", "launcher/cli/entry.py", *(path.relative_to(REPO).as_posix() for path in TEMPLATES)} <= files
 
 
 # -- a real Slurm ------------------------------------------------------------------------------------------------------
@@ -398,6 +400,6 @@ def test_logs_of_an_array_lie_with_its_members_whatever_the_folder_is_called(sma
 
 
 def test_the_example_site_renders_what_its_file_says(tmp_path: Path) -> None:
-    resolved = resolve(["SITE=h100"], {}, tmp_path, lambda word: sitefile.find(word, tmp_path))
+    resolved = resolve(["SITE=h100"], {}, tmp_path, lambda word: site_file.find(word, tmp_path))
     text = script(resolved.job)
     assert "#SBATCH --gpus-per-node=h100:" in text and "module load cuda/13.0\n" in text and "export NCCL_IB_HCA=mlx5\n" in text

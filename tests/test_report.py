@@ -18,14 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from written_runs import BEGAN, written_run
 
-from jobs import ledger
-from jobs.contract import Event, Exit
-from jobs.errors import SettingError
-from jobs.rundir import RunDir
-from launcher import report, report_page
-from launcher.choose import runs_named
-from launcher.report import figures_of, members_of, thinned
-from launcher.report_page import page, write_report
+from jobs.core.contract import Event, Exit
+from jobs.core.errors import SettingError
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
+from launcher.report import collect, render
+from launcher.report.collect import figures_of, members_of, thinned
+from launcher.report.render import page, write_report
+from launcher.status.lookup import runs_named
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">{{ 7*7 }} &amp; \u2028 '\""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -46,7 +46,7 @@ FLAGS = [
 @pytest.fixture(autouse=True)
 def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     """These runs are of no cluster; the one that the machine may have is not asked."""
-    monkeypatch.setattr("launcher.show.ask_queue", lambda: (None, ""))
+    monkeypatch.setattr("launcher.status.run_status.ask_queue", lambda: (None, ""))
 
 
 class Page(HTMLParser):
@@ -127,14 +127,14 @@ def test_the_figures_of_an_interrupted_run(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert shown["final"]["loss"] == pytest.approx(lines[-1]["loss"], rel=1e-5)
     assert shown["final"]["best_val_loss"] == pytest.approx(min(line["val_loss"] for line in lines if "val_loss" in line), rel=1e-5)
-    ends = [event for event in ledger.read(run.ledger) if event["event"] == "end"]
+    ends = [event for event in event_log.read(run.ledger) if event["event"] == "end"]
     assert shown["time"]["gpu_hours"] == pytest.approx(sum(end["gpu_seconds"] for end in ends) / 3600, rel=1e-3)
     assert sum(part["share"] for part in shown["time"]["parts"]) == pytest.approx(1, abs=0.01)
     costs = {row["cause"]: row for row in shown["time"]["interruptions"]}
     assert set(costs) == {"preempted", "node_failure"} and costs["node_failure"]["lost"] > 0 == costs["preempted"]["lost"]
     again = sum(ends[1]["parts"][part] for part in ("start_up", "restore", "first_step")) * 16 / 3600
     assert costs["preempted"]["again"] == pytest.approx(again, rel=1e-3) and costs["preempted"]["queue_s"] > 200
-    assert shown["overflows"]["count"] == sum(event["event"] == "overflow" for event in ledger.read(run.ledger))
+    assert shown["overflows"]["count"] == sum(event["event"] == "overflow" for event in event_log.read(run.ledger))
 
 
 def test_a_hundred_thousand_lines_make_a_small_page_quickly(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_runs_in_every_state_have_a_page(tmp_path: Path, kind: str) -> None:
     if kind == "empty":
         run.metrics.unlink()
         run.ledger.unlink()
-        ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="17")
+        event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="17")
     elif kind == "no_ledger":
         run.ledger.unlink()
     elif kind == "damaged_settings":
@@ -219,7 +219,7 @@ def test_the_command_writes_the_page_into_the_run_and_prints_figures_for_program
 
     def holdfast(*words: str) -> subprocess.CompletedProcess[str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HOLDFAST_"))} | {"RUNS_DIR": str(tmp_path / "runs")}
-        return subprocess.run([sys.executable, "-m", "launcher.cli", *words], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run([sys.executable, "-m", "launcher.cli.app", *words], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60)
 
     done = holdfast("report", "a2b3")
     assert done.returncode == 0, done.stderr
@@ -285,7 +285,7 @@ def test_a_report_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, mon
     def broken(*words: Any) -> str:
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(report_page, "page", broken)
+    monkeypatch.setattr(render, "page", broken)
     with pytest.raises(RuntimeError):
         write_report([run], None, False)
     assert run.report.read_bytes() == before
@@ -304,7 +304,7 @@ def hostile_run(tmp_path: Path) -> RunDir:
     run.snapshot.write_text(json.dumps(snapshot | {"branch": HOSTILE, "from": HOSTILE}))
     origins = json.loads(run.origins.read_text())
     run.origins.write_text(json.dumps(origins | {"lr": HOSTILE}))
-    ledger.append(run.ledger, Event.OVERFLOW, attempt=1, job_id="1", step=7, scale=2.0, first=HOSTILE)
+    event_log.append(run.ledger, Event.OVERFLOW, attempt=1, job_id="1", step=7, scale=2.0, first=HOSTILE)
     return run
 
 
@@ -335,7 +335,7 @@ def test_a_browser_draws_every_figure_of_a_run(tmp_path: Path, fragment: str) ->
     dom = open_in_browser(run.report, fragment=fragment)
     assert 'data-drawn="yes"' in dom
     drawn = charts(dom)
-    assert set(drawn) == set(report.FIGURES) - {"accuracy"} and all(drawn.values()), drawn
+    assert set(drawn) == set(collect.FIGURES) - {"accuracy"} and all(drawn.values()), drawn
     assert (">wall time since the run began</text>" in dom) == bool(fragment)
     for words in ("attempt 1: preempted", "attempt 2: hang", "attempt 3: finished"):  # the bands say their causes, whatever their colour
         assert dom.count(f"<title>{words}") > len(drawn), words

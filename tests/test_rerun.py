@@ -11,15 +11,15 @@ import pytest
 from conftest import REPOSITORY, Cluster, weights_sha
 from training import Farm, curve, farm  # noqa: F401
 
-from jobs import ledger, run_folders
-from jobs.contract import Exit
-from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
-from jobs.rundir import RunDir
-from jobs.sources import load
-from launcher import compare
-from launcher.local import run_attempts
-from launcher.prepare import prepare, resolve_here
-from launcher.rerun import rerun
+from jobs.config.resolver import load
+from jobs.core.contract import Exit
+from jobs.core.errors import ImpossibleJobError, NotFoundError, SettingError
+from jobs.run import event_log, store
+from jobs.run.rundir import RunDir
+from launcher.commands import diff
+from launcher.commands.rerun import rerun
+from launcher.local.executor import run_attempts
+from launcher.submission.create_run import prepare, resolve_here
 
 ENVIRON = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
 
@@ -27,7 +27,7 @@ ENVIRON = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
 def holdfast(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HOLDFAST_"))}
     return subprocess.run(
-        [sys.executable, "-m", "launcher.cli", *words], cwd=cwd, env={**clean, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "launcher.cli.app", *words], cwd=cwd, env={**clean, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120
     )
 
 
@@ -53,11 +53,11 @@ def first_run(project: Path) -> RunDir:
 
 
 def newest(project: Path) -> RunDir:
-    return run_folders.find(None, project / "runs")
+    return store.find(None, project / "runs")
 
 
 def said_by(run: RunDir) -> str:
-    return run.log(ledger.attempts(ledger.read(run.ledger))[0].job_id, 0).read_text()
+    return run.log(event_log.attempts(event_log.read(run.ledger))[0].job_id, 0).read_text()
 
 
 def test_a_rerun_uses_the_frozen_code_and_with_current_code_the_working_tree(project: Path) -> None:
@@ -85,7 +85,7 @@ def test_frozen_code_that_was_changed_is_not_called_the_same(project: Path) -> N
     (first.code / "other.py").write_text("WORD = 'edited in the run directory'\n")
     done = holdfast(project, "rerun", "one")
     assert done.returncode == 2 and "other.py" in done.stderr and "--with-current-code" in done.stderr
-    assert [run.id for run in run_folders.all_runs(project / "runs")] == [first.id]
+    assert [run.id for run in store.all_runs(project / "runs")] == [first.id]
     assert [path.name for path in (project / "runs").iterdir()] == [first.path.name]
 
 
@@ -113,7 +113,7 @@ def test_what_cannot_be_rerun_or_compared_is_refused_and_leaves_nothing(project:
     with pytest.raises(SettingError, match="is an array"):
         rerun(first, [], project, current_code=False, local=True, as_json=False)
     with pytest.raises(NotFoundError, match="is an array"):
-        compare.diff(first, first, code=False, as_json=False)
+        diff.diff(first, first, code=False, as_json=False)
     first.members.rmdir()
     assert holdfast(project, "diff", "one").returncode == 2
     assert holdfast(project, "diff", "one", "two").returncode == 2
@@ -121,8 +121,8 @@ def test_what_cannot_be_rerun_or_compared_is_refused_and_leaves_nothing(project:
 
 
 def test_versions_are_compared_where_both_are_known() -> None:
-    assert compare.changed_versions({"torch": "2.12", "numpy": "2"}, {"torch": "2.13", "numpy": "2", "torchao": "1"}) == {"torch": ("2.12", "2.13")}
-    assert compare.changed_files({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "x", "d": "4"}) == {"b": "M", "c": "D", "d": "A"}
+    assert diff.changed_versions({"torch": "2.12", "numpy": "2"}, {"torch": "2.13", "numpy": "2", "torchao": "1"}) == {"torch": ("2.12", "2.13")}
+    assert diff.changed_files({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "x", "d": "4"}) == {"b": "M", "c": "D", "d": "A"}
 
 
 @pytest.mark.slurm
@@ -145,16 +145,16 @@ def test_a_rerun_on_a_cpu_in_fp32_ends_with_identical_weights(farm: Farm, capfd:
     assert rerun(first, [], REPOSITORY, current_code=False, local=False, as_json=False) == Exit.DONE
     said = capfd.readouterr().out
     assert "settings    the same" in said and "the same weights, bit for bit" in said
-    again = run_folders.find(None, farm.root)
+    again = store.find(None, farm.root)
     assert again.path != first.path
     assert (weights_sha(again), curve(again)) == (weights_sha(first), curve(first))
-    assert compare.diff(first, again, code=False, as_json=False) == Exit.DONE
+    assert diff.diff(first, again, code=False, as_json=False) == Exit.DONE
     assert "identical, bit for bit" in capfd.readouterr().out
     # Another seed is another training, and is said to be one.
     assert rerun(first, ["SEED=8"], REPOSITORY, current_code=False, local=False, as_json=False) == Exit.DONE
     said = capfd.readouterr().out
     assert "SEED 7 -> 8" in said and "other weights" in said
-    assert compare.diff(first, run_folders.find(None, farm.root), code=False, as_json=True) == Exit.FAILED
+    assert diff.diff(first, store.find(None, farm.root), code=False, as_json=True) == Exit.FAILED
     answer = json.loads(capfd.readouterr().out)
     assert answer["settings"] == {"seed": {"values": ["7", "8"], "from": ["command line", "command line"]}}
     assert {"weights", "loss"} <= set(answer["result"]["different"]) and not answer["code"]["files"]

@@ -14,15 +14,16 @@ import pytest
 from conftest import weights_sha
 from training import TINY, Farm, at_step, curve, events, farm, in_a_save, logs, result, saved
 
-from jobs import ckpt_format, samples
-from jobs.contract import Exit
-from jobs.errors import ImpossibleJobError, SettingError
-from jobs.rundir import RunDir
-from jobs.sources import load
-from launcher.attempt import begin
-from launcher.refreeze import change
-from train import checkpoint
-from train.changes import changes, refusal
+from jobs.checkpoint import directory
+from jobs.config.resolver import load
+from jobs.core.contract import Exit
+from jobs.core.errors import ImpossibleJobError, SettingError
+from jobs.run import sample_audit
+from jobs.run.rundir import RunDir
+from launcher.attempt.lifecycle import begin
+from launcher.submission.reconfigure import change
+from train.checkpoint import state_dict
+from train.checkpoint.changes import changes, refusal
 from train.data.synthetic import AffineTokens
 from train.data.tokens import write_tokens
 
@@ -102,7 +103,7 @@ def through_worlds(farm: Farm, worlds: list[int], seed: int, **settings: str) ->
         # A new job id, as another job would have: the budget of kills is used up on purpose.
         pid = os.getpid() + 100_000 * (index + 1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("launcher.attempt.os.getpid", lambda pid=pid: pid)
+            patch.setattr("launcher.attempt.lifecycle.os.getpid", lambda pid=pid: pid)
             code = farm.train(run, None if last else kill)
         assert code == (Exit.DONE if last else Exit.FAILED) or not last, logs(run)
     return run
@@ -113,7 +114,7 @@ def test_another_number_of_processes_sees_the_same_samples_and_nearly_the_same_l
     straight = farm.finished(GPUS_PER_NODE="2", LOG_SAMPLES="true")
     run = through_worlds(farm, worlds, seed=5)
     assert order_of(run) == order_of(straight)
-    verdict = samples.of_run(run)
+    verdict = sample_audit.of_run(run)
     assert not verdict.faults and verdict.steps == 40
     # Sums over 2 ranks and over 1 round differently, by some 1e-7 per step; 40 steps of training spread that.
     for ours, theirs in zip(curve(run), curve(straight), strict=True):
@@ -139,7 +140,7 @@ SMALL_EPOCH = {"DATA": "training_data:hundred"}
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_each_sample_of_an_epoch_is_used_once_through_kills_and_world_sizes_4_2_3(farm: Farm, seed: int) -> None:
     run = through_worlds(farm, [4, 2, 3], seed, **SMALL_EPOCH)
-    verdict = samples.of_run(run)
+    verdict = sample_audit.of_run(run)
     assert not verdict.faults, verdict.faults
     assert verdict.used == 40 * 12 and verdict.epochs == 4 and verdict.repeated > 0
 
@@ -148,7 +149,7 @@ def test_each_sample_of_an_epoch_is_used_once_through_kills_and_world_sizes_4_2_
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(20))
 def test_exactly_once_over_twenty_runs(farm: Farm, seed: int) -> None:
-    verdict = samples.of_run(through_worlds(farm, [4, 2, 3], 100 + seed, **SMALL_EPOCH))
+    verdict = sample_audit.of_run(through_worlds(farm, [4, 2, 3], 100 + seed, **SMALL_EPOCH))
     assert not verdict.faults and verdict.used == 40 * 12
 
 
@@ -157,14 +158,14 @@ def test_the_checker_of_samples_finds_a_repeated_a_missing_and_a_skipped_one() -
         return {"attempt": attempt, "step": step, "batch": 2, "samples": 4, "slots": [0, 1], "ids": ids}
 
     good = [line(0, [3, 1]), line(1, [0, 2]), line(2, [1, 0])]
-    assert not samples.check(good, {1: 0}).faults
-    assert samples.check([*good, line(1, [0, 2], attempt=2), line(2, [1, 0], attempt=2)], {1: 0, 2: 1}).repeated == 4
-    assert "used 2 times" in str(samples.check([line(0, [3, 1]), line(1, [1, 2])], {1: 0}).faults)
-    assert "never used" in str(samples.check([line(0, [3, 1]), line(1, [1, 2])], {1: 0}).faults)
-    assert "never trained" in str(samples.check([line(0, [3, 1]), line(2, [1, 0])], {1: 0}).faults)
-    assert "resumed from 2" in str(samples.check([*good, line(1, [0, 2], attempt=2)], {1: 0, 2: 2}).faults)
+    assert not sample_audit.check(good, {1: 0}).faults
+    assert sample_audit.check([*good, line(1, [0, 2], attempt=2), line(2, [1, 0], attempt=2)], {1: 0, 2: 1}).repeated == 4
+    assert "used 2 times" in str(sample_audit.check([line(0, [3, 1]), line(1, [1, 2])], {1: 0}).faults)
+    assert "never used" in str(sample_audit.check([line(0, [3, 1]), line(1, [1, 2])], {1: 0}).faults)
+    assert "never trained" in str(sample_audit.check([line(0, [3, 1]), line(2, [1, 0])], {1: 0}).faults)
+    assert "resumed from 2" in str(sample_audit.check([*good, line(1, [0, 2], attempt=2)], {1: 0, 2: 2}).faults)
     torn = [line(0, [3, 1]), {**line(1, [0]), "slots": [0]}]
-    assert "the batch has 2" in str(samples.check(torn, {1: 0}).faults)
+    assert "the batch has 2" in str(sample_audit.check(torn, {1: 0}).faults)
 
 
 def test_another_precision_goes_on_from_the_same_weights_and_says_so(farm: Farm) -> None:
@@ -175,10 +176,10 @@ def test_another_precision_goes_on_from_the_same_weights_and_says_so(farm: Farm)
         farm.kill_all()
 
     farm.train(run, kill)
-    before = ckpt_format.verify(ckpt_format.path_of(run.checkpoints, 16)).files
+    before = directory.verify(directory.path_of(run.checkpoints, 16)).files
     change(run, ["PRECISION=fp32"], allow=False, executable="python3")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launcher.attempt.os.getpid", lambda: 1)
+        patch.setattr("launcher.attempt.lifecycle.os.getpid", lambda: 1)
         assert farm.train(run) == Exit.DONE, logs(run)
     assert "precision was bf16, now fp32" in logs(run)
     assert curve(run)[-1][0] == 40
@@ -199,13 +200,13 @@ def test_a_changed_horizon_needs_an_explicit_word_at_the_command_and_at_the_star
     # By hand in job.yaml: training itself refuses.
     run.job_yaml.write_text(text.replace("max_steps: 8", "max_steps: 16"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launcher.attempt.os.getpid", lambda: 1)
+        patch.setattr("launcher.attempt.lifecycle.os.getpid", lambda: 1)
         assert farm.train(run) == Exit.IMPOSSIBLE
         assert "MAX_STEPS was 8, is now 16" in logs(run)
         run.job_yaml.write_text(text)
         change(run, ["MAX_STEPS=16"], allow=True, executable="python3")
         assert load(run.job_yaml).max_steps == 16
-        patch.setattr("launcher.attempt.os.getpid", lambda: 2)
+        patch.setattr("launcher.attempt.lifecycle.os.getpid", lambda: 2)
         assert farm.train(run) == Exit.DONE, logs(run)
     assert curve(run)[-1][0] == 16
 
@@ -217,14 +218,14 @@ def test_data_that_changed_under_its_name_are_refused_unless_somebody_allowed_it
     with pytest.MonkeyPatch.context() as patch:
         for number, (changed, said) in enumerate(((np.tile(tokens, 2), r"of 593 samples, is now .* of 1,187"), (tokens[::-1], "with content .*, is now"))):
             write_tokens(tmp_path / "t.bin", changed, 256)
-            patch.setattr("launcher.attempt.os.getpid", lambda number=number: 1 + number)
+            patch.setattr("launcher.attempt.lifecycle.os.getpid", lambda number=number: 1 + number)
             assert farm.train(run) == Exit.IMPOSSIBLE
             assert re.search(rf"DATA was t\.bin\[train\] {said}", logs(run)), logs(run)
         change(run, [], allow=True, executable="python3")
-        patch.setattr("launcher.attempt.os.getpid", lambda: 3)
+        patch.setattr("launcher.attempt.lifecycle.os.getpid", lambda: 3)
         assert farm.train(run) == Exit.DONE, logs(run)
     # A checkpoint of a version that did not write it down says nothing.
-    state = checkpoint.State(8, 0, 7, 8, 12, AffineTokens(seq_len=8, vocab_size=16, split="train").name, "fp32", 1)
+    state = state_dict.State(8, 0, 7, 8, 12, AffineTokens(seq_len=8, vocab_size=16, split="train").name, "fp32", 1)
     assert "data" not in changes(state, load(run.job_yaml), AffineTokens(seq_len=8, vocab_size=16, split="train"), 1)
 
 
@@ -256,11 +257,11 @@ def test_a_stop_that_comes_before_the_ranks_are_there_starts_none(farm: Farm, nu
         return values
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launcher.local.begin", asked)
+        patch.setattr("launcher.local.executor.begin", asked)
         assert farm.train(run) == Exit.REQUEUE
     assert [event["cause"] for event in events(run, "end")] == ["requeued"] and not events(run, "resumed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launcher.attempt.os.getpid", lambda: 1)
+        patch.setattr("launcher.attempt.lifecycle.os.getpid", lambda: 1)
         assert farm.train(run) == Exit.DONE, logs(run)
 
 
@@ -275,7 +276,7 @@ def test_a_stop_that_comes_while_the_ranks_are_started_reaches_them(farm: Farm, 
         return ranks
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launcher.local.spawn", started)
+        patch.setattr("launcher.local.executor.spawn", started)
         assert farm.train(run) == Exit.REQUEUE, logs(run)
     assert [event["cause"] for event in events(run, "end")] == ["requeued"]
 
@@ -355,7 +356,7 @@ def test_a_stop_is_heard_while_training_waits_for_samples_or_for_a_compilation(f
 
 
 def test_an_unfinished_validation_is_finished_by_the_next_attempt_without_a_second_line(farm: Farm, tmp_path: Path) -> None:
-    from train.metrics import MetricsLog
+    from train.metrics.logger import MetricsLog
 
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10}\n{"step": 20, "val_loss": 1}\n{"step": 30}\n')
@@ -378,16 +379,16 @@ def test_a_run_goes_from_ddp_to_fsdp_and_back_at_another_size_with_the_same_samp
             farm.kill_all()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("launcher.attempt.os.getpid", lambda pid=index: 100_000 + pid)
+            patch.setattr("launcher.attempt.lifecycle.os.getpid", lambda pid=index: 100_000 + pid)
             farm.train(run, kill)
         change(run, words, allow=False, executable="python3")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launcher.attempt.os.getpid", lambda: 200_000)
+        patch.setattr("launcher.attempt.lifecycle.os.getpid", lambda: 200_000)
         assert farm.train(run) == Exit.DONE, logs(run)
     farm.before = None
-    assert len(ckpt_format.verify(ckpt_format.complete(run.checkpoints)[0]).of_kind("optimizer")) > 2
+    assert len(directory.verify(directory.complete(run.checkpoints)[0]).of_kind("optimizer")) > 2
     assert [event["step"] > 0 for event in events(run, "resumed")] == [False, True, True, True], logs(run)
-    assert not samples.of_run(run).faults and order_of(run) == order_of(straight)
+    assert not sample_audit.of_run(run).faults and order_of(run) == order_of(straight)
     for ours, theirs in zip(curve(run), curve(straight), strict=True):
         assert ours[1] == pytest.approx(theirs[1], rel=1e-4)
 
@@ -398,14 +399,14 @@ def test_a_sharded_run_killed_also_inside_saves_ends_with_identical_bits(farm: F
     run = farm.prepare(PARALLEL="fsdp")
     assert farm.train(run, killer(4, seed=2, torn=[])) == Exit.DONE, logs(run)
     assert curve(run) == curve(straight)
-    ours, theirs = (ckpt_format.verify(ckpt_format.complete(which.checkpoints)[0]).files for which in (run, straight))
+    ours, theirs = (directory.verify(directory.complete(which.checkpoints)[0]).files for which in (run, straight))
     assert ours.keys() == theirs.keys() and len(ours) == 4
     assert all(ours[name].sha256 == theirs[name].sha256 for name in ours)
 
 
 def test_the_resume_command_takes_settings_and_the_run_goes_on_with_them(farm: Farm, capfd: pytest.CaptureFixture[str]) -> None:
-    from launcher.choose import split_run_words
-    from launcher.cli import run_app
+    from launcher.cli.app import run_app
+    from launcher.status.lookup import split_run_words
 
     run = farm.prepare(MAX_KILLED="0")
 
@@ -415,7 +416,7 @@ def test_the_resume_command_takes_settings_and_the_run_goes_on_with_them(farm: F
 
     farm.train(run, kill)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launcher.attempt.os.getpid", lambda: 300_000)
+        patch.setattr("launcher.attempt.lifecycle.os.getpid", lambda: 300_000)
         assert run_app(["resume", str(run.path), "SEED=3", "--local"]) == Exit.USAGE
         assert "--allow-change" in capfd.readouterr().err
         assert run_app(["resume", str(run.path), "GPUS_PER_NODE=1", "CHECKPOINT_EVERY=10", "--local"]) == Exit.DONE, logs(run)

@@ -4,20 +4,20 @@ from typing import Any
 
 import pytest
 
-from jobs import rules
-from jobs.errors import SettingError
-from jobs.precision import Precision
-from jobs.settings import Job
+from jobs.config import validation
+from jobs.config.settings import Job
+from jobs.core.errors import SettingError
+from jobs.specs.precision import Precision
 
 GIVEN = {"precision": "environment PRECISION", "amp_opt_level": "command line"}
 
 
 def problems(**values: Any) -> list[str]:
-    return rules.check(Job(**values), {})[0]
+    return validation.check(Job(**values), {})[0]
 
 
 def derived(**values: Any) -> dict[str, Any]:
-    found, follows = rules.check(Job(**values), {})
+    found, follows = validation.check(Job(**values), {})
     assert found == []
     return follows
 
@@ -28,9 +28,9 @@ def derived(**values: Any) -> dict[str, Any]:
 def test_o0_means_fp32_unless_a_person_asked_for_another_precision() -> None:
     assert derived(amp_opt_level="O0")["precision"] is Precision.FP32
     assert "precision" not in derived(amp_opt_level="O0", precision="fp32")
-    (said,), _ = rules.check(Job(amp_opt_level="O0", precision="bf16"), GIVEN)
+    (said,), _ = validation.check(Job(amp_opt_level="O0", precision="bf16"), GIVEN)
     assert said == "AMP_OPT_LEVEL=O0 (command line) means no mixed precision, but PRECISION=bf16 (environment PRECISION). Give one of them."
-    assert rules.check(Job(amp_opt_level="O0", precision="fp32"), GIVEN)[0] == []
+    assert validation.check(Job(amp_opt_level="O0", precision="fp32"), GIVEN)[0] == []
 
 
 def test_o0_on_hardware_that_has_fp32_alone_is_no_problem_of_the_default_precision() -> None:
@@ -99,7 +99,7 @@ def test_what_is_left_out_of_a_batch_follows() -> None:
     assert derived(nodes=1, gpus_per_node=2, batch_size=24, grad_accum_steps=3) == {"micro_batch_size": 4, "grad_accum_steps": 3}
     assert derived(nodes=1, gpus_per_node=2, batch_size=24, micro_batch_size=3) == {"micro_batch_size": 3, "grad_accum_steps": 4}
     assert derived(nodes=1, gpus_per_node=2, batch_size=24, micro_batch_size=3, grad_accum_steps=4) == {"micro_batch_size": 3, "grad_accum_steps": 4}
-    assert set(rules.BATCH_PARTS) == set(derived(batch_size=8))
+    assert set(validation.BATCH_PARTS) == set(derived(batch_size=8))
 
 
 def test_a_batch_that_does_not_come_out_says_what_was_multiplied() -> None:
@@ -122,18 +122,18 @@ def test_each_length_may_reach_its_limit_and_not_pass_it() -> None:
 
 
 def test_a_curve_that_is_none_is_a_problem_of_its_parameters() -> None:
-    found, _ = rules.check(Job(lr_scheduler="cosine", lr_scheduler_params={"T_max": 0}), {"lr_scheduler_params": "job.yaml"})
+    found, _ = validation.check(Job(lr_scheduler="cosine", lr_scheduler_params={"T_max": 0}), {"lr_scheduler_params": "job.yaml"})
     assert found == ["T_max: 0 is not allowed; it must be a whole number of at least 1 (job.yaml)."]
     assert problems(lr_scheduler="cosine", lr_scheduler_params={"T_max": 0})[0].endswith("(default).")
 
 
 def test_the_warm_up_of_the_curve_is_the_one_that_was_given_last_in_rank() -> None:
-    assert rules.schedule_of(Job(max_steps=200, warmup_pct=0.1)).warmup_steps == 20
-    assert rules.schedule_of(Job(max_steps=200, warmup_steps=7)).warmup_steps == 7
-    assert rules.schedule_of(Job(max_steps=200, warmup_pct=None)).warmup_steps == 0
-    assert rules.schedule_of(Job(max_steps=200, warmup_steps=0, warmup_pct=0.5)).warmup_steps == 0
-    assert rules.schedule_of(Job(max_steps=200, warmup_steps=7, lr_scheduler_params={"warmup_steps": 9})).warmup_steps == 9
-    schedule = rules.schedule_of(Job(max_steps=200, lr=0.5, lr_scheduler="linear", lr_scheduler_params={"eta_min": 0.1}))
+    assert validation.schedule_of(Job(max_steps=200, warmup_pct=0.1)).warmup_steps == 20
+    assert validation.schedule_of(Job(max_steps=200, warmup_steps=7)).warmup_steps == 7
+    assert validation.schedule_of(Job(max_steps=200, warmup_pct=None)).warmup_steps == 0
+    assert validation.schedule_of(Job(max_steps=200, warmup_steps=0, warmup_pct=0.5)).warmup_steps == 0
+    assert validation.schedule_of(Job(max_steps=200, warmup_steps=7, lr_scheduler_params={"warmup_steps": 9})).warmup_steps == 9
+    schedule = validation.schedule_of(Job(max_steps=200, lr=0.5, lr_scheduler="linear", lr_scheduler_params={"eta_min": 0.1}))
     assert (schedule.kind, schedule.base_lr, schedule.total_steps, schedule.min_lr) == ("linear", 0.5, 200, 0.1)
 
 
@@ -155,7 +155,7 @@ def test_a_file_for_accelerate_is_read_where_accelerate_launches_a_script() -> N
 
 def test_a_misspelt_model_or_data_set_is_refused_before_it_is_queued_and_all_that_a_node_may_know_is_not() -> None:
     with pytest.raises(SettingError, match=r"(?s)'nanoo' is not known.*Did you mean 'nano'\? \(from command line\).*'stdlb'.*Did you mean 'stdlib'"):
-        rules.check(Job(model="nanoo", data="stdlb"), {"model": "command line"})
+        validation.check(Job(model="nanoo", data="stdlb"), {"model": "command line"})
     for spec in ("hf/folder", "module", "tokens", "text", "a:b:c", "my.module:2nd"):
         with pytest.raises(SettingError, match="is not known"):
             problems(data=spec)

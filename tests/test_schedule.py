@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler as torch_lr
 
-from jobs.errors import SettingError
-from jobs.schedule import KINDS, Schedule, curve, describe, lr_at, warmup_steps_from_pct
+from jobs.core.errors import SettingError
+from jobs.specs.lr_schedule import KINDS, Schedule, curve, describe, lr_at, warmup_steps_from_pct
 
 BASE = 3e-3
 

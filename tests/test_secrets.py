@@ -12,12 +12,13 @@ import pytest
 from conftest import REPOSITORY, SMALL, Cluster, until
 from written_runs import written_run
 
-from jobs import access, ledger, secret
-from jobs.errors import SettingError
-from jobs.rundir import RunDir
-from launcher import snapshot
-from launcher.report import figures_of
-from launcher.report_page import page
+from jobs.config import secrets_scan
+from jobs.core.errors import SettingError
+from jobs.run import event_log, permissions
+from jobs.run.rundir import RunDir
+from launcher.report.collect import figures_of
+from launcher.report.render import page
+from launcher.submission import snapshot
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")
 # Put together here, so that this very file, which is frozen with every run of the repository, holds none of them.
@@ -136,7 +137,7 @@ def test_no_file_of_a_run_is_writable_by_others_whatever_the_umask(local_run: tu
 @pytest.mark.slurm
 def test_on_slurm_a_secret_reaches_the_process_and_no_file(cluster: Cluster) -> None:
     values = {**QUICK, "ENTRY": "tests/telling_script.py", "ENTRY_ARGS": "HF_TOKEN,WANDB_API_KEY"}
-    command = [sys.executable, "-m", "launcher.cli", "submit", "--json", *(f"{key}={value}" for key, value in values.items())]
+    command = [sys.executable, "-m", "launcher.cli.app", "submit", "--json", *(f"{key}={value}" for key, value in values.items())]
     done = subprocess.run(command, cwd=REPOSITORY, env={**cluster.env, **PLANTED}, capture_output=True, text=True, timeout=120, umask=0)
     assert done.returncode == 0, done.stderr
     run = RunDir(Path(json.loads(done.stdout)["path"]))
@@ -193,14 +194,14 @@ def test_a_secret_in_a_site_file_is_refused_with_its_place(tmp_path: Path) -> No
     ],
 )
 def test_names_of_secrets_are_known(name: str) -> None:
-    assert secret.is_secret_name(name)
+    assert secrets_scan.is_secret_name(name)
 
 
 @pytest.mark.parametrize(
     "name", ["TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "MAX_TOKENS", "NCCL_IB_PKEY", "NCCL_IB_HCA", "PATH", "MONKEY", "KEYBOARD", "PYTHONPATH"]
 )
 def test_names_of_ordinary_variables_are_no_secrets(name: str) -> None:
-    assert not secret.is_secret_name(name)
+    assert not secrets_scan.is_secret_name(name)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_names_of_ordinary_variables_are_no_secrets(name: str) -> None:
     ],
 )
 def test_files_that_keep_secrets_are_known(path: str, expected: bool) -> None:
-    assert secret.is_secret_file(PurePath(path)) is expected
+    assert secrets_scan.is_secret_file(PurePath(path)) is expected
 
 
 # -- code --------------------------------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def test_a_secret_that_was_taken_out_of_the_code_is_masked_in_the_diff(tmp_path:
 
 
 def test_the_report_of_a_run_that_was_frozen_with_a_secret_masks_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.show.ask_queue", lambda: (None, ""))
+    monkeypatch.setattr("launcher.status.run_status.ask_queue", lambda: (None, ""))
     run = written_run(
         tmp_path,
         "old-a2b3",
@@ -277,10 +278,10 @@ def test_the_report_of_a_run_that_was_frozen_with_a_secret_masks_it(tmp_path: Pa
 def test_a_run_that_everybody_can_write_to_is_not_resumed(tmp_path: Path) -> None:
     run = written_run(tmp_path / "runs", "gpt-a2b3", steps=100, causes=("preempted",))
     run.path.chmod(0o777)
-    before = ledger.read(run.ledger)
+    before = event_log.read(run.ledger)
     done = holdfast("resume", "--local", "gpt-a2b3", f"RUNS_DIR={tmp_path}/runs", cwd=REPOSITORY)
     assert done.returncode == 2 and "can be written by everybody" in done.stderr and "chmod -R go-w" in done.stderr, done.stderr
-    assert ledger.read(run.ledger) == before
+    assert event_log.read(run.ledger) == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
@@ -297,5 +298,5 @@ def test_modes_of_a_copied_tree_are_closed(tmp_path: Path) -> None:
     (tmp_path / "a" / "tool.sh").touch()
     (tmp_path / "a" / "tool.sh").chmod(0o775)
     (tmp_path / "a" / "link").symlink_to("/dev/null")
-    access.close_to_others(tmp_path / "a")
+    permissions.close_to_others(tmp_path / "a")
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o755 and (tmp_path / "a" / "tool.sh").stat().st_mode & 0o777 == 0o755

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from train.seeds import seed_everything
+from train.rng import seed_everything
 
 
 def drawn(seed: int, step: int, stream: int = 0) -> tuple[float, float, float]:

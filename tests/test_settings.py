@@ -13,18 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from jobs import rules
-from jobs import settings as declared
-from jobs.errors import ImpossibleJobError
-from jobs.precision import MODES, Precision, nearest_that_runs, runs_on
-from jobs.setting_names import setting_name
-from jobs.setting_types import format_minutes, parse_minutes
-from jobs.settings import NAME_ALIASES, Job, group_of, help_of, names, setting, unit_of
-from jobs.sources import resolve
-from jobs.yaml_text import read_yaml
+from jobs.config import settings as declared
+from jobs.config import validation
+from jobs.config.resolver import resolve
+from jobs.config.setting_names import setting_name
+from jobs.config.settings import NAME_ALIASES, Job, group_of, help_of, names, setting, unit_of
+from jobs.config.types import format_minutes, parse_minutes
+from jobs.config.yaml_io import read_yaml
+from jobs.core.errors import ImpossibleJobError
+from jobs.specs.precision import MODES, Precision, nearest_that_runs, runs_on
 from launcher import docs
-from launcher.show_settings import unit_beside
-from slurm import sitefile
+from launcher.output.settings_table import unit_beside
+from slurm import site_file
 
 FIXED = """JOB_NAME RUNS_DIR SITE PARTITION ACCOUNT QOS NODES GPUS_PER_NODE TIME_LIMIT PRECISION FP8_BACKEND FP8_RECIPE BATCH_SIZE
 MICRO_BATCH_SIZE GRAD_ACCUM_STEPS MAX_STEPS EVAL_EVERY CHECKPOINT_EVERY LR WARMUP_PCT SEED MODEL DATA SEQ_LEN COMPILE PARALLEL""".split()
@@ -177,7 +177,7 @@ _small = st.integers(1, 64)
 @examples(400)
 def test_whatever_batch_is_accepted_adds_up_and_what_is_refused_does_not(nodes: int, gpus: int, batch: int, micro: int | None, accum: int | None) -> None:
     job = Job(nodes=nodes, gpus_per_node=gpus, batch_size=batch, micro_batch_size=micro, grad_accum_steps=accum)
-    problems, derived = rules.check(job, {})
+    problems, derived = validation.check(job, {})
     possible = any(
         nodes * gpus * m * a == batch
         for m in ([micro] if micro else range(1, batch + 1))
@@ -194,18 +194,18 @@ def test_whatever_batch_is_accepted_adds_up_and_what_is_refused_does_not(nodes: 
 @examples(300)
 def test_every_near_value_that_is_offered_is_accepted(nodes: int, gpus: int, batch: int, micro: int | None, accum: int | None) -> None:
     job = Job(nodes=nodes, gpus_per_node=gpus, batch_size=batch, micro_batch_size=micro, grad_accum_steps=accum)
-    problems, _ = rules.check(job, {})
+    problems, _ = validation.check(job, {})
     for problem in problems:
         if "Near values: " in problem:
             near = [int(word) for word in problem.partition("Near values: ")[2].rstrip(".").split(", ")]
-            assert near and all(rules.check(job.model_copy(update={"batch_size": value}), {})[0] == [] for value in near)
+            assert near and all(validation.check(job.model_copy(update={"batch_size": value}), {})[0] == [] for value in near)
         else:
             assert "Leave one of them out" in problem and micro and accum
-            assert rules.check(job.model_copy(update={"batch_size": nodes * gpus * micro * accum}), {})[0] == []
+            assert validation.check(job.model_copy(update={"batch_size": nodes * gpus * micro * accum}), {})[0] == []
 
 
 def test_a_batch_that_does_not_divide_names_both_neighbours() -> None:
-    (problem,), _ = rules.check(Job(nodes=2, gpus_per_node=4, batch_size=100), {"batch_size": "command line"})
+    (problem,), _ = validation.check(Job(nodes=2, gpus_per_node=4, batch_size=100), {"batch_size": "command line"})
     assert "BATCH_SIZE=100 (command line) is not divisible by 8 processes" in problem and problem.endswith("Near values: 104, 96.")
 
 
@@ -217,7 +217,7 @@ def test_a_batch_that_does_not_divide_names_both_neighbours() -> None:
     ],
 )
 def test_values_that_contradict_each_other_are_refused(values: dict[str, Any], said: str) -> None:
-    problems, _ = rules.check(Job(**values), {})
+    problems, _ = validation.check(Job(**values), {})
     assert len(problems) == 1 and said in problems[0]
 
 
@@ -257,9 +257,9 @@ def test_a_value_that_cannot_be_meant_is_refused_and_the_right_way_is_shown(name
     ],
 )
 def test_what_the_hardware_cannot_do_is_refused_with_the_nearest_mode_that_works(values: dict[str, Any], nearest: str) -> None:
-    (problem,), _ = rules.check(Job(**values), {})
+    (problem,), _ = validation.check(Job(**values), {})
     assert f"PRECISION={values['precision']}" in problem and problem.endswith(f"PRECISION={nearest}.")
-    assert rules.check(Job(**{**values, "precision": nearest}), {})[0] == []
+    assert validation.check(Job(**{**values, "precision": nearest}), {})[0] == []
 
 
 @pytest.mark.parametrize(
@@ -267,12 +267,12 @@ def test_what_the_hardware_cannot_do_is_refused_with_the_nearest_mode_that_works
     [{"precision": "fp8", "gpu_arch": "sm_90"}, {"precision": "fp8", "gpu_arch": "sm_89"}, {"precision": "fp8"}, {"precision": "bf16", "device": "cpu"}],
 )
 def test_what_the_hardware_can_do_or_is_not_known_is_let_through(values: dict[str, Any]) -> None:
-    assert rules.check(Job(**values), {})[0] == []
+    assert validation.check(Job(**values), {})[0] == []
 
 
 @pytest.mark.parametrize("arch", ["h100", "90", "sm_", "sm_x", "SM_90"])
 def test_an_architecture_that_is_none_is_refused(arch: str) -> None:
-    (problem,), _ = rules.check(Job(gpu_arch=arch), {})
+    (problem,), _ = validation.check(Job(gpu_arch=arch), {})
     assert "sm_90" in problem and arch in problem
 
 
@@ -287,14 +287,14 @@ def test_there_is_a_mode_to_offer_for_every_piece_of_hardware(mode: Precision, a
 
 
 @pytest.mark.parametrize("path", [path for path in SHIPPED if path.parent.name == "jobs"], ids=lambda path: path.stem)
-@pytest.mark.parametrize("where", sitefile.shipped())
+@pytest.mark.parametrize("where", site_file.shipped())
 def test_every_shipped_job_file_resolves_on_every_shipped_site(path: Path, where: str, tmp_path: Path) -> None:
     words = [f"JOB={path}", f"SITE={where}"]
     if where == "lab" and read_yaml(path, path.name).get("precision") == "fp16":
         with pytest.raises(ImpossibleJobError, match=r"PRECISION=fp16 .* needs a GPU, but DEVICE=cpu .*Nearest that works: PRECISION=fp32"):
-            resolve(words, {}, tmp_path, lambda word: sitefile.find(word, tmp_path))
+            resolve(words, {}, tmp_path, lambda word: site_file.find(word, tmp_path))
         return
-    resolved = resolve(words, {}, tmp_path, lambda word: sitefile.find(word, tmp_path))
+    resolved = resolve(words, {}, tmp_path, lambda word: site_file.find(word, tmp_path))
     assert resolved.job.job_name == path.stem and resolved.job.site == where
 
 

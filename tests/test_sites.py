@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import Cluster, until
 
-from jobs import ledger
-from jobs.rundir import RunDir
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
 
 FAKE_APPTAINER = """#!/bin/bash
 # fake: writes its words down, takes options until the image, and becomes the command behind it
@@ -71,4 +71,4 @@ def test_modules_are_loaded_and_ranks_in_a_container_see_and_hear_everything(clu
     assert [str(attempt.cause) for attempt in attempts] == ["requeued", "finished"]
     markers = [json.loads(run.attempt(1).marker(rank).read_text()) for rank in (0, 1)]
     assert [(marker["reason"], marker["signal"]) for marker in markers] == [("stopped", "TERM")] * 2
-    assert ledger.attempts(ledger.read(run.ledger))[0].lost_steps == 0
+    assert event_log.attempts(event_log.read(run.ledger))[0].lost_steps == 0

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, SMALL, Cluster, assert_same_result, booted, until
 
-from jobs import ledger
-from jobs.rundir import RunDir
-from launcher.local import pid_of_rank
-from slurm import lab
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
+from launcher.local.executor import pid_of_rank
 from slurm.client import Slurm
+from slurm.devcluster import lab
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -73,11 +73,11 @@ def test_scancel_stops_a_run_for_good_and_resume_goes_on(cluster: Cluster, undis
     run = cluster.submit(**PAIR)
     cluster.at_step(run, 20)
     cluster.slurm("scancel", cluster.job_id(run))
-    until(lambda: [a for a in ledger.attempts(ledger.read(run.ledger)) if a.cause], 30, "the end of the attempt")
+    until(lambda: [a for a in event_log.attempts(event_log.read(run.ledger)) if a.cause], 30, "the end of the attempt")
     until(
         lambda: not cluster.slurm("squeue", "-h", "-j", cluster.job_id(run), "-t", "all", "-o", "%T").replace("CANCELLED", "").strip(), 30, "the job to leave"
     )
-    attempt = ledger.attempts(ledger.read(run.ledger))[0]
+    attempt = event_log.attempts(event_log.read(run.ledger))[0]
     assert attempt.cause is not None and attempt.cause.value == "cancelled", cluster.logs(run)
     assert "cancelled" in cluster.holdfast("status", str(run.path)).stdout
     cluster.holdfast("resume", str(run.path))
@@ -95,7 +95,7 @@ def test_a_run_that_waits_again_is_said_to_wait_and_can_be_cancelled(cluster: Cl
     first = cluster.job_id(run)
     cluster.slurm("scontrol", "requeuehold", "State=SpecialExit", first)
     until(lambda: cluster.slurm("squeue", "-h", "-j", first, "-o", "%T").strip() == "SPECIAL_EXIT", 60, "the job to be held")
-    until(lambda: ledger.attempts(ledger.read(run.ledger))[-1].cause, 30, "the end of the attempt")
+    until(lambda: event_log.attempts(event_log.read(run.ledger))[-1].cause, 30, "the end of the attempt")
     held = row()
     assert (held["state"], held["job_id"]) == ("waiting", first) and held["queue_reason"], held
     assert f"cancelled job {first}" in cluster.holdfast("cancel", str(run.path)).stdout
@@ -142,9 +142,9 @@ def test_a_run_preempted_while_its_node_is_being_set_up_comes_back_also_where_sl
 def test_a_job_cancelled_while_its_node_is_being_set_up_is_cancelled(cancelling: Cluster, tmp_path: Path) -> None:
     run = in_setup(cancelling, tmp_path)
     cancelling.slurm("scancel", cancelling.job_id(run))
-    until(lambda: [a for a in ledger.attempts(ledger.read(run.ledger)) if a.cause], 30, lambda: f"the end\n{cancelling.logs(run)}")
+    until(lambda: [a for a in event_log.attempts(event_log.read(run.ledger)) if a.cause], 30, lambda: f"the end\n{cancelling.logs(run)}")
     until(lambda: not cancelling.slurm("squeue", "-h", "-j", cancelling.job_id(run)), 30, "the job to leave")
-    assert [str(attempt.cause) for attempt in ledger.attempts(ledger.read(run.ledger))] == ["cancelled"], cancelling.logs(run)
+    assert [str(attempt.cause) for attempt in event_log.attempts(event_log.read(run.ledger))] == ["cancelled"], cancelling.logs(run)
 
 
 def test_one_cancelled_task_of_an_array_is_over_and_the_others_go_on(cluster: Cluster) -> None:
@@ -154,7 +154,7 @@ def test_one_cancelled_task_of_an_array_is_over_and_the_others_go_on(cluster: Cl
     cluster.at_step(first, 10)
     cluster.at_step(second, 1)
     cluster.slurm("scancel", f"{answer['job_id']}_0")
-    until(lambda: ledger.attempts(ledger.read(first.ledger))[0].cause, 30, lambda: f"the end\n{cluster.logs(first)}")
+    until(lambda: event_log.attempts(event_log.read(first.ledger))[0].cause, 30, lambda: f"the end\n{cluster.logs(first)}")
     until(lambda: not cluster.slurm("squeue", "-h", "-r", "-j", f"{answer['job_id']}_0"), 30, "the task to leave")
     assert ended(first) == ["cancelled"], cluster.logs(first)
     assert ended(second)[0] in ("None", "finished"), cluster.logs(second)
@@ -179,7 +179,7 @@ def test_scancel_of_a_job_submitted_by_hand_is_no_requeue(cluster: Cluster, log:
     cluster.at_step(run, 10)
     job = cluster.job_id(run)
     cluster.slurm("scancel", job)
-    until(lambda: ledger.attempts(ledger.read(run.ledger))[0].cause, 30, lambda: f"the end\n{cluster.logs(run)}")
+    until(lambda: event_log.attempts(event_log.read(run.ledger))[0].cause, 30, lambda: f"the end\n{cluster.logs(run)}")
     until(lambda: not cluster.slurm("squeue", "-h", "-j", job), 30, "the job to leave")
     assert ended(run) == ["cancelled"], cluster.logs(run)
 
@@ -188,7 +188,7 @@ def test_a_preemption_of_a_job_submitted_by_hand_is_recorded_as_one(cluster: Clu
     run = submit_by_hand(cluster, f"--output={cluster.runs}/slurm-%j.out")
     cluster.at_step(run, 10)
     cluster.slurm("sbatch", "-p", "high", "-N4", "--exclusive", "--wrap", "sleep 1", "-o", "/dev/null")
-    until(lambda: len(ledger.attempts(ledger.read(run.ledger))) > 1, 60, lambda: f"the second attempt\n{cluster.logs(run)}")
+    until(lambda: len(event_log.attempts(event_log.read(run.ledger))) > 1, 60, lambda: f"the second attempt\n{cluster.logs(run)}")
     assert ended(run)[0] == "preempted", cluster.logs(run)
     assert "PREEMPTION" in run.log(cluster.job_id(run), "batch").read_text()
     cluster.slurm("scancel", cluster.job_id(run))
@@ -205,7 +205,7 @@ def test_words_of_a_command_line_are_no_fields_of_the_job(cluster: Cluster) -> N
 
 
 def ended(run: RunDir) -> list[str]:
-    return [str(attempt.cause) for attempt in ledger.attempts(ledger.read(run.ledger))]
+    return [str(attempt.cause) for attempt in event_log.attempts(event_log.read(run.ledger))]
 
 
 def kill_rank(run: RunDir, rank: int) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, SMALL, Cluster, assert_same_result, until, weights_sha
 
-from jobs import ledger
-from jobs.rundir import RunDir
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -55,7 +55,7 @@ def test_accelerate_launch_keeps_the_contract_and_leads_to_the_same_weights(clus
     assert attempts[0].lost_steps == 0 and attempts[1].start_step == attempts[0].step
     assert_same_result(run, undisturbed)
     # Its code is the rank's own, which the launcher that comes with Accelerate would have turned into 1.
-    assert {event["exit_code"] for event in ledger.read(run.ledger) if event["event"] == "end"} == {75, 0}
+    assert {event["exit_code"] for event in event_log.read(run.ledger) if event["event"] == "end"} == {75, 0}
     attempts = cluster.finished(own, 180)
     assert [attempt.cause.value for attempt in attempts if attempt.cause] == ["preempted", "finished"], cluster.logs(own)
     assert "in bf16" in own.log(attempts[1].job_id, 0).read_text()
@@ -87,7 +87,7 @@ def test_twenty_small_runs_go_as_one_array_through_one_sbatch(cluster: Cluster) 
     for member in members:
         cluster.finished(member, seconds=200)
     assert len({weights_sha(member) for member in members}) == 20
-    assert {event["job_id"].partition("_")[0] for member in members for event in ledger.read(member.ledger)} == {answer["job_id"]}
+    assert {event["job_id"].partition("_")[0] for member in members for event in event_log.read(member.ledger)} == {answer["job_id"]}
 
 
 def shape(path: Path) -> set[str]:

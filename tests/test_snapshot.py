@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import SettingError
-from jobs.rundir import RunDir
-from launcher import snapshot
-from launcher.prepare import prepare, resolve_here
+from jobs.core.errors import SettingError
+from jobs.run.rundir import RunDir
+from launcher.submission import snapshot
+from launcher.submission.create_run import prepare, resolve_here
 
 
 def git(cwd: Path, *words: str) -> None:

@@ -14,15 +14,15 @@ from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import advice
-from jobs.errors import ImpossibleJobError, NotFoundError, SettingError
-from jobs.job_files import find_job_file
-from jobs.settings import Job
-from jobs.sources import Resolved, amend, given_values, load, resolve, resolve_each
-from jobs.words import split_words, words_from_make
-from jobs.yaml_text import dump_yaml, read_yaml
-from launcher.prepare import resolve_here
-from slurm import sitefile
+from jobs.config import precision_cache
+from jobs.config.job_files import find_job_file
+from jobs.config.overrides import split_words, words_from_make
+from jobs.config.resolver import Resolved, amend, given_values, load, resolve, resolve_each
+from jobs.config.settings import Job
+from jobs.config.yaml_io import dump_yaml, read_yaml
+from jobs.core.errors import ImpossibleJobError, NotFoundError, SettingError
+from launcher.submission.create_run import resolve_here
+from slurm import site_file
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -47,7 +47,7 @@ class Desk:
         return self.resolve(["job.yaml", "SITE=./site.yaml", *words], environ)
 
     def resolve(self, words: Sequence[str], environ: Mapping[str, str]) -> Resolved:
-        return resolve(words, environ, self.folder, lambda word: sitefile.find(word, self.folder))
+        return resolve(words, environ, self.folder, lambda word: site_file.find(word, self.folder))
 
     def refused(self, *words: str, **environ: str) -> list[str]:
         with pytest.raises(SettingError) as err:
@@ -86,9 +86,9 @@ def test_the_prefixed_variable_beats_another_tools_bare_word_for_the_same_thing(
 
 
 def test_what_slurm_has_already_given_beats_everything(desk: Desk, tmp_path: Path) -> None:
-    resolved = resolve(["NODES=3"], {}, tmp_path, lambda word: sitefile.find(word, tmp_path), allocation={"nodes": 4})
+    resolved = resolve(["NODES=3"], {}, tmp_path, lambda word: site_file.find(word, tmp_path), allocation={"nodes": 4})
     assert (resolved.job.nodes, resolved.origins["nodes"]) == (4, "Slurm allocation")
-    small = resolve(["DEBUG=true"], {}, tmp_path, lambda word: sitefile.find(word, tmp_path), allocation={"max_steps": 50})
+    small = resolve(["DEBUG=true"], {}, tmp_path, lambda word: site_file.find(word, tmp_path), allocation={"max_steps": 50})
     assert (small.job.max_steps, small.job.eval_every) == (50, 10)
 
 
@@ -362,8 +362,8 @@ def test_one_thing_under_two_words_in_one_file_is_refused(desk: Desk) -> None:
 def test_auto_takes_what_was_measured_and_a_value_of_ones_own_goes_before_it(desk: Desk) -> None:
     words = ("GPU_ARCH=sm_90", "PRECISION=auto")
     one = desk(words[0]).job
-    path = advice.place(desk.folder / one.runs_dir, one, 90)
-    advice.keep(path, {"settings": {"precision": "fp8", "fp8_recipe": "current"}, "device": "H100", "date": "2026-01-02", "rule": "fastest"})
+    path = precision_cache.place(desk.folder / one.runs_dir, one, 90)
+    precision_cache.keep(path, {"settings": {"precision": "fp8", "fp8_recipe": "current"}, "device": "H100", "date": "2026-01-02", "rule": "fastest"})
     taken, said = desk(*words), "auto: measured on H100, 2026-01-02"
     assert (taken.job.precision, taken.job.fp8_recipe) == ("fp8", "current") and taken.files[-1] == str(path)
     assert (taken.origins["precision"], taken.origins["fp8_recipe"]) == (said, said)
@@ -651,7 +651,7 @@ TYPED = (
 @pytest.mark.parametrize("target", ["show", "nested"])
 def test_words_of_a_real_make_are_read_as_they_were_typed(tmp_path: Path, target: str, options: list[str]) -> None:
     (tmp_path / "show.py").write_text(
-        "import json, os\nfrom jobs.words import words_from_make\nopen('out.json', 'a').write(json.dumps(words_from_make(os.environ)) + '\\n')\n"
+        "import json, os\nfrom jobs.config.overrides import words_from_make\nopen('out.json', 'a').write(json.dumps(words_from_make(os.environ)) + '\\n')\n"
     )
     (tmp_path / "Makefile").write_text(f"show:\n\t@{sys.executable} -S show.py\nnested:\n\t@$(MAKE) show\n")
     environ = {**{k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}, "PYTHONPATH": os.pathsep.join([str(REPO), *sys.path])}
@@ -733,7 +733,7 @@ def test_secrets_of_a_mapping_are_not_printed_back(desk: Desk) -> None:
 
 def each(desk: Desk, points: list[list[str]], **environ: str) -> list[Resolved]:
     words = ["job.yaml", "SITE=./site.yaml", "LR=1e-3"]
-    return resolve_each(words, points, environ, desk.folder, lambda word: sitefile.find(word, desk.folder))
+    return resolve_each(words, points, environ, desk.folder, lambda word: site_file.find(word, desk.folder))
 
 
 def test_points_of_a_sweep_are_what_each_would_be_alone(desk: Desk) -> None:
@@ -755,7 +755,7 @@ def test_a_point_that_names_another_file_or_nothing_is_refused(desk: Desk, point
 def test_a_fault_of_the_common_words_is_told_once_and_what_they_say_by_hand_is_kept(desk: Desk) -> None:
     def points(*words: str) -> list[Resolved]:
         words = ("job.yaml", "SITE=./site.yaml", *words)
-        return resolve_each(words, [["SEED=1"]], {}, desk.folder, lambda word: sitefile.find(word, desk.folder))
+        return resolve_each(words, [["SEED=1"]], {}, desk.folder, lambda word: site_file.find(word, desk.folder))
 
     with pytest.raises(SettingError) as err:
         points("BATCHSIZE=4")

@@ -18,13 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import many_runs
-from jobs import lease, ledger, metrics, plain_yaml, run_folders, yaml_text
-from jobs.contract import Event
-from jobs.rundir import RunDir
-from jobs.settings import Job
-from launcher import commands, show, table
+from jobs.config import plain_yaml, yaml_io
+from jobs.config.settings import Job
+from jobs.core.contract import Event
+from jobs.run import claim, event_log, metrics_log, store
+from jobs.run.rundir import RunDir
+from launcher.commands import submit
+from launcher.output import table
+from launcher.status import run_status
 from slurm.client import Slurm
-from slurm.reasons import in_words
+from slurm.pending_reasons import in_words
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")
 
@@ -54,7 +57,7 @@ def test_status_of_a_thousand_runs_is_a_thousand_lines_and_little_work(thousand:
 
 
 def test_status_says_of_each_run_what_its_files_say(thousand: Path) -> None:
-    rows = {row.run: row for row in show.collect(run_folders.all_runs(thousand), {"102": ("RUNNING", "None", "node1"), "104": ("PENDING", "Priority", "")})}
+    rows = {row.run: row for row in run_status.collect(store.all_runs(thousand), {"102": ("RUNNING", "None", "node1"), "104": ("PENDING", "Priority", "")})}
     assert [rows[f"quickstart-000{index}"].state for index in range(8)] == [
         "finished",
         "finished",
@@ -90,16 +93,16 @@ def test_only_the_end_of_metrics_is_read(thousand: Path, tmp_path: Path) -> None
     line = json.dumps({"step": 1, "loss": 1.0}) + "\n"
     path.write_text(line * 3_000_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-    assert metrics.tail(path, 8) == [{"step": 1, "loss": 1.0}] * 8
-    assert len(metrics.sample(path, 50)) == 50
+    assert metrics_log.tail(path, 8) == [{"step": 1, "loss": 1.0}] * 8
+    assert len(metrics_log.sample(path, 50)) == 50
     assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - before < 0.2
 
 
 def test_a_cancelled_run_that_never_began_is_not_said_to_be_lost(tmp_path: Path) -> None:
     (run,) = [run for run in many_runs.make(tmp_path / "runs", 5) if run.id.endswith("0004")]
-    assert show.collect([run], {})[0].state == "stopped"
-    ledger.append(run.ledger, Event.CANCEL, attempt=0, job_id="104")
-    row = show.collect([run], {})[0]
+    assert run_status.collect([run], {})[0].state == "stopped"
+    event_log.append(run.ledger, Event.CANCEL, attempt=0, job_id="104")
+    row = run_status.collect([run], {})[0]
     assert row.state == "cancelled" and f"holdfast resume {run.id}" in row.note
 
 
@@ -107,22 +110,22 @@ def test_a_cancelled_run_that_never_began_is_not_said_to_be_lost(tmp_path: Path)
 def test_a_run_that_was_resumed_waits_until_its_new_job_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: str | None) -> None:
     run = many_runs.make(tmp_path / "runs", 3)[2]
     if cause:
-        ledger.append(run.ledger, Event.END, attempt=3, job_id="102", cause=cause, evidence="so it was", step=900, saved_step=900)
-    before = show.collect([run], {})[0]
-    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="500", by="resume")
+        event_log.append(run.ledger, Event.END, attempt=3, job_id="102", cause=cause, evidence="so it was", step=900, saved_step=900)
+    before = run_status.collect([run], {})[0]
+    event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="500", by="resume")
     for queue in ({"500": ("PENDING", "Priority", "")}, None):  # None: Slurm does not say
-        row = show.collect([run], queue)[0]
+        row = run_status.collect([run], queue)[0]
         assert (row.state, row.job_id) == ("waiting", "500")
     # Cancelled before it began.
     told: list[str] = []
-    monkeypatch.setattr(show, "ask_queue", lambda: ({"500": ("PENDING", "Priority", "")}, ""))
+    monkeypatch.setattr(run_status, "ask_queue", lambda: ({"500": ("PENDING", "Priority", "")}, ""))
     monkeypatch.setattr(Slurm, "cancel", lambda self, *job_ids: told.extend(job_ids))
-    commands.cancel_run(run)
-    row = show.collect([run], {})[0]
+    submit.cancel_run(run)
+    row = run_status.collect([run], {})[0]
     assert told == ["500"] and row.state == (before.state if before.state == "finished" else "cancelled")
-    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="501", by="resume")
-    ledger.append(run.ledger, Event.START, attempt=4, job_id="501", world=4)
-    row = show.collect([run], {"501": ("RUNNING", "None", "node1")})[0]
+    event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="501", by="resume")
+    event_log.append(run.ledger, Event.START, attempt=4, job_id="501", world=4)
+    row = run_status.collect([run], {"501": ("RUNNING", "None", "node1")})[0]
     assert (row.state, row.job_id) == ("running", "501")
 
 
@@ -130,20 +133,20 @@ def test_the_job_of_a_run_is_the_one_that_came_last(tmp_path: Path) -> None:
     run = many_runs.make(tmp_path / "runs", 2)[1]  # finished as job 101, three attempts
     # A submission that is written down after its job has begun; a successor, the line about which comes after its start.
     for said in ({"event": Event.SUBMITTED, "attempt": 0, "job_id": "101"}, {"event": Event.REQUEUE, "attempt": 1, "job_id": "101", "successor": "7"}):
-        ledger.append(run.ledger, **said)
-        assert show.collect([run], {"7": ("PENDING", "", "")})[0].job_id == "101"
-    ledger.append(run.ledger, Event.REQUEUE, attempt=3, job_id="101", successor="8")
-    assert show.collect([run], {"8": ("PENDING", "Dependency", "")})[0].job_id == "8"
+        event_log.append(run.ledger, **said)
+        assert run_status.collect([run], {"7": ("PENDING", "", "")})[0].job_id == "101"
+    event_log.append(run.ledger, Event.REQUEUE, attempt=3, job_id="101", successor="8")
+    assert run_status.collect([run], {"8": ("PENDING", "Dependency", "")})[0].job_id == "8"
     # A person is told the number of the process that was submitted; training is a child of it.
-    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="local-5")
-    ledger.append(run.ledger, Event.START, attempt=4, job_id="local-6", world=1)
-    assert show.collect([run], {})[0].job_id == "local-5"
+    event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="local-5")
+    event_log.append(run.ledger, Event.START, attempt=4, job_id="local-6", world=1)
+    assert run_status.collect([run], {})[0].job_id == "local-5"
 
 
 @pytest.mark.parametrize("state", ["PENDING", "SPECIAL_EXIT", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING"])
 def test_a_job_that_waits_in_any_way_waits(tmp_path: Path, state: str) -> None:
     run = many_runs.make(tmp_path / "runs", 3)[2]
-    row = show.collect([run], {"102": (state, "JobHeldUser", "")})[0]
+    row = run_status.collect([run], {"102": (state, "JobHeldUser", "")})[0]
     assert row.state == "waiting" and row.queue_reason == "held by you: scontrol release starts it" == row.note
 
 
@@ -156,7 +159,7 @@ def test_a_loss_that_is_no_number_is_null_in_json_and_itself_in_the_table(tmp_pa
         raise AssertionError(f"{word} is not JSON")
 
     for as_json in (True, False):
-        show.status(tmp_path / "runs", run.id, as_json, every=True)
+        run_status.status(tmp_path / "runs", run.id, as_json, every=True)
         said = capsys.readouterr().out
         if as_json:
             (row,) = json.loads(said, parse_constant=refuse)
@@ -168,22 +171,22 @@ def test_a_loss_that_is_no_number_is_null_in_json_and_itself_in_the_table(tmp_pa
 def test_a_process_with_the_number_of_one_that_is_gone_is_not_the_run(tmp_path: Path) -> None:
     run = many_runs.make(tmp_path / "runs", 5)[4]
     pid = os.getpid()
-    owner = {"job_id": f"local-{pid}", "host": socket.gethostname(), "pid": pid, "stamp": lease.process_stamp(pid)}
-    assert lease.claim(run, 1, owner) and lease.claim(run, 2, {**owner, "stamp": "another boot:77"})
+    owner = {"job_id": f"local-{pid}", "host": socket.gethostname(), "pid": pid, "stamp": claim.process_stamp(pid)}
+    assert claim.claim(run, 1, owner) and claim.claim(run, 2, {**owner, "stamp": "another boot:77"})
     for number, state in ((1, "running"), (2, "stopped")):
-        ledger.append(run.ledger, Event.START, attempt=number, job_id=f"local-{pid}", world=1)
-        assert show.collect([run], {})[0].state == state
-    assert "its process is gone" in show.collect([run], {})[0].note
+        event_log.append(run.ledger, Event.START, attempt=number, job_id=f"local-{pid}", world=1)
+        assert run_status.collect([run], {})[0].state == state
+    assert "its process is gone" in run_status.collect([run], {})[0].note
 
 
 def test_a_job_that_ended_before_its_attempt_began_points_to_its_words(tmp_path: Path) -> None:
     run = many_runs.make(tmp_path / "runs", 5)[4]
     run.ledger.write_text("")
-    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="89")
-    assert "gone from the queue" in show.collect([run], {})[0].note
+    event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="89")
+    assert "gone from the queue" in run_status.collect([run], {})[0].note
     run.logs.mkdir(exist_ok=True)
     run.log("89", "batch").write_text("module: command not found\n")
-    row = show.collect([run], {})[0]
+    row = run_status.collect([run], {})[0]
     assert row.state == "stopped" and row.note == f"job 89 ended before its attempt began (holdfast logs {run.id}); holdfast resume {run.id}"
 
 
@@ -191,10 +194,10 @@ def test_a_job_that_ended_before_its_attempt_began_points_to_its_words(tmp_path:
 def test_waiting_for_one_run_ends_with_its_exit_code_where_that_says_what_to_do(tmp_path: Path, code: int, word: int) -> None:
     run = many_runs.make(tmp_path / "runs", 5)[4]
     run.ledger.write_text("")
-    ledger.append(run.ledger, Event.START, attempt=1, job_id="7", world=1)
-    ledger.append(run.ledger, Event.END, attempt=1, job_id="7", cause="code_error", exit_code=code)
-    assert commands.wait_for([run], None) == word
-    assert commands.wait_for([run, run], None) == 1
+    event_log.append(run.ledger, Event.START, attempt=1, job_id="7", world=1)
+    event_log.append(run.ledger, Event.END, attempt=1, job_id="7", cause="code_error", exit_code=code)
+    assert submit.wait_for([run], None) == word
+    assert submit.wait_for([run, run], None) == 1
 
 
 def test_the_share_of_the_peak_is_the_one_that_training_logs(tmp_path: Path) -> None:
@@ -202,14 +205,14 @@ def test_the_share_of_the_peak_is_the_one_that_training_logs(tmp_path: Path) -> 
     with open(run.metrics, "a") as file:
         file.write(json.dumps({"step": 70, "loss": 1.0, "peak_pct": 55.25}) + "\n")
     assert "peak_pct" in (REPOSITORY / "train" / "live.py").read_text()
-    assert show.collect([run], {"102": ("RUNNING", "None", "node1")})[0].peak_pct == 55.25
-    assert show.collect([run], {})[0].peak_pct is None
+    assert run_status.collect([run], {"102": ("RUNNING", "None", "node1")})[0].peak_pct == 55.25
+    assert run_status.collect([run], {})[0].peak_pct is None
 
 
 def test_json_has_the_fields_that_are_documented(thousand: Path) -> None:
     done = holdfast("status", "--json", str(thousand / "quickstart-0000"))
     (row,) = json.loads(done.stdout)
-    assert list(row) == list(show.FIELDS) == [field.name for field in fields(show.RunStatus)]
+    assert list(row) == list(run_status.FIELDS) == [field.name for field in fields(run_status.RunStatus)]
     # What programs read since the first version; nothing of it may go.
     kept = "run path state job_id attempt step max_steps loss tokens_per_s lost_steps causes checkpoint_step checkpoint_time note"
     assert list(row)[: len(kept.split())] == kept.split()
@@ -227,13 +230,13 @@ def test_the_tail_is_the_end_of_the_whole_however_torn_the_file_is(tmp_path_fact
     whole = [{"step": step, "loss": step / 3, "note": "x" * (step % 700)} for step in lines if isinstance(step, int)]
     data = b"\n".join(json.dumps({"step": line, "loss": line / 3, "note": "x" * (line % 700)}).encode() if isinstance(line, int) else line for line in lines)
     path.write_bytes(data + b"\n" * ends)
-    assert metrics.tail(path, count) == whole[-count:]
-    assert all(line in whole for line in metrics.sample(path, 10))
-    assert not whole or metrics.sample(path, 10)[-1] == whole[-1]
+    assert metrics_log.tail(path, count) == whole[-count:]
+    assert all(line in whole for line in metrics_log.sample(path, 10))
+    assert not whole or metrics_log.sample(path, 10)[-1] == whole[-1]
 
 
 def test_no_metrics_are_no_lines(tmp_path: Path) -> None:
-    assert metrics.tail(tmp_path / "none") == metrics.sample(tmp_path / "none", 5) == []
+    assert metrics_log.tail(tmp_path / "none") == metrics_log.sample(tmp_path / "none", 5) == []
 
 
 # -- job.yaml, read quickly --------------------------------------------------------------------------------------------
@@ -246,13 +249,13 @@ _VALUE = st.recursive(_SCALAR, lambda inner: st.lists(inner, max_size=3) | st.di
 
 
 def by_yaml(text: str) -> Any:
-    return yaml_text.parse(text)
+    return yaml_io.parse(text)
 
 
 @examples(100)
 @given(st.dictionaries(st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True), _VALUE, max_size=5))
 def test_what_is_read_quickly_is_what_yaml_reads(values: dict[str, Any]) -> None:
-    text = yaml_text.dump_yaml(values)
+    text = yaml_io.dump_yaml(values)
     quick = plain_yaml.read(text)
     if quick is not None:
         assert (quick or None) == by_yaml(text) and repr(quick or None) == repr(by_yaml(text))
@@ -301,7 +304,7 @@ def test_lines_by_hand_mean_what_yaml_says_they_mean(lines: list[str]) -> None:
 
 
 def test_a_job_of_ours_is_read_quickly() -> None:
-    assert plain_yaml.read(yaml_text.dump_yaml(Job().model_dump(mode="json"))) is not None
+    assert plain_yaml.read(yaml_io.dump_yaml(Job().model_dump(mode="json"))) is not None
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

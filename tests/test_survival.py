@@ -13,18 +13,18 @@ import save_sweep
 from chaos import Stage
 from conftest import REPOSITORY, Cluster, until
 
-from jobs import ledger
-from jobs.contract import STACKS_SIGNAL, RankEnv
-from jobs.errors import SubmitError
-from jobs.rundir import RunDir
-from jobs.settings import Job
-from launcher import nodes, preflight, rendezvous
-from launcher.doctor import Finding, Need, Site, diagnose, of_node, policy_of, way_back
-from launcher.local import pids_of_ranks
-from launcher.watchdog import Pace, Silence, Watchdog, read_place, suspects
+from jobs.config.settings import Job
+from jobs.core.contract import STACKS_SIGNAL, RankEnv
+from jobs.core.errors import SubmitError
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
+from launcher.attempt import node_exclusion, preflight, rendezvous
+from launcher.attempt.watchdog import Pace, Silence, Watchdog, read_place, suspects
+from launcher.cluster.doctor import Finding, Need, Site, diagnose, of_node, policy_of, way_back
+from launcher.local.executor import pids_of_ranks
 from slurm.client import Slurm, parse_config
 from slurm.environment import clean_environment
-from train.allreduce import named_slow
+from train.distributed.allreduce_check import named_slow
 
 # ------------------------------------------------------------------------------------------------------------- on the lab
 
@@ -145,7 +145,7 @@ def test_the_suspect_is_the_rank_that_keeps_the_others_waiting(stacks: dict[int,
 
 
 def test_ranks_are_asked_at_the_first_limit_and_killed_at_the_second_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.watchdog._ANSWER_S", 0)
+    monkeypatch.setattr("launcher.attempt.watchdog._ANSWER_S", 0)
     run = RunDir(tmp_path / "a-1")
     attempt = run.attempt(1)
     attempt.path.mkdir(parents=True)
@@ -217,7 +217,7 @@ def test_threads_of_ours_are_no_suspects() -> None:
 
 
 def test_the_watchdog_costs_little_and_loads_no_library() -> None:
-    code = "import sys, launcher.watchdog, launcher.preflight; print([m for m in ('pydantic', 'yaml', 'jinja2', 'torch', 'typer') if m in sys.modules])"
+    code = "import sys, launcher.attempt.watchdog, launcher.attempt.preflight; print([m for m in ('pydantic', 'yaml', 'jinja2', 'torch', 'typer') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -286,13 +286,13 @@ def test_a_gpu_that_the_kernels_log_speaks_of_is_a_fault_for_an_hour(tmp_path: P
 
 def test_an_all_reduce_speaks_against_a_node_only_where_the_others_are_well() -> None:
     four = ["n1", "n2", "n3", "n4"]
-    assert nodes.judged({"gb_s": 8.0, "ranks": 32, "slow": []}, set(four), four, 1.0) == ({}, "")
-    bad, remark = nodes.judged({"gb_s": 0.2, "ranks": 32, "slow": ["n3"]}, set(four), four, 1.0)
+    assert node_exclusion.judged({"gb_s": 8.0, "ranks": 32, "slow": []}, set(four), four, 1.0) == ({}, "")
+    bad, remark = node_exclusion.judged({"gb_s": 0.2, "ranks": 32, "slow": ["n3"]}, set(four), four, 1.0)
     assert list(bad) == ["n3"] and "0.20 GB/s" in bad["n3"] and not remark
-    bad, remark = nodes.judged({"gb_s": 0.2, "ranks": 32, "slow": []}, set(four), four, 1.0)
+    bad, remark = node_exclusion.judged({"gb_s": 0.2, "ranks": 32, "slow": []}, set(four), four, 1.0)
     assert not bad and "no node stands out" in remark
-    assert list(nodes.judged(None, {"n1", "n2", "n4"}, four, 1.0)[0]) == ["n3"]
-    assert nodes.judged(None, set(), four, 1.0)[0] == {} == nodes.judged(None, {"n1"}, ["n1", "n2"], 1.0)[0]
+    assert list(node_exclusion.judged(None, {"n1", "n2", "n4"}, four, 1.0)[0]) == ["n3"]
+    assert node_exclusion.judged(None, set(), four, 1.0)[0] == {} == node_exclusion.judged(None, {"n1"}, ["n1", "n2"], 1.0)[0]
     assert named_slow({"n1": 9.0, "n2": 8.0, "n3": 0.1}, 1.0) == ["n3"]
     assert named_slow({"n1": 9.0, "n2": 0.1}, 1.0) == [] == named_slow({"n1": 0.2, "n2": 0.1, "n3": 9.0}, 1.0)
 
@@ -315,18 +315,20 @@ def test_the_nodes_are_measured_by_an_all_reduce_before_they_train(cluster: Clus
     cluster.finished(run)
     result = json.loads(run.attempt(1).allreduce.read_text())
     assert result["ranks"] == 3 and result["backend"] == "gloo" and 0 < result["gb_s"] < 1000 and result["slow"] == []
-    assert {path.name for path in run.attempt(1).path.glob("joined.*")} == {f"joined.{node}" for node in ledger.attempts(ledger.read(run.ledger))[0].nodes}
+    assert {path.name for path in run.attempt(1).path.glob("joined.*")} == {
+        f"joined.{node}" for node in event_log.attempts(event_log.read(run.ledger))[0].nodes
+    }
     # No network is that fast: it is said, nobody is blamed, and training goes on.
     assert "at least 1000 are wanted" in run.log(cluster.job_id(run), "batch").read_text()
 
 
 def test_a_disk_that_refuses_speaks_against_no_node_unless_only_one_meets_it() -> None:
     good, bad = preflight.Report("n1"), preflight.Report("n2", storage_faults=["cannot be written"])
-    assert nodes.faults_of({"n1": good, "n2": bad}, ["n1", "n2"]) == {"n2": "cannot be written"}
-    assert nodes.faults_of({"n2": bad}, ["n2"]) == {"": "cannot be written"}
-    assert nodes.faults_of({"n1": good, "n2": good}, ["n1", "n2", "n3"]) == {"n3": "gave no answer to the checks before the start"}
-    assert nodes.faults_of({"n1": good}, ["n1", "n2"]) == {}
-    assert nodes.faults_of({}, ["n1", "n2"]) == {}
+    assert node_exclusion.faults_of({"n1": good, "n2": bad}, ["n1", "n2"]) == {"n2": "cannot be written"}
+    assert node_exclusion.faults_of({"n2": bad}, ["n2"]) == {"": "cannot be written"}
+    assert node_exclusion.faults_of({"n1": good, "n2": good}, ["n1", "n2", "n3"]) == {"n3": "gave no answer to the checks before the start"}
+    assert node_exclusion.faults_of({"n1": good}, ["n1", "n2"]) == {}
+    assert node_exclusion.faults_of({}, ["n1", "n2"]) == {}
 
 
 def test_bad_nodes_are_avoided_for_a_time_and_a_suspect_of_a_hang_from_the_second_time_on() -> None:
@@ -335,9 +337,9 @@ def test_bad_nodes_are_avoided_for_a_time_and_a_suspect_of_a_hang_from_the_secon
 
     day = 86_400.0
     lines = [event("n1", 0.0), event("n2", 2 * day), event("n3", 2 * day, hang=True), event("n4", 2 * day, hang=True), event("n4", 2 * day, hang=True)]
-    assert nodes.avoided(lines, 24, 2 * day + 60) == ["n2", "n4"]
-    assert nodes.avoided(lines, 24, 9 * day) == []
-    assert nodes.avoided(lines, 24, -9 * day) == []
+    assert node_exclusion.avoided(lines, 24, 2 * day + 60) == ["n2", "n4"]
+    assert node_exclusion.avoided(lines, 24, 9 * day) == []
+    assert node_exclusion.avoided(lines, 24, -9 * day) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- rendezvous

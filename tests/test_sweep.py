@@ -18,22 +18,26 @@ from hypothesis import strategies as st
 from test_commands import holdfast
 from training import TINY, Farm, farm  # noqa: F401
 
-from jobs import ledger, metrics, space, space_words
-from jobs.contract import Cause, Event, Exit
-from jobs.errors import ImpossibleJobError, SettingError, SubmitError
-from jobs.rundir import RunDir
-from jobs.sources import load
-from jobs.space import Dimension, Sweep
-from jobs.yaml_text import dump_yaml
-from launcher import pruning, study, sweep, sweep_jobs, sweep_show, trial
-from launcher.cli import run_app
-from launcher.prepare import resolve_here
+from jobs.config.resolver import load
+from jobs.config.yaml_io import dump_yaml
+from jobs.core.contract import Cause, Event, Exit
+from jobs.core.errors import ImpossibleJobError, SettingError, SubmitError
+from jobs.run import event_log, metrics_log
+from jobs.run.rundir import RunDir
+from jobs.sweep import parser, search_space
+from jobs.sweep.search_space import Dimension, Sweep
+from launcher.cli.app import run_app
+from launcher.commands import sweep
+from launcher.status import sweep_status
+from launcher.submission import sweep_jobs
+from launcher.submission.create_run import resolve_here
+from launcher.sweeps import pruner, study, trial
 
 BASE = resolve_here(["NODES=1", "GPUS_PER_NODE=1", "DEVICE=cpu"], {}, REPOSITORY)
 
 
 def define(*over: str, **options: Any) -> Sweep:
-    return space_words.define(over, options, None, "", 256)
+    return parser.define(over, options, None, "", 256)
 
 
 # -- how a space is written --------------------------------------------------------------------------------------------
@@ -98,7 +102,7 @@ def test_a_file_says_the_same_as_words_and_the_command_line_wins(tmp_path: Path)
     file.write_text(
         "over:\n  lr: {low: 1e-4, high: 1e-2, log: true}\n  precision: [bf16, none]\n  warmup_pct: [0.1, ~]\n  seed: 1..3\ntrials: 12\npruner: median\n"
     )
-    described = space_words.define(["PRECISION=fp32,bf16"], {"trials": 8}, file, "x.yaml", 256)
+    described = parser.define(["PRECISION=fp32,bf16"], {"trials": 8}, file, "x.yaml", 256)
     assert [d.text() for d in described.over] == ["LR=0.0001..0.01:log", "PRECISION=fp32,bf16", "WARMUP_PCT=0.1,none", "SEED=1..3"]
     assert (described.trials, described.pruner) == (8, "median")
 
@@ -118,7 +122,7 @@ def test_what_is_wrong_in_a_file_is_said(tmp_path: Path, text: str, said: str) -
     file = tmp_path / "x.yaml"
     file.write_text(text)
     with pytest.raises(SettingError) as err:
-        space_words.define([], {}, file, "x.yaml", 256)
+        parser.define([], {}, file, "x.yaml", 256)
     assert said in str(err.value)
 
 
@@ -164,20 +168,20 @@ def test_a_grid_has_each_point_once(sizes: list[int]) -> None:
 
 def test_combinations_that_cannot_run_are_named() -> None:
     with pytest.raises(ImpossibleJobError) as err:
-        space.check(define("PRECISION=bf16,fp16,none", "BATCH_SIZE=16,32"), BASE)
+        search_space.check(define("PRECISION=bf16,fp16,none", "BATCH_SIZE=16,32"), BASE)
     assert "PRECISION=fp16 (sweep) needs a GPU" in str(err.value) and "as at PRECISION=fp16 BATCH_SIZE=16, and 1 more" in str(err.value)
 
 
 def test_combinations_inside_a_range_are_tried_too() -> None:
     base = resolve_here(["NODES=1", "GPUS_PER_NODE=2", "DEVICE=cpu"], {}, REPOSITORY)
     with pytest.raises(ImpossibleJobError, match="is not divisible by 2 processes"):
-        space.check(define("BATCH_SIZE=16..64", trials=5), base)
-    space.check(define("BATCH_SIZE=16..64:step=2", trials=5), base)
+        search_space.check(define("BATCH_SIZE=16..64", trials=5), base)
+    search_space.check(define("BATCH_SIZE=16..64:step=2", trials=5), base)
 
 
 def test_values_that_a_setting_cannot_have_are_told_like_anywhere() -> None:
     with pytest.raises(SettingError) as err:
-        space.check(define("LR=-1,1e-3", "SEED=1,x", "PRECISION=fp32,none"), BASE)
+        search_space.check(define("LR=-1,1e-3", "SEED=1,x", "PRECISION=fp32,none"), BASE)
     assert str(err.value).splitlines() == [
         "LR: '-1' must be more than 0.0 (sweep).",
         "SEED: 'x' is not a whole number (sweep).",
@@ -187,11 +191,11 @@ def test_values_that_a_setting_cannot_have_are_told_like_anywhere() -> None:
 
 def test_two_words_for_one_value_are_refused() -> None:
     with pytest.raises(SettingError, match="'fp32' and 'none' mean the same"):
-        space.check(define("PRECISION=fp32,none"), BASE)
+        search_space.check(define("PRECISION=fp32,none"), BASE)
 
 
 def test_what_follows_from_a_value_follows_for_each_trial() -> None:
-    jobs = [space.trial_of(BASE.job, BASE.origins, [f"BATCH_SIZE={size}"], "trial 0").job for size in (16, 48)]
+    jobs = [search_space.trial_of(BASE.job, BASE.origins, [f"BATCH_SIZE={size}"], "trial 0").job for size in (16, 48)]
     assert [job.micro_batch_size for job in jobs] == [16, 48]
 
 
@@ -199,17 +203,17 @@ def test_what_follows_from_a_value_follows_for_each_trial() -> None:
 def test_a_key_varies_beside_any_text_in_its_mapping(text: str) -> None:
     base = replace(BASE, job=BASE.job.model_copy(update={"data_options": {"said": text}}))
     described = define("DATA_OPTIONS.x=1,2")
-    space.check(described, base)
-    words = space.words_of(described, base.job, described.point(0))
-    assert space.trial_of(base.job, base.origins, words, "x").job.data_options == {"said": text, "x": 1}
+    search_space.check(described, base)
+    words = search_space.words_of(described, base.job, described.point(0))
+    assert search_space.trial_of(base.job, base.origins, words, "x").job.data_options == {"said": text, "x": 1}
 
 
 def test_keys_of_a_mapping_are_put_into_the_jobs_own() -> None:
     base = resolve_here(["NODES=1", "GPUS_PER_NODE=1", "DEVICE=cpu", "MODEL_OPTIONS=n_layers=1"], {}, REPOSITORY)
     described = define("MODEL_OPTIONS.d_model=64,128", "LR=1,2")
-    words = space.words_of(described, base.job, described.point(2))
+    words = search_space.words_of(described, base.job, described.point(2))
     assert words == ["LR=1", 'MODEL_OPTIONS={"n_layers": 1, "d_model": 128}']
-    assert space.trial_of(base.job, base.origins, words, "x").job.model_options == {"n_layers": 1, "d_model": 128}
+    assert search_space.trial_of(base.job, base.origins, words, "x").job.model_options == {"n_layers": 1, "d_model": 128}
 
 
 @pytest.mark.parametrize(
@@ -229,10 +233,10 @@ def test_the_command_in_full_reads_back_as_the_trial(tmp_path: Path, words: list
     run = RunDir(tmp_path / "sweep")
     base, described = sweep.described([*words, "DEVICE=cpu", "NODES=1", "GPUS_PER_NODE=1"], tmp_path, [over], None, {})
     run.job_yaml.write_text(dump_yaml(base.job.model_dump(mode="json")))
-    command, left_out = sweep_show.command_of(run, described, described.point(1))
+    command, left_out = sweep_status.command_of(run, described, described.point(1))
     assert not left_out and ("quickstart.yaml" in command) == (words[0] != "ENTRY=t.py")
     said = resolve_here(shlex.split(command)[2:], {}, tmp_path).job
-    trained = space.trial_of(base.job, base.origins, space.words_of(described, base.job, described.point(1)), "x").job
+    trained = search_space.trial_of(base.job, base.origins, search_space.words_of(described, base.job, described.point(1)), "x").job
     assert said == trained.model_copy(update={"array_parallel": said.array_parallel})
 
 
@@ -307,8 +311,8 @@ def ends(run: RunDir, cause: str, curve: dict[int, float], attempt: int = 1) -> 
     """As if an attempt of the trial had come to its end."""
     with open(run.metrics, "a") as file:
         file.writelines(json.dumps({"step": step, "loss": 1.0, "val_loss": value}) + "\n" for step, value in curve.items())
-    ledger.append(run.ledger, Event.START, attempt=attempt, job_id="1_0", world=1)
-    ledger.append(run.ledger, Event.END, attempt=attempt, job_id="1_0", cause=cause, step=100, saved_step=100, start_step=0)
+    event_log.append(run.ledger, Event.START, attempt=attempt, job_id="1_0", world=1)
+    event_log.append(run.ledger, Event.END, attempt=attempt, job_id="1_0", cause=cause, step=100, saved_step=100, start_step=0)
 
 
 def test_trials_are_drawn_differently_and_the_same_again(tmp_path: Path) -> None:
@@ -402,7 +406,12 @@ def test_a_worker_that_dies_between_two_steps_gets_the_same_trial_again(tmp_path
     def dies(*_: Any, **__: Any) -> Any:
         raise Death
 
-    where = {"claimed": (study, "_suggest"), "suggested": (space, "words_of"), "written down": (ledger, "append"), "all but frozen": (trial, "dump_yaml")}[step]
+    where = {
+        "claimed": (study, "_suggest"),
+        "suggested": (search_space, "words_of"),
+        "written down": (event_log, "append"),
+        "all but frozen": (trial, "dump_yaml"),
+    }[step]
     with monkeypatch.context() as patch:
         patch.setattr(*where, dies)
         with pytest.raises(Death):
@@ -441,31 +450,34 @@ def test_a_journal_that_cannot_be_read_is_written_anew_from_the_runs(tmp_path: P
 
 def test_cancel_with_the_name_of_a_sweep_stops_the_trials_that_have_not_begun_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = made(tmp_path, "SEED=1,2,3")
-    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="1")
+    event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="1")
     trial.take_up(run.member(0), "1_0")
-    ledger.append(run.member(0).ledger, Event.START, attempt=1, job_id="1_0", world=1)
+    event_log.append(run.member(0).ledger, Event.START, attempt=1, job_id="1_0", world=1)
     queue = {"1_0": ("RUNNING", "None", "node1"), "1_1": ("PENDING", "Priority", ""), "1_2": ("PENDING", "Priority", "")}
-    monkeypatch.setattr(sweep_show, "ask_queue", lambda run: (queue, ""))
+    monkeypatch.setattr(sweep_status, "ask_queue", lambda run: (queue, ""))
     told: list[str] = []
     monkeypatch.setattr(sweep.Slurm, "run", lambda self, *words: told.extend(words))
     assert run_app(["cancel", "search", f"RUNS_DIR={tmp_path}"]) == Exit.DONE
     assert told == ["scancel", "1_0", "1_1", "1_2"]
-    assert ledger.read(run.member(0).ledger)[-1]["event"] == Event.CANCEL
+    assert event_log.read(run.member(0).ledger)[-1]["event"] == Event.CANCEL
 
 
 def test_a_trial_that_a_person_resumed_is_not_submitted_a_second_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, described = made(tmp_path, "SEED=1,2")
-    ledger.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="1")
+    event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="1")
     for number, cause in enumerate((Cause.CANCELLED, Cause.FINISHED)):
         trial.take_up(run.member(number), "1_0")
         ends(run.member(number), cause, {100: 2.0})
-    monkeypatch.setattr(sweep_show, "ask_queue", lambda run: ({"9_0": ("PENDING", "Priority", "")}, ""))
+    monkeypatch.setattr(sweep_status, "ask_queue", lambda run: ({"9_0": ("PENDING", "Priority", "")}, ""))
     monkeypatch.setattr(sweep_jobs, "taken_over", lambda run, slurm: {"9"})
-    assert [row.state for row in sweep_show.trials_of(run, described, sweep_show.ask_queue(run)[0])] == ["cancelled", "finished"]
-    ledger.append(run.member(0).ledger, Event.SUBMITTED, attempt=0, job_id="9_0", by="resume")
-    assert [(row.state, row.job_id) for row in sweep_show.trials_of(run, described, sweep_show.ask_queue(run)[0])] == [("waiting", "9_0"), ("finished", "1_0")]
+    assert [row.state for row in sweep_status.trials_of(run, described, sweep_status.ask_queue(run)[0])] == ["cancelled", "finished"]
+    event_log.append(run.member(0).ledger, Event.SUBMITTED, attempt=0, job_id="9_0", by="resume")
+    assert [(row.state, row.job_id) for row in sweep_status.trials_of(run, described, sweep_status.ask_queue(run)[0])] == [
+        ("waiting", "9_0"),
+        ("finished", "1_0"),
+    ]
     assert sweep.resume([str(run.path)], tmp_path, trials=None, parallel=None, local=False, wait=False, as_json=False) == Exit.DONE
     assert "every trial is over, waits or runs; nothing was submitted" in capsys.readouterr().out
 
@@ -480,7 +492,7 @@ def test_a_failed_trial_that_a_person_resumed_to_its_end_counts_again(tmp_path: 
     before = study.opened(run, described).get_trials()
     assert [t.state.name for t in before] == ["COMPLETE", "FAIL", "RUNNING"] and not capsys.readouterr().err
     # A running trial of the sweep has the journal open.
-    judge = pruning.Judge(run.member(2))
+    judge = pruner.Judge(run.member(2))
     validates(run.member(2), 50, 1.0)
     assert judge.look() == ""
     ends(run.member(1), Cause.FINISHED, {100: 1.5}, attempt=2)
@@ -504,7 +516,7 @@ def test_a_trial_whose_values_cannot_be_run_is_told_to_the_study_and_shown(tmp_p
             trial.take_up(run.member(0), "1_0")
     assert not run.member(0).job_yaml.exists()
     assert study.opened(run, described).get_trials()[0].state.name == "FAIL"
-    row = sweep_show.trial_of(run.member(0), described, None, ["1"])
+    row = sweep_status.trial_of(run.member(0), described, None, ["1"])
     assert row.state == "failed" and "cannot be run" in row.note
 
 
@@ -534,11 +546,11 @@ def test_a_resume_whose_answer_was_lost_has_submitted_and_the_next_one_submits_n
     run, _ = made(tmp_path, "LR=1,2")
     lossy(tmp_path / "bin", monkeypatch, run)
     assert resumed(run) == Exit.DONE and json.loads(capsys.readouterr().out)["job_id"] == "7"
-    assert [event["job_id"] for event in ledger.read(run.ledger)] == ["7"]
+    assert [event["job_id"] for event in event_log.read(run.ledger)] == ["7"]
     # Nor where the launcher was killed before the ledger knew.
     run.ledger.unlink()
     assert resumed(run) == Exit.DONE and json.loads(capsys.readouterr().out)["trials"] == 0
-    assert [(event["job_id"], event["by"]) for event in ledger.read(run.ledger)] == [("7", "found in the queue")]
+    assert [(event["job_id"], event["by"]) for event in event_log.read(run.ledger)] == [("7", "found in the queue")]
     assert len((tmp_path / "bin" / "asked").read_text().splitlines()) == 1
 
 
@@ -551,7 +563,7 @@ def test_a_resume_that_sbatch_refuses_or_a_queue_that_does_not_answer_is_an_erro
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
     with pytest.raises(SubmitError, match="is not known, so nothing was submitted"):
         resumed(run)
-    assert ledger.read(run.ledger) == []
+    assert event_log.read(run.ledger) == []
 
 
 # -- giving up ---------------------------------------------------------------------------------------------------------
@@ -575,24 +587,24 @@ def validates(run: RunDir, step: int, value: float) -> None:
 def test_a_trial_worse_than_the_median_is_given_up_by_a_stop_file_that_says_why(tmp_path: Path) -> None:
     run, described = pruned_sweep(tmp_path)
     mine = run.member(5)
-    judge = pruning.Judge(mine)
+    judge = pruner.Judge(mine)
     assert judge.look() == ""
     validates(mine, 25, 3.9)
     assert judge.look() == ""
     validates(mine, 50, 3.3)
     assert judge.look() == "pruned at step 50: val_loss 3.3, worse than the median"
-    pruning.give_up(mine, "pruned at step 50")
+    pruner.give_up(mine, "pruned at step 50")
     assert mine.stop_file.read_text() == "pruned at step 50\n"
     assert study.opened(run, described).get_trials()[5].intermediate_values == {25: 3.9, 50: 3.3}
     # A person's own wish stays what it was.
     mine.stop_file.write_text("lunch")
-    pruning.give_up(mine, "pruned at step 75")
+    pruner.give_up(mine, "pruned at step 75")
     assert mine.stop_file.read_text() == "lunch"
 
 
 def test_a_good_trial_and_one_at_its_end_go_on(tmp_path: Path) -> None:
     run, _ = pruned_sweep(tmp_path)
-    judge = pruning.Judge(run.member(5))
+    judge = pruner.Judge(run.member(5))
     validates(run.member(5), 50, 3.1)
     assert judge.look() == ""
     validates(run.member(5), 100, 99.0)
@@ -604,7 +616,7 @@ def test_a_study_that_cannot_be_asked_stops_no_training(tmp_path: Path, capsys: 
     validates(run.member(5), 50, 3.3)
     whole = run.study.read_bytes()
     run.study.write_bytes(b"{}\n")
-    judge = pruning.Judge(run.member(5))
+    judge = pruner.Judge(run.member(5))
     assert judge.look() == "" and "could not be asked" in capsys.readouterr().out
     run.study.write_bytes(whole)
     assert judge.look().startswith("pruned at step 50")
@@ -613,10 +625,10 @@ def test_a_study_that_cannot_be_asked_stops_no_training(tmp_path: Path, capsys: 
 def test_who_is_watched(tmp_path: Path) -> None:
     run, described = pruned_sweep(tmp_path)
     ends(run.member(5), Cause.PRUNED, {})
-    assert pruning.beside(run.member(5), os.getpid()) is None  # a person resumed it
+    assert pruner.beside(run.member(5), os.getpid()) is None  # a person resumed it
     run.sweep.write_text(described.model_copy(update={"pruner": "none"}).model_dump_json())
-    assert pruning.beside(run.member(4), os.getpid()) is None
-    assert pruning.beside(RunDir(tmp_path / "plain-run"), os.getpid()) is None
+    assert pruner.beside(run.member(4), os.getpid()) is None
+    assert pruner.beside(RunDir(tmp_path / "plain-run"), os.getpid()) is None
 
 
 # -- real trials on this machine ---------------------------------------------------------------------------------------
@@ -640,7 +652,7 @@ def test_a_sweep_on_this_machine_goes_on_over_a_trial_that_fails_and_can_be_enla
     assert code == Exit.DONE and len(states) == 3 and set(states) == {"finished", "failed"}, told
     assert [row["state"] == "failed" for row in told["trials"]] == [row["values"]["LR"] == "1e30" for row in told["trials"]]
     run = RunDir(Path(told["path"]))
-    assert metrics.read(run.member(told["best"]).metrics)[-1]["val_loss"] == told["trials"][told["best"]]["value"]
+    assert metrics_log.read(run.member(told["best"]).metrics)[-1]["val_loss"] == told["trials"][told["best"]]["value"]
     # More of it: only the new ones are trained.
     before = {number: run.member(number).ledger.read_bytes() for number in range(3)}
     code = sweep.command(

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, Cluster, losses, until
 
-from jobs import ledger, space
-from jobs.rundir import RunDir
-from jobs.sources import load
-from launcher import study
+from jobs.config.resolver import load
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
+from jobs.sweep import search_space
+from launcher.sweeps import study
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -27,7 +28,7 @@ def swept(cluster: Cluster, *words: str, **settings: str) -> RunDir:
 
 
 def causes(run: RunDir) -> list[str]:
-    return [attempt.cause.value for attempt in ledger.attempts(ledger.read(run.ledger)) if attempt.cause]
+    return [attempt.cause.value for attempt in event_log.attempts(event_log.read(run.ledger)) if attempt.cause]
 
 
 def is_over(run: RunDir) -> bool:
@@ -35,7 +36,7 @@ def is_over(run: RunDir) -> bool:
 
 
 def step_of(run: RunDir) -> int:
-    attempts = ledger.attempts(ledger.read(run.ledger))
+    attempts = event_log.attempts(event_log.read(run.ledger))
     try:
         return int(run.attempt(attempts[-1].number).progress.read_text()) if attempts and attempts[-1].cause is None else 0
     except (OSError, ValueError):
@@ -61,17 +62,17 @@ def test_twelve_trials_of_which_some_are_preempted_all_finish_and_none_is_lost_o
 
     # Each trial is one run that finished once, in one array, and lost nothing to the preemptions.
     for number, run in enumerate(trials):
-        attempts = ledger.attempts(ledger.read(run.ledger))
+        attempts = event_log.attempts(event_log.read(run.ledger))
         assert causes(run)[-1] == "finished" and set(causes(run)[:-1]) <= {"preempted"}, cluster.logs(run)
         assert sum(attempt.lost_steps for attempt in attempts) == 0
         assert all(after.start_step == before.step for before, after in zip(attempts, attempts[1:], strict=False)), attempts
         assert {attempt.job_id for attempt in attempts} == {f"{job_id}_{number}"}
         steps = [step for step, _, _ in losses(run)]
         assert steps == sorted(set(steps)) and steps[-1] == 150
-    assert any(attempt.step for run in preempted() for attempt in ledger.attempts(ledger.read(run.ledger))[:-1])
+    assert any(attempt.step for run in preempted() for attempt in event_log.attempts(event_log.read(run.ledger))[:-1])
 
     # The study says the same: each number once, the values that were trained, the value that came out.
-    sweep = space.load(sweep_dir.sweep)
+    sweep = search_space.load(sweep_dir.sweep)
     known = until(
         lambda: (found := study.opened(sweep_dir, sweep).get_trials()) and all(trial.state.is_finished() for trial in found) and found,
         60,
@@ -132,7 +133,7 @@ def test_a_bad_trial_is_given_up_a_broken_one_fails_and_a_killed_one_comes_back(
     # Not queued again, and no failure for Slurm either.
     job_id = cluster.job_id(sweep_dir)
     until(lambda: job_id not in cluster.slurm("squeue", "-h", "-r", "-o", "%i"), 60, "the array to leave the queue")
-    known = study.opened(sweep_dir, space.load(sweep_dir.sweep)).get_trials()
+    known = study.opened(sweep_dir, search_space.load(sweep_dir.sweep)).get_trials()
     assert [trial.state.name for trial in known] == ["COMPLETE"] * 3 + ["PRUNED", "FAIL"]
     # A person may want it all the same: then it goes on, and nobody gives it up again.
     cluster.holdfast("resume", str(trials[3].path))
@@ -141,7 +142,7 @@ def test_a_bad_trial_is_given_up_a_broken_one_fails_and_a_killed_one_comes_back(
 
 def test_a_sweep_of_a_thousand_runs_is_one_sbatch(cluster: Cluster) -> None:
     sweep_dir = swept(cluster, "--over", "SEED=1..1000", SBATCH_OPTIONS="begin=now+1hour")
-    submitted = [event for event in ledger.read(sweep_dir.ledger) if event["event"] == "submitted"]
+    submitted = [event for event in event_log.read(sweep_dir.ledger) if event["event"] == "submitted"]
     assert len(submitted) == 1
     assert len(cluster.slurm("squeue", "-h", "-r", "-j", submitted[0]["job_id"]).splitlines()) == 1000
     assert "cancelled 1000 trials" in cluster.holdfast("sweep", "cancel", str(sweep_dir.path)).stdout

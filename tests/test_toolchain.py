@@ -9,9 +9,10 @@ import torch
 from on_device import One, job_of
 from torch._inductor import config
 
-from jobs.contract import Exit
-from jobs.errors import ImpossibleJobError
-from train import bench, toolchain
+from jobs.core.contract import Exit
+from jobs.core.errors import ImpossibleJobError
+from train import bench
+from train.compilation import toolchain
 from train.kernels import usable
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -10,18 +10,18 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from training import Farm, curve, events, farm, logs  # noqa: F401
 
-from jobs.errors import SettingError
-from jobs.rundir import RunDir
-from jobs.settings import Job
-from jobs.sources import resolve
-from launcher.watchdog import suspects
-from slurm import sitefile
-from train import track
-from train.track import Trackers, chosen
+from jobs.config.resolver import resolve
+from jobs.config.settings import Job
+from jobs.core.errors import SettingError
+from jobs.run.rundir import RunDir
+from launcher.attempt.watchdog import suspects
+from slurm import site_file
+from train.metrics import tracking
+from train.metrics.tracking import Trackers, chosen
 
 
 def resolved(*words: str) -> Job:
-    return resolve(words, {}, Path.cwd(), lambda word: sitefile.find(word, Path.cwd())).job
+    return resolve(words, {}, Path.cwd(), lambda word: site_file.find(word, Path.cwd())).job
 
 
 def scalars(run: RunDir, name: str) -> list[tuple[int, float]]:
@@ -46,9 +46,9 @@ def test_an_unknown_tracker_is_refused_with_the_nearest(word: str, said: str) ->
 
 
 def test_the_default_is_tensorboard_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: object() if name == "tensorboard" else None)
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: object() if name == "tensorboard" else None)
     assert chosen(Job()) == ("tensorboard",)
-    monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     assert chosen(Job()) == ()
     assert chosen(Job(trackers=("wandb",))) == ("wandb",)
 
@@ -159,10 +159,10 @@ def test_a_failing_tracker_warns_once_and_leaves_the_others_alone(monkeypatch: p
 
 
 def test_a_tracker_that_hangs_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(track, "_STOP_S", 0.2)
+    monkeypatch.setattr(tracking, "_STOP_S", 0.2)
     trackers, said = used(monkeypatch, tmp_path, type("Hanging", (Fake,), {"start": lambda self: time.sleep(600)}))
     begun = time.monotonic()
-    for step in range(3 * track._MOST_WAITING):
+    for step in range(3 * tracking._MOST_WAITING):
         trackers.log({**LINE, "step": step})
     trackers.close(stopped=True)
     assert time.monotonic() - begun < 60  # hours of lines, while the tracker sleeps for ten minutes

@@ -9,9 +9,9 @@ import pytest
 from own_models import counted
 from training import Farm, at_step, events, farm, logs, result
 
-from jobs.contract import Exit
-from jobs.rundir import RunDir
-from jobs.sources import load
+from jobs.config.resolver import load
+from jobs.core.contract import Exit
+from jobs.run.rundir import RunDir
 from train.data.order import sample_ids
 
 __all__ = ["farm"]

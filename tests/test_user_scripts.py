@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, Cluster, until
 
-from jobs import ledger
-from jobs.rundir import RunDir
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -23,7 +23,7 @@ def start(cluster: Cluster, kind: str, **settings: str) -> RunDir:
 
 
 def causes(run: RunDir) -> list[str]:
-    return [str(attempt.cause) for attempt in ledger.attempts(ledger.read(run.ledger)) if attempt.cause]
+    return [str(attempt.cause) for attempt in event_log.attempts(event_log.read(run.ledger)) if attempt.cause]
 
 
 def ended(cluster: Cluster, run: RunDir, seconds: float = 120) -> list[str]:
@@ -73,7 +73,7 @@ def test_a_hung_rank_is_killed_after_another_failed(cluster: Cluster) -> None:
     run = start(cluster, "fails", PEER_EXIT_WAIT_S="5")
     assert ended(cluster, run) == ["code_error"], cluster.logs(run)
     assert time.time() - begun < 60
-    assert "task 1 of your script ended with 3" in ledger.attempts(ledger.read(run.ledger))[0].evidence
+    assert "task 1 of your script ended with 3" in event_log.attempts(event_log.read(run.ledger))[0].evidence
 
 
 @pytest.mark.parametrize("kind", ["deaf", "ignores", "leaves"])
@@ -97,7 +97,7 @@ def test_a_script_with_the_helper_hears_the_warning(cluster: Cluster) -> None:
     helped = {"ENTRY": str(REPOSITORY / "tests" / "helped_script.py"), "ENTRY_ARGS": "100000,1000,0.05"}
     run = cluster.submit(**{**helped, **LIMIT, "NODES": "1"})
     until(lambda: causes(run), 150, lambda: f"the end\n{cluster.logs(run)}")
-    attempt = ledger.attempts(ledger.read(run.ledger))[0]
+    attempt = event_log.attempts(event_log.read(run.ledger))[0]
     assert str(attempt.cause) == "time_limit" and attempt.lost_steps == 0 and attempt.step > 0, cluster.logs(run)
     (run.path / "hurry").touch()
     cluster.finished(run)

@@ -20,18 +20,19 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jobs import lease, ledger
-from jobs.contract import LOCAL, Cause, Event
-from jobs.errors import HoldfastError, RunOwnedError, SubmitError
-from jobs.rundir import RunDir
-from jobs.settings import Job
-from jobs.sources import load
-from jobs.verdict import BY_OWN_WISH, FINAL, UNLIMITED, Budgets, budgets_of, judge
-from jobs.yaml_text import dump_yaml
-from launcher import attempt, show
-from launcher.left_behind import evidence_of
-from launcher.prepare import resolve_here
-from launcher.requeue import send_back
+from jobs.config.resolver import load
+from jobs.config.settings import Job
+from jobs.config.yaml_io import dump_yaml
+from jobs.core.contract import LOCAL, Cause, Event
+from jobs.core.errors import HoldfastError, RunOwnedError, SubmitError
+from jobs.run import claim, event_log
+from jobs.run.retry_policy import BY_OWN_WISH, FINAL, UNLIMITED, Budgets, budgets_of, judge
+from jobs.run.rundir import RunDir
+from launcher.attempt import lifecycle
+from launcher.attempt.evidence import evidence_of
+from launcher.attempt.requeue import send_back
+from launcher.status import run_status
+from launcher.submission.create_run import resolve_here
 from slurm.client import Slurm
 
 BUDGETS = budgets_of(Job())
@@ -309,9 +310,9 @@ class Histories(RuleBasedStateMachine):
         self.patches = [
             mock.patch("time.time", lambda: real() + self.offset),
             mock.patch("builtins.print"),
-            mock.patch("launcher.attempt.checked", lambda *_, **__: {}),
+            mock.patch("launcher.attempt.lifecycle.checked", lambda *_, **__: {}),
         ]
-        self.patches.append(mock.patch("launcher.requeue.signal.signal"))
+        self.patches.append(mock.patch("launcher.attempt.requeue.signal.signal"))
         for patch in self.patches:
             patch.start()
 
@@ -319,7 +320,7 @@ class Histories(RuleBasedStateMachine):
     def submit(self) -> None:
         self.run, self.budgets = made_run(self.folder)
         job = self.slurm.new()
-        ledger.append(self.run.ledger, Event.SUBMITTED, attempt=0, job_id=job.id, by="submitit")
+        event_log.append(self.run.ledger, Event.SUBMITTED, attempt=0, job_id=job.id, by="submitit")
 
     def teardown(self) -> None:
         try:
@@ -349,7 +350,7 @@ class Histories(RuleBasedStateMachine):
         environ = {"SLURM_JOB_ID": job.id, "SLURM_RESTART_COUNT": str(job.restarts), "SLURM_JOB_NODELIST": HERE}
         reachable, self.slurm.reachable = self.slurm.reachable, True
         try:
-            values = attempt.begin(self.run, environ, self.slurm)
+            values = lifecycle.begin(self.run, environ, self.slurm)
         except RunOwnedError:
             # To one that runs, or to one that Slurm has in the queue again and whose attempt nobody closed yet.
             others = [other for other in self.slurm.jobs.values() if other is not job and other.state in ("RUNNING", "PENDING")]
@@ -364,8 +365,8 @@ class Histories(RuleBasedStateMachine):
             self.slurm.reachable = reachable
         assert self.live is None, "two live attempts"
         self.live = Live(job, {**environ, **values}, int(values["HOLDFAST_ATTEMPT"]))
-        start = max((int(event["step"]) for event in ledger.read(self.run.ledger) if event["event"] == Event.CHECKPOINT), default=0)
-        ledger.append(self.run.ledger, Event.RESUMED, attempt=self.live.number, job_id=job.id, step=start)
+        start = max((int(event["step"]) for event in event_log.read(self.run.ledger) if event["event"] == Event.CHECKPOINT), default=0)
+        event_log.append(self.run.ledger, Event.RESUMED, attempt=self.live.number, job_id=job.id, step=start)
         self.run.attempt(self.live.number).progress.write_text(str(start))
 
     @precondition(lambda self: self.live)
@@ -376,7 +377,7 @@ class Histories(RuleBasedStateMachine):
         step = int(progress.read_text()) + steps
         progress.write_text(str(step))
         if save != "none":
-            ledger.append(
+            event_log.append(
                 self.run.ledger, Event.CHECKPOINT if save == "ok" else Event.SAVE_FAILED, attempt=self.live.number, job_id=self.live.job.id, step=step
             )
 
@@ -393,7 +394,7 @@ class Histories(RuleBasedStateMachine):
     def save_at_stop(self) -> None:
         assert self.live
         step = int(self.run.attempt(self.live.number).progress.read_text())
-        ledger.append(self.run.ledger, Event.CHECKPOINT, attempt=self.live.number, job_id=self.live.job.id, step=step)
+        event_log.append(self.run.ledger, Event.CHECKPOINT, attempt=self.live.number, job_id=self.live.job.id, step=step)
 
     def ends(self, truth: set[Cause], code: int, signals: list[str]) -> None:
         """The batch script lives to call the end of the attempt."""
@@ -401,10 +402,10 @@ class Histories(RuleBasedStateMachine):
         assert live
         self.truth[live.number] = truth
         self.live = None
-        verdict, cause = attempt.end(self.run, live.environ, self.slurm, code, signals)
+        verdict, cause = lifecycle.end(self.run, live.environ, self.slurm, code, signals)
         if not verdict.again:
             # Slurm may have put it back into the queue itself; that is its own business, and the beginning refuses.
-            assert not [event for event in ledger.read(self.run.ledger) if event["event"] == Event.REQUEUE and event["attempt"] == live.number]
+            assert not [event for event in event_log.read(self.run.ledger) if event["event"] == Event.REQUEUE and event["attempt"] == live.number]
         if live.job.state in ("RUNNING", "COMPLETING"):
             self.slurm.over(live.job, "COMPLETED" if cause is Cause.FINISHED else "FAILED")
 
@@ -487,7 +488,7 @@ class Histories(RuleBasedStateMachine):
     def a_person_cancels(self, by_holdfast: bool) -> None:
         assert self.live
         if by_holdfast:
-            ledger.append(self.run.ledger, Event.CANCEL, attempt=self.live.number, job_id=self.live.job.id)
+            event_log.append(self.run.ledger, Event.CANCEL, attempt=self.live.number, job_id=self.live.job.id)
         self.save_at_stop()
         for rank in range(2):
             self.leave("stopped", rank, signal="TERM")
@@ -510,8 +511,8 @@ class Histories(RuleBasedStateMachine):
         """A batch script on a node that Slurm thought dead: it may write and requeue nothing once it has a successor."""
         ghost = self.ghosts.pop()
         before, jobs = self.run.ledger.read_bytes(), [(job.state, job.restarts) for job in self.slurm.jobs.values()]
-        superseded = lease.superseded(self.run, ghost.number)
-        attempt.end(self.run, ghost.environ, self.slurm, code, [])
+        superseded = claim.superseded(self.run, ghost.number)
+        lifecycle.end(self.run, ghost.environ, self.slurm, code, [])
         if superseded:
             assert self.run.ledger.read_bytes() == before
         # Slurm had put its job back already: it must not be thrown out a second time.
@@ -545,7 +546,7 @@ class Histories(RuleBasedStateMachine):
     def a_recorded_cause_is_never_wrong(self) -> None:
         if not hasattr(self, "run"):
             return
-        for recorded in ledger.attempts(ledger.read(self.run.ledger)):
+        for recorded in event_log.attempts(event_log.read(self.run.ledger)):
             if recorded.cause is not None and recorded.number in self.truth:
                 assert recorded.cause in self.truth[recorded.number] | {Cause.UNKNOWN}, (recorded, self.truth)
 
@@ -553,7 +554,7 @@ class Histories(RuleBasedStateMachine):
     def at_most_one_attempt_is_open_and_it_is_the_live_one(self) -> None:
         if not hasattr(self, "run"):
             return
-        open_ones = [recorded.number for recorded in ledger.attempts(ledger.read(self.run.ledger)) if recorded.cause is None]
+        open_ones = [recorded.number for recorded in event_log.attempts(event_log.read(self.run.ledger)) if recorded.cause is None]
         if self.live:
             assert open_ones == [self.live.number]
         assert len(open_ones) <= 1
@@ -562,7 +563,7 @@ class Histories(RuleBasedStateMachine):
     def the_verdict_is_a_function_of_the_ledger_and_budgets_fall_by_their_own_cause_only(self) -> None:
         if not hasattr(self, "run"):
             return
-        lines = ledger.read(self.run.ledger)
+        lines = event_log.read(self.run.ledger)
         verdict = judge(lines, self.budgets)
         assert verdict == judge(lines, self.budgets) and verdict.reason
         recorded = [event for event in lines if event["event"] == Event.END]
@@ -574,7 +575,7 @@ class Histories(RuleBasedStateMachine):
     def the_time_of_every_attempt_is_accounted_for_whatever_the_clocks_did(self) -> None:
         if not hasattr(self, "run"):
             return
-        for event in ledger.read(self.run.ledger):
+        for event in event_log.read(self.run.ledger):
             if event["event"] == Event.END:
                 assert event["seconds"] >= 0 and abs(sum(event["parts"].values()) - event["seconds"]) <= 0.01 * event["seconds"] + 0.01, event
 
@@ -592,8 +593,8 @@ class Histories(RuleBasedStateMachine):
             else:
                 break
         assert not self._waiting() and self.live is None
-        with mock.patch.object(show, "ask_queue", return_value=({}, "")):
-            row = show.collect([self.run], {})[0]
+        with mock.patch.object(run_status, "ask_queue", return_value=({}, "")):
+            row = run_status.collect([self.run], {})[0]
         assert row.state in ("finished", "failed", "cancelled", "stopped"), row
         assert row.state in ("finished", "cancelled") or row.note, row
 
@@ -604,11 +605,11 @@ TestHistories = Histories.TestCase
 
 def test_two_jobs_that_begin_at_once_get_one_attempt_between_them(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "a-1")
-    assert lease.claim(run, 1, {"job_id": "7"})
-    assert not lease.claim(run, 1, {"job_id": "8"})
-    assert lease.owner_of(run, 1) == {"job_id": "7"} and lease.newest(run) == 1
-    assert not lease.superseded(run, 1)
-    assert lease.claim(run, 2, {"job_id": "8"}) and lease.superseded(run, 1)
+    assert claim.claim(run, 1, {"job_id": "7"})
+    assert not claim.claim(run, 1, {"job_id": "8"})
+    assert claim.owner_of(run, 1) == {"job_id": "7"} and claim.newest(run) == 1
+    assert not claim.superseded(run, 1)
+    assert claim.claim(run, 2, {"job_id": "8"}) and claim.superseded(run, 1)
     with suppress(FileNotFoundError):
         assert not [name for name in os.listdir(run.attempt(1).path.parent) if not name.isdigit()]
 
@@ -617,17 +618,17 @@ def test_a_run_without_slurm_is_left_alone_while_its_process_lives_and_taken_ove
     run, _ = made_run(tmp_path)
     with subprocess.Popen(["sleep", "60"]) as other:
         job_id = f"{LOCAL}{other.pid}"
-        owner = {"job_id": job_id, "host": socket.gethostname(), "pid": other.pid, "stamp": lease.process_stamp(other.pid)}
-        assert lease.claim(run, 1, owner)
+        owner = {"job_id": job_id, "host": socket.gethostname(), "pid": other.pid, "stamp": claim.process_stamp(other.pid)}
+        assert claim.claim(run, 1, owner)
         with pytest.raises(RunOwnedError, match=f"job {job_id} is training"):  # claimed, and its start not written yet
-            attempt.begin(run, {}, None)
-        ledger.append(run.ledger, Event.START, attempt=1, job_id=job_id, nodes=[socket.gethostname()], world=2)
+            lifecycle.begin(run, {}, None)
+        event_log.append(run.ledger, Event.START, attempt=1, job_id=job_id, nodes=[socket.gethostname()], world=2)
         with pytest.raises(RunOwnedError, match=f"job {job_id} is training"):
-            attempt.begin(run, {}, None)
-        assert lease.newest(run) == 1
+            lifecycle.begin(run, {}, None)
+        assert claim.newest(run) == 1
         other.kill()
-    assert attempt.begin(run, {}, None)["HOLDFAST_ATTEMPT"] == "2"
-    assert ledger.attempts(ledger.read(run.ledger))[0].cause is Cause.KILLED
+    assert lifecycle.begin(run, {}, None)["HOLDFAST_ATTEMPT"] == "2"
+    assert event_log.attempts(event_log.read(run.ledger))[0].cause is Cause.KILLED
 
 
 @pytest.mark.parametrize("place", ["variable", "file", "default"])
@@ -636,21 +637,21 @@ def test_a_job_submitted_by_hand_comes_back_to_its_run_whatever_became_of_its_jo
     file.write_text("entry: mine.py\ndevice: cpu\njob_name: first\n" + ("runs_dir: there\n" if place == "file" else ""))
     (tmp_path / "mine.py").touch()
     environ = {"SLURM_JOB_ID": "17", "SLURM_CLUSTER_NAME": "a", "HOLDFAST_JOB": str(file)} | ({"RUNS_DIR": "there"} if place == "variable" else {})
-    first = attempt.adopt(environ, tmp_path)
+    first = lifecycle.adopt(environ, tmp_path)
     assert first == tmp_path / ("runs" if place == "default" else "there") / "first-j17" / "submit.sbatch"
     again = {**environ, "SLURM_RESTART_COUNT": "1"}
     file.write_text(file.read_text().replace("first", "second"))
-    assert attempt.adopt(again, tmp_path) == first
+    assert lifecycle.adopt(again, tmp_path) == first
     if place != "file":
         file.write_text("no_such_setting: 1\n")
-        assert attempt.adopt(again, tmp_path) == first
+        assert lifecycle.adopt(again, tmp_path) == first
         file.unlink()
-        assert attempt.adopt(again, tmp_path) == first
+        assert lifecycle.adopt(again, tmp_path) == first
     # The same number in another cluster, or of a job that begins, is another job.
     file.write_text(f"entry: mine.py\ndevice: cpu\njob_name: third\nruns_dir: {first.parent.parent}\n")
-    assert attempt.adopt({**again, "SLURM_CLUSTER_NAME": "b"}, tmp_path).parent.name == "third-j17"
+    assert lifecycle.adopt({**again, "SLURM_CLUSTER_NAME": "b"}, tmp_path).parent.name == "third-j17"
     file.write_text(file.read_text().replace("third", "fourth"))
-    assert attempt.adopt(environ, tmp_path).parent.name == "fourth-j17"
+    assert lifecycle.adopt(environ, tmp_path).parent.name == "fourth-j17"
 
 
 def test_a_ghost_neither_writes_nor_requeues(tmp_path: Path) -> None:
@@ -659,12 +660,12 @@ def test_a_ghost_neither_writes_nor_requeues(tmp_path: Path) -> None:
     job = slurm.new()
     job.state = "RUNNING"
     environ = {"SLURM_JOB_ID": job.id, "SLURM_JOB_NODELIST": HERE}
-    ghost = {**environ, **attempt.begin(run, environ, slurm)}
+    ghost = {**environ, **lifecycle.begin(run, environ, slurm)}
     slurm.back(job, "NODE_FAIL")
     job.state = "RUNNING"
-    assert attempt.begin(run, {**environ, "SLURM_RESTART_COUNT": "1"}, slurm)["HOLDFAST_ATTEMPT"] == "2"
+    assert lifecycle.begin(run, {**environ, "SLURM_RESTART_COUNT": "1"}, slurm)["HOLDFAST_ATTEMPT"] == "2"
     before = run.ledger.read_bytes()
-    attempt.end(run, ghost, slurm, 75, ["TERM"])
+    lifecycle.end(run, ghost, slurm, 75, ["TERM"])
     assert run.ledger.read_bytes() == before and job.state == "RUNNING" and job.restarts == 1
 
 
@@ -673,12 +674,12 @@ def test_a_job_gives_way_when_slurm_cannot_say_whether_the_owner_lives(tmp_path:
     slurm = FakeSlurm()
     first, second = slurm.new(), slurm.new()
     first.state = second.state = "RUNNING"
-    attempt.begin(run, {"SLURM_JOB_ID": first.id, "SLURM_JOB_NODELIST": HERE}, slurm)
+    lifecycle.begin(run, {"SLURM_JOB_ID": first.id, "SLURM_JOB_NODELIST": HERE}, slurm)
     slurm.reachable = False
     with pytest.raises(RunOwnedError, match="does not say whether it lives"):
-        attempt.begin(run, {"SLURM_JOB_ID": second.id, "SLURM_JOB_NODELIST": HERE}, slurm)
+        lifecycle.begin(run, {"SLURM_JOB_ID": second.id, "SLURM_JOB_NODELIST": HERE}, slurm)
     slurm.reachable, first.state = True, "GONE"
-    assert attempt.begin(run, {"SLURM_JOB_ID": second.id, "SLURM_JOB_NODELIST": HERE}, slurm)["HOLDFAST_ATTEMPT"] == "2"
+    assert lifecycle.begin(run, {"SLURM_JOB_ID": second.id, "SLURM_JOB_NODELIST": HERE}, slurm)["HOLDFAST_ATTEMPT"] == "2"
 
 
 @pytest.mark.parametrize(
@@ -696,14 +697,14 @@ def test_ranks_killed_without_a_word_are_called_so_where_slurm_did_not_fail_to_a
     job = slurm.new()
     job.state = "RUNNING"
     environ = {"SLURM_JOB_ID": job.id, "SLURM_JOB_NODELIST": HERE}
-    environ |= attempt.begin(run, environ, slurm)
+    environ |= lifecycle.begin(run, environ, slurm)
 
     def refuse(*_: str, **__: Any) -> str:
         raise SubmitError(said)
 
     with mock.patch.object(slurm, "run", refuse):
-        attempt.end(run, environ, slurm, 137, [])
-    assert ledger.attempts(ledger.read(run.ledger))[0].cause == cause
+        lifecycle.end(run, environ, slurm, 137, [])
+    assert event_log.attempts(event_log.read(run.ledger))[0].cause == cause
 
 
 @pytest.mark.parametrize(
@@ -715,7 +716,7 @@ def test_ranks_killed_without_a_word_are_called_so_where_slurm_did_not_fail_to_a
 )  # fmt: skip
 def test_a_node_is_lost_by_a_whole_word_of_its_state_and_not_while_it_saves_power(tmp_path: Path, state: str, lost: bool) -> None:
     run, _ = made_run(tmp_path)
-    ledger.append(run.ledger, Event.START, attempt=1, job_id="7", nodes=["node1"], world=2)
+    event_log.append(run.ledger, Event.START, attempt=1, job_id="7", nodes=["node1"], world=2)
     with mock.patch.object(slurm := FakeSlurm(), "node_states", return_value={"node1": state}):
         assert evidence_of(run, load(run.job_yaml), 1, "7", slurm).lost_nodes == (["node1"] if lost else [])
 
@@ -729,10 +730,10 @@ def test_a_script_of_ones_own_that_always_leaves_with_75_comes_to_an_end(tmp_pat
     for number in range(1, 13):
         job.state, job.restarts = "RUNNING", number - 1
         environ = {"SLURM_JOB_ID": job.id, "SLURM_RESTART_COUNT": str(job.restarts), "SLURM_JOB_NODELIST": HERE}
-        with mock.patch("launcher.attempt.checked", return_value={}), mock.patch("launcher.requeue.signal.signal"):
-            environ |= attempt.begin(run, environ, slurm)
+        with mock.patch("launcher.attempt.lifecycle.checked", return_value={}), mock.patch("launcher.attempt.requeue.signal.signal"):
+            environ |= lifecycle.begin(run, environ, slurm)
             environ["HOLDFAST_STARTED"] = f"{time.monotonic() - lived:.3f}"
-            verdict, cause = attempt.end(run, environ, slurm, 75, [signals] if signals else [])
+            verdict, cause = lifecycle.end(run, environ, slurm, 75, [signals] if signals else [])
         made += 1
         assert cause is Cause.REQUEUED
         if not verdict.again:
@@ -743,7 +744,7 @@ def test_a_script_of_ones_own_that_always_leaves_with_75_comes_to_an_end(tmp_pat
 def left_out(run: RunDir, job: Job, number: int, job_id: str, slurm: FakeSlurm) -> tuple[str, ...]:
     """Sends the job back at the end of an attempt, and returns what Slurm is told of its nodes."""
     slurm.jobs[job_id].state, slurm.jobs[job_id].restarts = "RUNNING", number - 1
-    with mock.patch.object(slurm, "run", wraps=slurm.run) as ran, mock.patch("launcher.requeue.signal.signal"):
+    with mock.patch.object(slurm, "run", wraps=slurm.run) as ran, mock.patch("launcher.attempt.requeue.signal.signal"):
         send_back(run, job, number, job_id, number - 1, slurm)
     return next((call.args[2:] for call in ran.call_args_list if call.args[:2] == ("scontrol", "update")), ())
 
@@ -755,9 +756,9 @@ def test_a_bad_node_is_left_out_beside_the_jobs_own_and_used_again_when_its_time
     slurm = FakeSlurm()
     job_id = slurm.new().id
     assert left_out(run, job, 1, job_id, slurm) == ()
-    ledger.append(run.ledger, Event.BAD_NODE, attempt=1, job_id=job_id, node="node2", reason="x")
+    event_log.append(run.ledger, Event.BAD_NODE, attempt=1, job_id=job_id, node="node2", reason="x")
     assert left_out(run, job, 2, job_id, slurm) == (f"JobId={job_id}", "ExcNodeList=node[1,3],node2")
-    with mock.patch("launcher.requeue.time.time", return_value=time.time() + job.avoid_node_h * 3600 + 60):
+    with mock.patch("launcher.attempt.requeue.time.time", return_value=time.time() + job.avoid_node_h * 3600 + 60):
         assert left_out(run, job, 3, job_id, slurm) == (f"JobId={job_id}", "ExcNodeList=node[1,3]")
         assert left_out(run, job.model_copy(update={"exclude": ()}), 4, job_id, slurm) == (f"JobId={job_id}", "ExcNodeList=")
     # When too few nodes would be left, those of before are not held back either; the partition has four, and EXCLUDE takes two.
@@ -768,10 +769,10 @@ def test_a_successor_that_was_kept_away_from_a_node_takes_it_again_too(tmp_path:
     run, _ = made_run(tmp_path)
     job, slurm = load(run.job_yaml), FakeSlurm()
     first, slurm.requeue_works = slurm.new().id, False
-    ledger.append(run.ledger, Event.BAD_NODE, attempt=1, job_id=first, node="node2", reason="x")
+    event_log.append(run.ledger, Event.BAD_NODE, attempt=1, job_id=first, node="node2", reason="x")
     told = left_out(run, job, 1, first, slurm)
-    successor = ledger.read(run.ledger)[-1]["successor"]
+    successor = event_log.read(run.ledger)[-1]["successor"]
     assert told == (f"JobId={successor}", "ExcNodeList=node2")
     slurm.requeue_works = True
-    with mock.patch("launcher.requeue.time.time", return_value=time.time() + job.avoid_node_h * 3600 + 60):
+    with mock.patch("launcher.attempt.requeue.time.time", return_value=time.time() + job.avoid_node_h * 3600 + 60):
         assert left_out(run, job, 2, successor, slurm) == (f"JobId={successor}", "ExcNodeList=")

@@ -15,12 +15,12 @@ from conftest import REPOSITORY, Cluster, until
 from terminal import ALT_OFF, Terminal
 
 from benchmarks import many_runs
-from jobs import ledger
-from jobs.contract import Event
-from jobs.rundir import RunDir
-from launcher import board
-from launcher.runs_live import Known
-from launcher.show import RunStatus
+from jobs.core.contract import Event
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
+from launcher.status import screen
+from launcher.status.poller import Known
+from launcher.status.run_status import RunStatus
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")
 _ROW = RunStatus(
@@ -77,9 +77,9 @@ _CURVES = {_ROW.path: [10 / (n + 2) for n in range(60)]}
 def test_the_picture_fits_the_terminal_at_every_size(width: int, height: int, ascii_only: bool) -> None:
     rows = [replace(row, path=f"{row.path}{index}") for index in range(20) for row in _ROWS]
     for selected in (0, 1, len(rows) - 1):
-        view = board.View(width, height, ascii_only=ascii_only)
-        view = replace(view, selected=selected, top=board.scrolled(0, selected, len(rows), view.room), curves=_CURVES, heading="runs/ - 80 runs")
-        lines = [line.plain for line in board.draw(rows, view)]
+        view = screen.View(width, height, ascii_only=ascii_only)
+        view = replace(view, selected=selected, top=screen.scrolled(0, selected, len(rows), view.room), curves=_CURVES, heading="runs/ - 80 runs")
+        lines = [line.plain for line in screen.draw(rows, view)]
         assert len(lines) == height and max(map(len, lines)) <= width and (not ascii_only or "".join(lines).isascii())
         marked = [line for line in lines[2:] if line[:1] in ("▸", ">")]
         assert len(marked) == 1
@@ -91,7 +91,7 @@ def test_a_wide_terminal_shows_everything_and_a_narrow_one_what_matters_most() -
     rows = [replace(_ROW, checkpoint_time=time.time() - 1865), *_ROWS[1:]]
 
     def line(width: int) -> str:
-        return board.draw(rows, board.View(width, 12, curves=_CURVES))[2].plain
+        return screen.draw(rows, screen.View(width, 12, curves=_CURVES))[2].plain
 
     wide = line(200)
     for part in ("gpt-1b-k3f9", "● running", "3", "6,120/10,000", " 61%", "2.714", "▁", "72 min", "71,400", "55 %", "31 min ago", "2 interruptions"):
@@ -103,39 +103,39 @@ def test_a_wide_terminal_shows_everything_and_a_narrow_one_what_matters_most() -
 
 
 def test_the_reason_why_a_run_waits_stands_in_its_row_and_in_full_below() -> None:
-    lines = [line.plain for line in board.draw(_ROWS, board.View(160, 12, selected=1))]
+    lines = [line.plain for line in screen.draw(_ROWS, screen.View(160, 12, selected=1))]
     assert "◌ waiting" in lines[3] and "preempted, queued again; jobs of" in lines[3]
     assert lines[-2] == _ROWS[1].note and _ROWS[1].run in lines[-3]
 
 
 def test_what_is_said_of_the_selected_run_is_wrapped_where_there_is_room() -> None:
     row = replace(_ROW, state="failed", note="word " * 60 + "end")
-    lines = [line.plain for line in board.draw([row], board.View(80, 24))]
+    lines = [line.plain for line in screen.draw([row], screen.View(80, 24))]
     below = lines[lines.index(next(line for line in lines if line.startswith("gpt-1b-k3f9"))) : -1]
     assert len(lines) == 24 and " ".join(" ".join(below[1:]).split()) == row.note and len(below) == 5
     # Where the runs need the lines, there are two.
-    assert len(board.draw([row] * 30, board.View(80, 24))) == 24
-    assert [line.plain for line in board.draw([row] * 30, board.View(80, 24))][-2].startswith("word word")
+    assert len(screen.draw([row] * 30, screen.View(80, 24))) == 24
+    assert [line.plain for line in screen.draw([row] * 30, screen.View(80, 24))][-2].startswith("word word")
 
 
 def test_without_colour_every_state_is_a_word_and_a_sign() -> None:
     for state in ("running", "waiting", "finished", "failed", "cancelled", "stopped", "damaged"):
         for ascii_only in (False, True):
-            line = board.draw([replace(_ROW, state=state)], board.View(80, 10, ascii_only=ascii_only))[2].plain
+            line = screen.draw([replace(_ROW, state=state)], screen.View(80, 10, ascii_only=ascii_only))[2].plain
             assert state in line and line[line.index(state) - 2] != " "
 
 
 def test_running_ones_come_first_and_then_the_waiting_ones_and_the_newest_of_each_first() -> None:
     rows = [replace(_ROW, run=f"{state}{index}", state=state) for index in range(2) for state in ("finished", "waiting", "running", "failed")]
-    assert [row.run for row in board.in_order(rows)] == ["running1", "running0", "waiting1", "waiting0", "failed1", "finished1", "failed0", "finished0"]
+    assert [row.run for row in screen.in_order(rows)] == ["running1", "running0", "waiting1", "waiting0", "failed1", "finished1", "failed0", "finished0"]
 
 
 def test_curves_and_bars_mean_what_they_show() -> None:
-    assert board.sparkline([1, 2, 3, 4, 5, 6, 7, 8], 8, False) == "▁▂▃▄▅▆▇█"
-    assert board.sparkline([5, 5, 5], 8, False) == "▁▁▁" and board.sparkline([], 8, False) == ""
-    assert len(board.sparkline(list(range(1000)), 20, True)) == 20
-    assert board.bar(0.5, 4, False) == "██··" and board.bar(2.0, 4, False) == "████" and board.bar(-1, 4, True) == "----"
-    assert len(board.bar(0.37, 11, False)) == 11
+    assert screen.sparkline([1, 2, 3, 4, 5, 6, 7, 8], 8, False) == "▁▂▃▄▅▆▇█"
+    assert screen.sparkline([5, 5, 5], 8, False) == "▁▁▁" and screen.sparkline([], 8, False) == ""
+    assert len(screen.sparkline(list(range(1000)), 20, True)) == 20
+    assert screen.bar(0.5, 4, False) == "██··" and screen.bar(2.0, 4, False) == "████" and screen.bar(-1, 4, True) == "----"
+    assert len(screen.bar(0.37, 11, False)) == 11
 
 
 # -- a thousand runs ---------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_a_look_at_many_runs_reads_only_what_has_changed(tmp_path: Path) -> None
     # And each kind of change is seen.
     running, waiting = runs[2], runs[4]
     running.attempt(3).progress.write_text("199".ljust(12))
-    ledger.append(waiting.ledger, Event.START, attempt=1, job_id="104")
+    event_log.append(waiting.ledger, Event.START, attempt=1, job_id="104")
     many_runs.make(tmp_path / "more", 1)[0].path.rename(tmp_path / "runs" / "quickstart-new1")
     rows = {row.run: row for row in known.rows({**queue, "104": ("RUNNING", "None", "")})}
     assert rows[running.id].step == 199 and rows[waiting.id].state == "running" and len(rows) == 401
@@ -221,7 +221,7 @@ def test_the_terminal_is_as_it_was_however_it_is_left(few: Path, how: str, code:
 
 
 def test_the_terminal_is_as_it_was_after_an_error_of_ours(few: Path) -> None:
-    broken = "import launcher.runs_live as r, sys\nfrom pathlib import Path\nr.show.is_recent = lambda row: 1 / 0\nfrom launcher.watch import watch\nwatch(Path(sys.argv[1]), None, False, False)"
+    broken = "import launcher.status.poller as r, sys\nfrom pathlib import Path\nr.show.is_recent = lambda row: 1 / 0\nfrom launcher.commands.watch import watch\nwatch(Path(sys.argv[1]), None, False, False)"
     with Terminal([sys.executable, "-c", broken, str(few)], environment(), REPOSITORY) as terminal:
         assert terminal.gone() == 1
         # The traceback is on the ordinary screen, where it can be read.
@@ -297,7 +297,7 @@ def test_a_waiting_run_of_slurm_is_explained_cancelled_and_resumed_by_keys(clust
         terminal.see(f"resume {run.id} (cancelled, step 0)? y/n")
         terminal.type("y")
         terminal.see("it goes on from step 0", 60)
-        second = str(until(lambda: [e["job_id"] for e in ledger.read(run.ledger) if e["event"] == "submitted"][1:], 30, "the second job")[0])
+        second = str(until(lambda: [e["job_id"] for e in event_log.read(run.ledger) if e["event"] == "submitted"][1:], 30, "the second job")[0])
         terminal.see("◌ waiting", 60)
         terminal.type("q")
         assert terminal.gone() == 0

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from conftest import PATIENCE, REPOSITORY, SMALL, weights_sha
 
-from jobs import ckpt_format, ledger
-from jobs.contract import Exit, RankEnv
-from jobs.rundir import RunDir
-from launcher import local
-from launcher.prepare import prepare, resolve_here
+from jobs.checkpoint import directory
+from jobs.core.contract import Exit, RankEnv
+from jobs.run import event_log
+from jobs.run.rundir import RunDir
+from launcher.local import executor
+from launcher.submission.create_run import prepare, resolve_here
 
 # Smaller than what the Slurm tests train: here it is saved and killed much more often.
 TINY = {**SMALL, "MODEL_OPTIONS": "n_layers=1,d_model=32,n_heads=2,d_ff=64", "SEQ_LEN": "32", "BATCH_SIZE": "12", "MAX_STEPS": "40", "EVAL_EVERY": "20",
@@ -26,7 +27,7 @@ TINY = {**SMALL, "MODEL_OPTIONS": "n_layers=1,d_model=32,n_heads=2,d_ff=64", "SE
 
 
 class Rank:
-    """A forked rank, with as much of Popen as launcher.local uses."""
+    """A forked rank, with as much of Popen as launcher.local.executor uses."""
 
     def __init__(self, farm: "Farm", pid: int):
         self._farm, self.pid, self.returncode = farm, pid, None
@@ -87,7 +88,7 @@ class Farm:
             self._zygote.close()
 
     def spawn(self, job: Any, run: RunDir, environ: dict[str, str], foreground: bool) -> list[Rank]:
-        """In place of launcher.local.spawn."""
+        """In place of launcher.local.executor.spawn."""
         self.ranks = []
         for rank in range(job.world_size):
             env = {
@@ -113,7 +114,7 @@ class Farm:
         thread = threading.Thread(target=kill, args=(self, run), daemon=True) if kill else None
         if thread:
             thread.start()
-        code = local.run_attempts(run, {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")})
+        code = executor.run_attempts(run, {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")})
         if thread:
             thread.join(20)
         return code
@@ -150,7 +151,7 @@ def saved(run: RunDir, step: int, seconds: float = 60) -> bool:
     """Waits until the checkpoint of a step, or a later one, has its final name: saves run behind training."""
     limit = time.monotonic() + PATIENCE * seconds
     while time.monotonic() < limit:
-        if any((ckpt_format.step_of(path) or 0) >= step for path in ckpt_format.complete(run.checkpoints)):
+        if any((directory.step_of(path) or 0) >= step for path in directory.complete(run.checkpoints)):
             return True
         time.sleep(0.005)
     return False
@@ -173,7 +174,7 @@ def curve(run: RunDir) -> list[tuple[int, float, float | None]]:
 
 
 def events(run: RunDir, word: str) -> list[dict[str, Any]]:
-    return [event for event in ledger.read(run.ledger) if event["event"] == word]
+    return [event for event in event_log.read(run.ledger) if event["event"] == word]
 
 
 def result(run: RunDir) -> tuple[str, list[tuple[int, float, float | None]]]:
@@ -183,10 +184,10 @@ def result(run: RunDir) -> tuple[str, list[tuple[int, float, float | None]]]:
 @pytest.fixture(scope="module")
 def farm(tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Iterator[Farm]:
     here = Farm(tmp_path_factory.mktemp("runs"), zygote)
-    before = local.spawn
-    local.spawn = here.spawn  # type: ignore[assignment]
+    before = executor.spawn
+    executor.spawn = here.spawn  # type: ignore[assignment]
     try:
         yield here
     finally:
-        local.spawn = before
+        executor.spawn = before
         here.close()

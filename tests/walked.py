@@ -1,6 +1,6 @@
 """One run from `make submit` over a SIGTERM to its end, in this one process, and every function of ours that was called meanwhile.
 
-    python tests/walked.py FOLDER        prints the calls as JSON, in order: ["launcher/commands.py:submit_job", ...]
+    python tests/walked.py FOLDER        prints the calls as JSON, in order: ["launcher/commands/submit.py:submit_job", ...]
 
 Only Slurm is not real: `sbatch` is a stub, and FakeSlurm answers for slurmctld. tests/test_house.py compares the walks of
 docs/architecture.md with what this says.
@@ -68,25 +68,25 @@ def ranks(run: Any, values: dict[str, str], stop_at: int) -> int:
 def walk(folder: Path) -> None:
     from test_verdict import FakeSlurm
 
-    from jobs import run_folders
-    from launcher import attempt
-    from launcher.commands import submit_job
+    from jobs.run import store
+    from launcher.attempt import lifecycle
+    from launcher.commands.submit import submit_job
 
     slurm = FakeSlurm()
     job = slurm.new()
     os.environ |= {"PATH": stubs(folder / "bin"), "MAKEFLAGS": " -- PRECISION=bf16"}
     assert submit_job([*SETTINGS, f"RUNS_DIR={folder}/runs"], folder, local=False, test_only=False, wait=False, array=[], as_json=True) == 0
     os.environ.pop("MAKEFLAGS")
-    run = run_folders.find(None, folder / "runs")
+    run = store.find(None, folder / "runs")
 
     def begin() -> dict[str, str]:
         job.state, job.started = "RUNNING", time.time()
-        return attempt.begin(run, {"SLURM_JOB_ID": job.id, "SLURM_RESTART_COUNT": str(job.restarts), "SLURM_JOB_NODELIST": "localhost"}, slurm)
+        return lifecycle.begin(run, {"SLURM_JOB_ID": job.id, "SLURM_RESTART_COUNT": str(job.restarts), "SLURM_JOB_NODELIST": "localhost"}, slurm)
 
     values = begin()
     code = ranks(run, values, stop_at=3)
     assert code == 75, run.log(job.id, 0)
-    verdict, cause = attempt.end(run, {"SLURM_JOB_ID": job.id, **values}, slurm, code, ["TERM"])
+    verdict, cause = lifecycle.end(run, {"SLURM_JOB_ID": job.id, **values}, slurm, code, ["TERM"])
     assert verdict.again and cause == "requeued", (verdict, cause)
     with mock.patch("torch.set_num_interop_threads"):  # once in a process, says torch
         # A step further, so that it has resumed and has work to save.
@@ -98,7 +98,7 @@ if __name__ == "__main__":
     sys.setprofile(note)
     threading.setprofile(note)
     told = io.StringIO()
-    with mock.patch("launcher.attempt.checked", lambda *_, **__: {}), contextlib.redirect_stdout(told):
+    with mock.patch("launcher.attempt.lifecycle.checked", lambda *_, **__: {}), contextlib.redirect_stdout(told):
         walk(Path(sys.argv[1]))
     sys.setprofile(None)
     print(json.dumps(calls), flush=True)

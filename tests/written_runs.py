@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from jobs.rundir import RunDir
-from jobs.settings import Job
-from jobs.yaml_text import dump_yaml
+from jobs.config.settings import Job
+from jobs.config.yaml_io import dump_yaml
+from jobs.run.rundir import RunDir
 
 BEGAN = 1_795_000_000.0
 

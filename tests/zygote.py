@@ -15,14 +15,14 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import train.__main__
-    from jobs.imports import without_collections
+    from jobs.core.gc_pause import without_collections
 
     with without_collections():
         # The first two are what training imports by its first step and first line: a second of each rank.
         import torch._dynamo
         import torch.utils.tensorboard  # noqa: F401
 
-        import train.loop
+        import train.trainer
 
     ended: dict[int, int] = {}
     for line in sys.stdin:

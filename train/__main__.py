@@ -9,21 +9,22 @@ import sys
 import traceback
 from pathlib import Path
 
-from jobs import access, ckpt_format
-from jobs.contract import Exit, RankEnv
-from jobs.errors import HoldfastError
-from jobs.imports import without_collections
-from jobs.rundir import AttemptDir, RunDir
-from jobs.sources import load
-from jobs.stop import StopFlag, leave_marker, name_of
-from train.clock import Clock
-from train.recorder import answer_when_asked
+from jobs.checkpoint import directory
+from jobs.config.resolver import load
+from jobs.core.contract import Exit, RankEnv
+from jobs.core.errors import HoldfastError
+from jobs.core.gc_pause import without_collections
+from jobs.rank.stop_flag import StopFlag, leave_marker, name_of
+from jobs.run import permissions
+from jobs.run.rundir import AttemptDir, RunDir
+from train.distributed.flight_recorder import answer_when_asked
+from train.metrics.goodput_timer import Clock
 
 
 def main() -> int:
     # Before anything slow is imported: a warning that comes during the seconds of `import torch` must not kill us.
     flag = StopFlag.install()
-    access.keep_to_oneself()
+    permissions.keep_to_oneself()
     parser = argparse.ArgumentParser(prog="python -m train", description="One training process of a run directory that holdfast made.")
     parser.add_argument("--run-dir", "--run_dir", type=Path, default=os.environ.get(RankEnv.RUN_DIR))
     args = parser.parse_args()
@@ -37,12 +38,12 @@ def main() -> int:
     answer_when_asked(attempt.stacks(rank), attempt.collectives(rank))
     flag.leave_unless_busy(lambda number: _leave(attempt, rank, clock, number))
     try:
-        ahead = ckpt_format.Ahead(run.checkpoints) if rank == 0 else None
+        ahead = directory.Ahead(run.checkpoints) if rank == 0 else None
         job = load(run.job_yaml)
         # OpenMP reads this once, when torch is loaded. On a CPU the number of threads is part of the arithmetic.
         os.environ["OMP_NUM_THREADS"] = str(job.cpu_threads)
         with without_collections():
-            from train.loop import train
+            from train.trainer import train
 
         outcome = train(job, run, flag, clock, ahead)
     except BaseException as err:  # whatever it is, the attempt's end must be able to read why this rank left

@@ -3,7 +3,7 @@ memory, the compiled code or the switches of another.
 
 It trains the job's model with the job's data, optimizer and loop arithmetic for some steps on one device, always from the same
 weights and on the same samples, and writes down speed, memory, losses, and a sample of the first gradient.
-`holdfast precision` (launcher/precision.py) starts one for each mode and compares them.
+`holdfast precision` (launcher/commands/precision.py) starts one for each mode and compares them.
 """
 
 import argparse
@@ -20,18 +20,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from jobs.errors import HoldfastError, ImpossibleJobError
-from jobs.settings import Job
-from jobs.sources import load
-from train import optim, runtime, switches
+from jobs.config.resolver import load
+from jobs.config.settings import Job
+from jobs.core.errors import HoldfastError, ImpossibleJobError
+from train import optim, perf_flags
+from train.batch_size_finder import expected_to_fit, largest_micro_batch
 from train.build import build, open_split
-from train.feed import Feed
-from train.flops import flops_per_sample
-from train.largest import expected_to_fit, largest_micro_batch
-from train.numerics import LossScale, first_bad
-from train.runtime import Runtime
-from train.seeds import seed_everything
-from train.step import Stepper, shape_targets
+from train.data.loader import Feed
+from train.distributed import runtime
+from train.distributed.runtime import Runtime
+from train.metrics.flops import flops_per_sample
+from train.precision.numerics import LossScale, first_bad
+from train.rng import seed_everything
+from train.train_step import Stepper, shape_targets
 
 # Entries of the first gradient that are kept for comparison: enough for a cosine to four digits, small enough to send about.
 _GRADIENT_ENTRIES = 1_000_000
@@ -79,7 +80,7 @@ def measure(job: Job, steps: int, warm_up: int, window: int = 0) -> tuple[Measur
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     model, context = build(job, data, rt, said.append)
-    switches.apply(job, model, data, rt.device)
+    perf_flags.apply(job, model, data, rt.device)
     optimizer = optim.build(job, model)
     scale = LossScale.of(job)
     stepper = Stepper(job, rt, model, model, optimizer, context, scale)

@@ -11,22 +11,22 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import noop_context_fn
 
-from jobs.errors import SettingError
-from jobs.precision import Precision
-from jobs.settings import Job
+from jobs.config.settings import Job
+from jobs.core.errors import SettingError
+from jobs.specs.precision import Precision
 from train import optim
-from train.checkpoint import refuse_unsavable
+from train.checkpoint.state_dict import refuse_unsavable
+from train.compilation.toolchain import require_compiler
 from train.data.sources import Dataset, open_data
-from train.fp8 import Recomputing, convert
+from train.distributed.parallel import shard as shard_model
+from train.distributed.runtime import Runtime
 from train.kernels import usable
 from train.models.gpt import GPT
 from train.models.hf import HFCausalLM
 from train.models.hf_equality import accelerate
 from train.models.registry import PRESETS, build_model
-from train.numerics import forward_context
-from train.parallel import shard as shard_model
-from train.runtime import Runtime
-from train.toolchain import require_compiler
+from train.precision.fp8 import Recomputing, convert
+from train.precision.numerics import forward_context
 
 
 def build(

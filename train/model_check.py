@@ -5,11 +5,11 @@ from collections.abc import Callable
 import numpy as np
 from torch import nn
 
-from jobs.precision import MODES
-from jobs.settings import Job
+from jobs.config.settings import Job
+from jobs.specs.precision import MODES
 from train.data.sources import Dataset
+from train.distributed.runtime import Runtime
 from train.models.contract import MeanLossModel, find_count_rule
-from train.runtime import Runtime
 
 # Samples of the check: enough that two halves differ in their numbers of targets.
 _LEAST_SAMPLES, _MOST_SAMPLES = 4, 16

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from jobs.precision import MODES
-from jobs.settings import Job
+from jobs.config.settings import Job
+from jobs.specs.precision import MODES
+from train.distributed.parallel import local, whole
 from train.kernels import usable
-from train.parallel import local, whole
 
 # A 16-bit parameter carries its fp32 master under this name; the optimizer, and checkpoints, see the master.
 _MASTER = "_holdfast_master"

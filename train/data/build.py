@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.contract import Exit
-from jobs.errors import HoldfastError, SettingError
+from jobs.core.contract import Exit
+from jobs.core.errors import HoldfastError, SettingError
 from train.data.documents import Source, documents, sources_of
 from train.data.encode import Encoder, open_encoder
 from train.data.tokens import DEFAULT_VAL_SHARE, dtype_for, write_note

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.errors import SettingError
+from jobs.core.errors import SettingError
 
 BYTE_VOCAB = 256
 VAL_SHARE = 0.05

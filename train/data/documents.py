@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import SettingError
-from jobs.names import nearest
+from jobs.core.errors import SettingError
+from jobs.core.imports import nearest
 from train.data.tokens import missing_file
 
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")

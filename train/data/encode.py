@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.errors import SettingError
-from jobs.names import nearest
+from jobs.core.errors import SettingError
+from jobs.core.imports import nearest
 from train.data.corpus import BYTE_VOCAB
 
 # What ends a text, in the words of the families that do not say it in a configuration beside the tokenizer.

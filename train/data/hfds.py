@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jobs.errors import SettingError
-from jobs.names import unknown
+from jobs.core.errors import SettingError
+from jobs.core.imports import unknown
 from train.data.documents import no_column
 from train.data.encode import Encoder, open_encoder
 from train.data.tokens import DEFAULT_VAL_SHARE, missing_file

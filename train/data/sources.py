@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jobs.errors import SettingError
-from jobs.names import call_with_accepted, import_callable, unknown
-from jobs.presets import DATA_SPECS
+from jobs.core.errors import SettingError
+from jobs.core.imports import call_with_accepted, import_callable, unknown
+from jobs.specs.model_presets import DATA_SPECS
 from train.data.corpus import BYTE_VOCAB, Corpus, byte_entropy, load_split, stdlib_corpus, text_corpus
 from train.data.synthetic import AffineTokens, Digits
 from train.data.tokens import missing_file, split_tokens, write_tokens

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from jobs.errors import SettingError
+from jobs.core.errors import SettingError
 from train.data.windows import check_ids, split_window
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.errors import SettingError
-from jobs.names import nearest
+from jobs.core.errors import SettingError
+from jobs.core.imports import nearest
 from train.data.corpus import write_npy
 
 FORMAT = "holdfast-tokens-1"

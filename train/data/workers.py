@@ -25,11 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from jobs.contract import STACKS_SIGNAL, STOP_SIGNALS
-from jobs.errors import DataWorkerError, HoldfastError
-from jobs.settings import Job
+from jobs.config.settings import Job
+from jobs.core.contract import STACKS_SIGNAL, STOP_SIGNALS
+from jobs.core.errors import DataWorkerError, HoldfastError
 from train.data.sources import Dataset
-from train.seeds import seed_everything
+from train.rng import seed_everything
 
 Batch = dict[str, torch.Tensor]
 # Dropout draws from stream `rank`; samples must not draw the same numbers.

@@ -8,7 +8,7 @@ import importlib.util
 
 import torch
 
-from train.toolchain import find_missing
+from train.compilation.toolchain import find_missing
 
 # Kernels were written for, and measured on, Hopper; Ampere has all that they need.
 _MIN_ARCH = (8, 0)

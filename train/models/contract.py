@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jobs.errors import SettingError
+from jobs.core.errors import SettingError
 
 IGNORE = -100  # a target of this value is no target; the convention of torch and transformers
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from jobs.errors import SettingError
-from jobs.presets import LOSS_CHUNK_TOKENS
+from jobs.core.errors import SettingError
+from jobs.specs.model_presets import LOSS_CHUNK_TOKENS
 from train.models.loss import Terms, chunk_terms, chunked_loss_sum
 from train.models.ops import PLAIN, Ops, fused
 
@@ -161,7 +161,7 @@ class GPT(nn.Module):
                 self.register_buffer(name, torch.empty(config.seq_len, config.channels // 2), persistent=False)
         self._terms: Terms = chunk_terms
         self._ops = PLAIN
-        # The contexts of a block whose activations are recomputed, and of doing so (train/fp8.py).
+        # The contexts of a block whose activations are recomputed, and of doing so (train/precision/fp8.py).
         self.recomputing: Callable[[], tuple[Any, Any]] = noop_context_fn
         if device.type != "meta":
             self.to_empty(device=device)

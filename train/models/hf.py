@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jobs.errors import SettingError
-from jobs.names import nearest
+from jobs.core.errors import SettingError
+from jobs.core.imports import nearest
 from train.models.contract import IGNORE, never_empty
 from train.models.hf_blocks import FusedDecoder, compile_regions
 from train.models.loss import Terms, chunk_terms, chunked_loss_sum

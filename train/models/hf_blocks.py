@@ -57,7 +57,7 @@ class FusedDecoder:
         self.plans: list[LayerPlan] = [plan_of(config, layer, index) for index, layer in enumerate(self.layers)]
         self.embedding_factor: float = float(getattr(config, "embedding_multiplier", 1.0))
         self.logit_divisor: float = float(getattr(config, "logits_scaling", 1.0))
-        # Contexts of a layer whose activations are recomputed, and of doing so (train/fp8.py); None: they are kept.
+        # Contexts of a layer whose activations are recomputed, and of doing so (train/precision/fp8.py); None: they are kept.
         self.recompute: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] | None = None
         self.ops: Ops = PLAIN
         self.terms: Terms = chunk_terms
@@ -169,7 +169,7 @@ def compile_regions(wrapper: Any, **options: Any) -> None:
     Not the model as a whole: while it is traced, transformers builds a full attention mask, and attention takes three times as long."""
     from torch._dynamo import config as dynamo
 
-    from train.parallel import blocks_of
+    from train.distributed.parallel import blocks_of
 
     options.setdefault("dynamic", False)
     dynamo.optimize_ddp = False  # type: ignore[assignment]  # see gpt.GPT.compile_regions

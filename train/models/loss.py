@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jobs.presets import LOSS_CHUNK_TOKENS
+from jobs.specs.model_presets import LOSS_CHUNK_TOKENS
 from train.models.contract import IGNORE
 
 Terms = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

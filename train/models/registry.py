@@ -1,6 +1,6 @@
 """Models by name: the presets, and `build_model`, which turns the setting `model` into a module.
 
-nano 124m 350m 1b 3b 8b    presets of the built-in language model (jobs/presets.py); options are fields of GPTConfig
+nano 124m 350m 1b 3b 8b    presets of the built-in language model (jobs/specs/model_presets.py); options are fields of GPTConfig
 convnet                    a small image classifier; options num_classes, channels, width
 hf:PATH                    a local transformers folder or config.json; options are fields of its config
 package.module:build       your own: a callable (vocab_size=, seq_len=, **options) -> nn.Module
@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import nn
 
-from jobs import presets
-from jobs.errors import SettingError
-from jobs.names import call_with_accepted, import_callable, unknown
-from jobs.presets import MODEL_SPECS
+from jobs.core.errors import SettingError
+from jobs.core.imports import call_with_accepted, import_callable, unknown
+from jobs.specs import model_presets
+from jobs.specs.model_presets import MODEL_SPECS
 from train.models.contract import MeanLossModel
 from train.models.convnet import ConvNet
 from train.models.gpt import GPT, GPTConfig
 
-PRESETS: Mapping[str, GPTConfig] = {name: GPTConfig(**fields) for name, fields in presets.PRESETS.items()}
+PRESETS: Mapping[str, GPTConfig] = {name: GPTConfig(**fields) for name, fields in model_presets.PRESETS.items()}
 
 _VOCAB_MULTIPLE = 128
 

@@ -1,0 +1,5 @@
+import sys
+
+from launcher.attempt.lifecycle import main
+
+sys.exit(main())

@@ -1,0 +1,326 @@
+"""Who saves, when, and what becomes of a save that fails.
+
+A save copies the state to host memory, which is what training waits for, and a thread writes it down. At most one is in
+flight; the next one, a stop and the end wait for it. One process writes where each holds everything (DDP), all of them where
+each holds its rows (FSDP): they then agree over a group of their own, so that the thread never meets a collective of training.
+
+A disk that is full or refuses does not end training: it is said, written into the ledger, and the checkpoints before stand.
+The last save of an attempt must succeed, and any other error is raised at the next step.
+"""
+
+import errno
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from jobs.checkpoint import directory
+from jobs.checkpoint.directory import FileEntry
+from jobs.config.settings import Job
+from jobs.core.contract import Event
+from jobs.core.errors import CheckpointError, RunOwnedError
+from jobs.run import claim, event_log
+from jobs.run.rundir import RunDir
+from train.checkpoint import state_dict
+from train.checkpoint.commit import DISK, Commit, Disk, amend, prune
+from train.checkpoint.state_dict import Rows, State
+from train.distributed.runtime import Runtime
+
+_SLAB = 2**28
+_ALIGN = 256
+# Files that are written at a time, each with a thread that hashes beside it.
+_WRITERS = 4
+# (errno, message) of a storage error, as it travels between the ranks.
+_Problem = tuple[int | None, str]
+
+
+@dataclass
+class _Save:
+    """One save on its way. `parts` maps a file's name to its bytes in host memory."""
+
+    state: State
+    parts: dict[str, list[bytes | memoryview]]
+    begun: float
+    blocked: float
+    must: bool
+    writers: int
+
+
+class HostMemory:
+    """Buffers for a copy of the state, pinned where there is a GPU, and the same ones at every save."""
+
+    def __init__(self, pinned: bool):
+        self._pinned = pinned
+        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
+        # What is left of each slab.
+        self._rests: list[torch.Tensor] = []
+
+    def buffer(self, file: str, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a tensor of a file, the same one each time."""
+        key = (file, name)
+        known = self._buffers.get(key)
+        if known is None or known.shape != shape or known.dtype != dtype:
+            self._buffers[key] = known = self._take(shape.numel() * dtype.itemsize).view(dtype).view(shape)
+        return known
+
+    def _take(self, size: int) -> torch.Tensor:
+        # In slabs, because torch rounds each pinned allocation up to a power of two. Small ones: whoever launches a kernel waits while
+        # one is pinned, about 0.15 s for this size.
+        place = next((n for n, rest in enumerate(self._rests) if rest.numel() >= size), None)
+        if place is None:
+            place = len(self._rests)
+            self._rests.append(self._new(max(_SLAB if self._pinned else size, size)))
+        rest = self._rests[place]
+        self._rests[place] = rest[-(-size // _ALIGN) * _ALIGN :]
+        return rest[:size]
+
+    def _new(self, size: int) -> torch.Tensor:
+        if self._pinned:
+            try:
+                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:
+                self._pinned = False  # a limit on locked memory; ordinary memory is slower, not wrong
+        return torch.empty(size, dtype=torch.uint8)
+
+
+class Saver:
+    """Saves of one attempt. `saved` is the step of the newest checkpoint known to be complete, None before the first."""
+
+    def __init__(self, run: RunDir, job: Job, rt: Runtime, say: Callable[[str], None], *, sharded: bool, saved: int | None, disk: Disk = DISK):
+        self._run, self._job, self._rt, self._say, self._disk = run, job, rt, say, disk
+        self._sharded = sharded
+        # Its own group: the thread's messages must not mix with those of training.
+        self._group = dist.new_group(backend="gloo") if sharded and rt.world > 1 else None
+        self._memory = HostMemory(pinned=rt.device.type == "cuda")
+        self._thread: threading.Thread | None = None
+        self._reserving: threading.Thread | None = None
+        self._wanted = threading.Event()
+        self._error: BaseException | None = None
+        self.saved = saved
+        self.last_seconds: float | None = None
+        self.last_blocked: float | None = None
+        self.failures = 0
+
+    def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the memory before the first save needs it, while training goes on: pinning takes about 0.6 s for a GB, and training stood
+        still meanwhile (docs/performance.md). So twice as long as each piece took is left to training, until a save wants the memory."""
+        if not self._writes:
+            return
+        wanted = [
+            (file, name, rows.tensor.shape, state_dict.host_type(file, rows.tensor))
+            for file, tensors in state_dict.content(model, optimizer, self._rt.rank, self._writers).items()
+            for name, rows in tensors.items()
+        ]
+
+        def take() -> None:
+            with suppress(Exception):  # what is missing is taken, or raised, by the save that needs it
+                for one in wanted:
+                    begun = time.monotonic()
+                    self._memory.buffer(*one)
+                    self._wanted.wait(2 * (time.monotonic() - begun))
+
+        self._reserving = threading.Thread(target=take, name="reserve", daemon=True)
+        self._reserving.start()
+
+    def save(self, state: State, model: nn.Module, optimizer: torch.optim.Optimizer, *, must: bool = False) -> None:
+        """Saves this state; in the background unless it `must` be there on return, in which case failure is an error."""
+        begun = time.monotonic()
+        self.join()
+        if not self._writes:
+            self.saved = state.step
+            return
+        parts = self._stage(model, optimizer)
+        save = _Save(state, parts, begun, time.monotonic() - begun, must, self._writers)
+        if must or not self._job.async_save:
+            self._write(save, background=False)
+            self.poll()
+        else:
+            self._thread = threading.Thread(target=self._write, args=(save,), kwargs={"background": True}, name="save", daemon=True)
+            self._thread.start()
+
+    def validated(self, step: int, val_loss: float | None) -> None:
+        """The validation that the checkpoint of this step was saved without is done: it counts among the best from now on."""
+        if not self._rt.is_main:
+            return
+        self._own()
+        try:
+            amend(directory.path_of(self._run.checkpoints, step), val_loss=val_loss, pending=None)
+        except (OSError, CheckpointError) as err:
+            self._say(f"  WARNING: val_loss {val_loss} could not be written into the checkpoint of step {step}: {err}")
+
+    def poll(self) -> None:
+        """Raises what went wrong in the background since the last look."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def join(self) -> None:
+        """Waits for the save in flight, and raises what went wrong in it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def _writes(self) -> bool:
+        return self._sharded or self._rt.is_main
+
+    @property
+    def _writers(self) -> int:
+        return self._rt.world if self._sharded else 1
+
+    def _stage(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[bytes | memoryview]]:
+        self._wanted.set()
+        if self._reserving is not None:
+            self._reserving.join()
+        parts: dict[str, dict[str, Rows]] = {}
+        for file, tensors in state_dict.content(model, optimizer, self._rt.rank, self._writers).items():
+            copies = parts[file] = {}
+            for name, rows in tensors.items():
+                buffer = self._memory.buffer(file, name, rows.tensor.shape, state_dict.host_type(file, rows.tensor))
+                buffer.copy_(rows.tensor, non_blocking=True)
+                copies[name] = Rows(buffer, rows.start, rows.total)
+        if self._rt.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return {name: state_dict.safetensors_parts(copies) for name, copies in parts.items()}
+
+    def _write(self, save: _Save, background: bool) -> None:
+        """Runs in the thread. Nothing may leave it but through `_error`."""
+        step = save.state.step
+        try:
+            problem = self._commit(save)
+            if problem is None:
+                self._acknowledge(save, background)
+                return
+            code, text = problem
+            message = f"checkpoint of step {step} could not be written to {self._run.checkpoints}: {text}. The ones before it are untouched."
+            if save.must:
+                raise _with_errno(CheckpointError(message), code)
+            self.failures += 1
+            self._say(f"  WARNING: {message} Training goes on.")
+            if self._rt.is_main:
+                with suppress(OSError):
+                    event_log.append(
+                        self._run.ledger,
+                        Event.SAVE_FAILED,
+                        attempt=self._rt.attempt,
+                        job_id=self._rt.job_id,
+                        step=step,
+                        errno=errno.errorcode.get(code or 0),
+                        reason=text,
+                    )
+        except BaseException as err:
+            self._error = err
+
+    def _acknowledge(self, save: _Save, background: bool) -> None:
+        step = save.state.step
+        seconds = time.monotonic() - save.begun
+        self.saved, self.last_seconds = step, seconds
+        self.last_blocked = save.blocked if background else seconds
+        if not self._rt.is_main:
+            return
+        size = sum(memoryview(part).nbytes for parts in save.parts.values() for part in parts)
+        try:
+            event_log.append(
+                self._run.ledger, Event.CHECKPOINT, attempt=self._rt.attempt, job_id=self._rt.job_id, step=step,
+                seconds=round(seconds, 3), blocked_s=round(self.last_blocked, 4), bytes=size * save.writers,
+            )  # fmt: skip
+        except OSError as err:
+            # The checkpoint is there and verifies; the line is a hint.
+            self._say(f"  WARNING: checkpoint of step {step} is complete, but the ledger could not be written: {err.strerror}")
+        if claim.superseded(self._run, self._rt.attempt):
+            return  # the later attempt may be reading the one that would go
+        doomed = directory.to_prune(self._run.checkpoints, self._job.keep_last, self._job.keep_every, self._job.keep_best)
+        for problem in prune(doomed, self._disk):
+            self._say(f"  WARNING: old checkpoint {problem}")
+
+    def _commit(self, save: _Save) -> _Problem | None:
+        """The protocol of train/checkpoint/commit.py over all writers. None when the checkpoint is complete, the same on every rank."""
+        commit = Commit(self._run.checkpoints, save.state.step, self._rt.attempt, self._disk)
+        there, problem = False, None
+        if self._rt.is_main:
+            there, problem = self._begin(commit, save)
+        there, problem = self._tell((there, problem))
+        if there or problem:
+            return problem
+        files: dict[str, FileEntry] = {}
+        try:
+            with ThreadPoolExecutor(_WRITERS) as pool:
+                files = dict(zip(save.parts, pool.map(commit.write, save.parts, save.parts.values()), strict=True))
+        except OSError as err:
+            problem = _problem(err)
+        reports = self._gather((files, problem))
+        if self._rt.is_main:
+            problem = next((said for _, said in reports if said), None)
+            if problem is None:
+                try:
+                    self._own()
+                    commit.finish({name: entry for found, _ in reports for name, entry in found.items()}, save.state.plain())
+                except OSError as err:
+                    problem = _problem(err)
+            if problem:
+                commit.abandon()
+        return self._tell(problem)
+
+    def _begin(self, commit: Commit, save: _Save) -> tuple[bool, _Problem | None]:
+        self._own()
+        if commit.final.exists() and commit.already_there():
+            return True, None
+        try:
+            self._check_room(save)
+            commit.begin()
+        except OSError as err:
+            return False, _problem(err)
+        return False, None
+
+    def _check_room(self, save: _Save) -> None:
+        """Raises OSError before anything is written where it could not be finished."""
+        # Beside the bytes themselves: what a file system needs for them, and the manifest.
+        need = sum(memoryview(part).nbytes for parts in save.parts.values() for part in parts) * save.writers * 1.01 + 2**16
+        folder = self._run.checkpoints if self._run.checkpoints.is_dir() else self._run.path
+        free = shutil.disk_usage(folder).free
+        if free < need:
+            keep = f" KEEP_LAST={self._job.keep_last} needs room for {self._job.keep_last + 1}." if self._job.keep_last > 1 else ""
+            raise OSError(errno.ENOSPC, f"it needs {directory.size_text(need)}, the disk has {directory.size_text(free)} left.{keep}".rstrip("."))
+
+    def _own(self) -> None:
+        """Raises RunOwnedError when a later attempt has begun: this one is a ghost and must not write any more."""
+        if claim.superseded(self._run, self._rt.attempt):
+            raise RunOwnedError(f"a later attempt has taken over this run; attempt {self._rt.attempt} writes no more checkpoints")
+
+    def _tell(self, value: Any) -> Any:
+        """Rank 0's value, for all writers."""
+        if self._group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Every writer's value, on rank 0."""
+        if self._group is None:
+            return [value]
+        found = [None] * self._rt.world if self._rt.is_main else None
+        dist.gather_object(value, found, dst=0, group=self._group)
+        return found or []
+
+
+def _problem(err: OSError) -> _Problem:
+    return err.errno, err.strerror or str(err)
+
+
+def _with_errno(error: CheckpointError, code: int | None) -> CheckpointError:
+    error.errno = code  # type: ignore[attr-defined]
+    return error

@@ -1,0 +1,56 @@
+"""A trace of some steps by torch's profiler (setting profile_steps), for chrome://tracing or Perfetto."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from jobs.config.settings import Job
+from jobs.config.types import step_range
+
+
+class Tracer:
+    """Records the steps of the setting, on rank 0; steps are counted from 1, as in the log. Never ends a run."""
+
+    def __init__(self, job: Job, path: Path, say: Callable[[str], None], *, enabled: bool):
+        self._range = step_range(job.profile_steps) if job.profile_steps and enabled else None
+        self._path, self._say = path, say
+        self._profile: profile | None = None
+
+    def before(self, step: int) -> None:
+        """Step `step` is about to be made."""
+        if self._range is None or self._profile is not None or not self._range[0] <= step <= self._range[1]:
+            return
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        self._profile = profile(activities=kinds)
+        self._profile.start()
+
+    def after(self, step: int) -> None:
+        """Step `step` is done; behind the last one the trace is written."""
+        if self._profile is None or self._range is None:
+            return
+        if step < self._range[1]:
+            self._profile.step()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was recorded, whole or not at all: a stop may come before the last step of the range."""
+        if self._profile is None:
+            return
+        recorded, self._profile, self._range = self._profile, None, None
+        # The profiler packs what ends in .gz.
+        aside = self._path.with_name(f".{os.getpid()}.{self._path.name}")
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            recorded.stop()
+            recorded.export_chrome_trace(str(aside))
+            os.replace(aside, self._path)
+            self._say(f"  profile written to {self._path}; open it in chrome://tracing or ui.perfetto.dev")
+        except (OSError, RuntimeError) as err:
+            self._say(f"  WARNING: the profile could not be written: {err}")
+        finally:
+            aside.unlink(missing_ok=True)
