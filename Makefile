@@ -46,8 +46,8 @@ test-slow: $(READY)  ## the tests that take long: more seeds, more kills, compil
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	@.venv/bin/python -m pytest -m gpu
 
-test-repeat: $(READY)  ## all tests N times (10), then which failed how often; TESTS=tests/test_lab.py for some of them
-	@env -u MAKEFLAGS .venv/bin/python -m tests.repeat $(or $(N),10) -- $(BY_FILE) -m "not slow and not gpu" $(TESTS)
+test-repeat: $(READY)  ## all tests N times (10), then which failed how often; TESTS=tests/slurm/test_lab.py for some of them
+	@env -u MAKEFLAGS .venv/bin/python -m tools.repeat $(or $(N),10) -- $(BY_FILE) -m "not slow and not gpu" $(TESTS)
 
 coverage: $(READY)  ## all tests, and which lines and branches of jobs/ and slurm/ they reach; fails below 95 %
 	@launcher/setup.sh slurm || true
@@ -58,10 +58,10 @@ coverage: $(READY)  ## all tests, and which lines and branches of jobs/ and slur
 
 chaos: $(READY)  ## every fault of docs/survival.md on the lab, and that page written anew; about half an hour
 	@launcher/setup.sh slurm
-	@.venv/bin/python -m tests.chaos
+	@.venv/bin/python -m tools.chaos
 
 mutation: $(READY)  ## small mistakes in what must not be wrong, one at a time: do the tests notice? ten minutes; ARGS="jobs/config/validation.py" for one
-	@.venv/bin/python -m tests.mutation $(ARGS)
+	@.venv/bin/python -m tools.mutation $(ARGS)
 
 lint: $(READY)  ## ruff, mypy, codespell, shellcheck
 	@.venv/bin/ruff check .
@@ -72,11 +72,11 @@ lint: $(READY)  ## ruff, mypy, codespell, shellcheck
 	@$(FILES) ':!*.j2' | xargs -0 awk 'FNR == 1 && /^\043!.*sh$$/ { print FILENAME } { nextfile }' | xargs shellcheck
 
 pins: $(READY)  ## write constraints.txt anew with the newest versions that fit; TORCH=2.14.0 for another torch
-	@env -u MAKEFLAGS .venv/bin/python -m tests.pins $(if $(TORCH),--torch $(TORCH))
+	@env -u MAKEFLAGS .venv/bin/python -m tools.pins $(if $(TORCH),--torch $(TORCH))
 
 golden: $(READY)  ## write golden scripts, generated pages, schema and pictures anew; review the diff
-	@.venv/bin/python -m launcher.docs
-	@.venv/bin/python docs/draw.py
+	@.venv/bin/python -m tools.generate_docs
+	@.venv/bin/python tools/draw.py
 
 bench-launch: $(READY)  ## time of render, submit and start, on the lab
 	@launcher/setup.sh slurm || true

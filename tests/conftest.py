@@ -236,7 +236,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Any]:
-    """For `farm` of tests/training.py: importing torch and training takes three seconds of a processor, so the files of one process share it."""
+    """For `farm` of tests/support/training.py: importing torch and training takes three seconds of a processor, so the files of one process share it."""
     from training import Zygote
 
     process = Zygote()

@@ -20,7 +20,7 @@ from train.models.hf_layer import LayerPlan, NotSupported, add_norm, fused_class
 from train.models.loss import Terms, chunk_terms, chunked_loss_sum
 from train.models.ops import PLAIN, Ops, fused
 
-# model_type of the config -> what is special about it. Each is compared with transformers in tests/test_hf_blocks.py.
+# model_type of the config -> what is special about it. Each is compared with transformers in tests/train/models/test_hf_blocks.py.
 FAMILIES: Mapping[str, str] = {
     "llama": "",
     "mistral": "sliding window",
