@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from jobs.core.errors import SubmitError
 from slurm.environment import clean_environment
+from slurm.job_number import job_number
 from slurm.states import is_live
 
 # Words of clients that could not reach slurmctld: ask again later.
@@ -325,12 +326,14 @@ class Slurm:
         the site lets nobody requeue. One that waits under this name already is taken. Raises SubmitError."""
 
         def once() -> tuple[str, bool]:
-            for line in self.run("squeue", "-h", "-r", "--me", "-n", name, "-t", "PENDING", "-o", "%i|%A").splitlines():
-                shown, _, plain = line.strip().partition("|")
+            for line in self.run("squeue", "-h", "-r", "--me", "-n", name, "-t", "PENDING", "-o", "%i|%A|%k").splitlines():
+                shown, plain, comment = [*line.strip().split("|", 2), "", ""][:3]
+                if comment.startswith("holdfast:") and comment != f"holdfast:{name}":
+                    continue  # a run of another name that a user gave the same job name
                 if job_id not in (shown, plain) and (array_index is None or shown.endswith(f"_{array_index}")):
                     return shown, False
             extra = [] if array_index is None else [f"--array={array_index}"]
-            said = self.run("sbatch", "--parsable", f"--dependency=afterany:{job_id}", *extra, str(script)).strip().partition(";")[0]
+            said = job_number(self.run("sbatch", "--parsable", f"--dependency=afterany:{job_id}", *extra, str(script)))
             return (said if array_index is None else f"{said}_{array_index}"), True
 
         return self.patiently(once, patience_s)

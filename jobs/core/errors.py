@@ -43,6 +43,10 @@ class SubmitError(HoldfastError):
     pass
 
 
+class SubmissionUnknownError(SubmitError):
+    """Slurm may have made a job although its submission failed: nothing that the job needs may be deleted."""
+
+
 class CheckpointError(HoldfastError):
     pass
 

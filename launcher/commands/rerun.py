@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jobs.config.resolver import Resolved, amend, given_values, load
 from jobs.core.contract import LOCAL, Event, Exit
-from jobs.core.errors import HoldfastError, SettingError
+from jobs.core.errors import HoldfastError, SettingError, SubmissionUnknownError
 from jobs.run import event_log, store
 from jobs.run.rundir import RunDir
 from launcher.commands import diff
@@ -36,6 +36,8 @@ def rerun(source: RunDir, words: Sequence[str], cwd: Path, *, current_code: bool
             from launcher.submission.submitit_executor import to_slurm
 
             job_id = to_slurm(run, resolved.job, os.environ)
+    except SubmissionUnknownError:
+        raise
     except HoldfastError:
         store.discard(run)
         raise

@@ -13,7 +13,7 @@ from jobs.config.resolver import Resolved, load
 from jobs.config.setting_names import setting_name
 from jobs.config.settings import Job, group_of, names
 from jobs.core.contract import LOCAL, Cause, Event, Exit
-from jobs.core.errors import RunOwnedError, SettingError, SubmitError
+from jobs.core.errors import RunOwnedError, SettingError, SubmissionUnknownError, SubmitError
 from jobs.run import event_log, permissions, store
 from jobs.run.rundir import RunDir
 from launcher.cluster.doctor import said_at_submit
@@ -21,7 +21,7 @@ from launcher.local.executor import gpus_here, run_attempts
 from launcher.output import settings_table
 from launcher.status import run_state, run_status
 from launcher.submission.create_run import prepare, resolve_here, resolve_members
-from launcher.submission.reconcile import taken_over
+from launcher.submission.reconcile import require_jobs_of, taken_over
 from launcher.submission.reconfigure import change, refuse_array
 from launcher.submission.snapshot import refuse_without_code
 from slurm.client import Slurm
@@ -62,6 +62,8 @@ def submit_job(words: Sequence[str], cwd: Path, *, local: bool, test_only: bool,
             from launcher.submission.submitit_executor import to_slurm
 
             job_id = to_slurm(run, job, os.environ, members=len(members))
+    except SubmissionUnknownError:
+        raise
     except (SubmitError, SettingError):
         store.discard(run)
         raise
@@ -144,6 +146,8 @@ def cancel_run(run: RunDir) -> None:
     if state.state not in ("running", "waiting"):
         print(f"run {run.id} is {state.state}; there is nothing to cancel")
         return
+    if not state.job_id.startswith(LOCAL):
+        require_jobs_of(run, [state.job_id], Slurm())
     event_log.append(run.ledger, Event.CANCEL, attempt=state.attempt, job_id=state.job_id)
     if state.job_id.startswith(LOCAL):
         run.stop_file.touch()
@@ -168,6 +172,7 @@ def _cancel_array(array: RunDir) -> None:
     if not live:
         print(f"array {array.id}: no run of it waits or runs; there is nothing to cancel")
         return
+    require_jobs_of(array, [state.job_id for _, state in live if not state.job_id.startswith(LOCAL)], Slurm())
     for member, state in live:
         event_log.append(member.ledger, Event.CANCEL, attempt=state.attempt, job_id=state.job_id)
     Slurm().cancel(*sorted({state.job_id for _, state in live}))

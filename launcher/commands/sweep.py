@@ -26,7 +26,7 @@ from jobs.config.setting_names import setting_name
 from jobs.config.settings import Job, is_mapping_of_numbers
 from jobs.core.atomic_write import replace_file
 from jobs.core.contract import Event, Exit
-from jobs.core.errors import HoldfastError, ImpossibleJobError, NotFoundError, SettingError, SubmitError
+from jobs.core.errors import HoldfastError, ImpossibleJobError, NotFoundError, SettingError, SubmissionUnknownError, SubmitError
 from jobs.core.imports import nearest
 from jobs.run import event_log, store
 from jobs.run.rundir import RunDir
@@ -40,6 +40,7 @@ from launcher.status.lookup import which_run
 from launcher.status.sweep_status import Trial
 from launcher.submission import sweep_jobs
 from launcher.submission.create_run import prepare, resolve_here
+from launcher.submission.reconcile import require_jobs_of
 from launcher.sweeps.trial import take_up
 from slurm.client import Slurm
 from slurm.script.render import run_dir_of, script_for
@@ -138,6 +139,8 @@ def start(
         from launcher.submission.submitit_executor import to_slurm
 
         job_id = to_slurm(run, job, os.environ)
+    except SubmissionUnknownError:
+        raise
     except (SubmitError, SettingError):
         store.discard(run)
         raise
@@ -270,6 +273,7 @@ def cancel(naming: Sequence[str], cwd: Path) -> int:
     if queue is None:
         raise SubmitError(trouble or "Slurm is not on this machine; a sweep that runs here is stopped with Ctrl-C.")
     rows = [row for row in sweep_status.trials_of(run, search_space.load(run.sweep), queue) if row.state in ("running", "waiting")]
+    require_jobs_of(run, [row.job_id for row in rows if row.job_id], Slurm())
     for row in rows:
         member = run.member(row.number)
         if member.job_yaml.exists():

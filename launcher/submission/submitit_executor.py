@@ -19,13 +19,14 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmiss
 
 from jobs.config.settings import Job
 from jobs.core.contract import Event
-from jobs.core.errors import SettingError, SubmitError
+from jobs.core.errors import SettingError, SubmissionUnknownError, SubmitError
 from jobs.run import event_log, permissions
 from jobs.run.rundir import RunDir
 from launcher.submission.create_run import in_parallel
 from launcher.submission.reconcile import lost_answer, taken_over
 from slurm.client import Slurm, explain
 from slurm.environment import clean_environment
+from slurm.job_number import job_number
 
 # What submitit replaces in the name of its folder (`submitit.core.utils.JobPaths`).
 _TAGS = ("%j", "%t", "%A", "%a")
@@ -42,6 +43,11 @@ class ScriptExecutor(submitit.SlurmExecutor):
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         return self._script
+
+    @staticmethod
+    def _get_job_id_from_submission_command(string: bytes | str) -> str:
+        # The base class takes the first number behind "job", which may be a site's banner, and knows no bare number.
+        return job_number(string.decode(errors="replace") if isinstance(string, bytes) else string)
 
     def _internal_process_submissions(self, delayed_submissions: list[DelayedSubmission]) -> list[submitit.Job[Any]]:
         # The base class builds arrays with its own class and would lose our text; the script already says --array.
@@ -78,6 +84,11 @@ def to_slurm(run: RunDir, job: Job, environ: Mapping[str, str], members: int = 0
                 executor.submit_array([_Call(str(run.member(i).path)) for i in range(members)]) if members > 1 else [executor.submit(train_run, str(run.path))]
             )
             job_id = jobs[0].job_id.partition("_")[0]
+        except SubmissionUnknownError as err:
+            made = lost_answer(run.member(0) if members else run, Slurm(environ), err)
+            if made is None:
+                raise
+            job_id = made.partition("_")[0]
         except (FailedJobError, FailedSubmissionError) as err:
             refused = SubmitError(explain("sbatch", _words_of(err)))
             made = lost_answer(run.member(0) if members else run, Slurm(environ), refused)
@@ -111,8 +122,7 @@ def to_local(run: RunDir, job: Job) -> "submitit.Job[int]":
 def resubmit(run: RunDir, job: Job, environ: Mapping[str, str]) -> str:
     """Submits the script of a run that exists once more; of an array only this task. Returns Slurm's job id."""
     if run.is_member:
-        out = Slurm(environ).run("sbatch", "--parsable", f"--array={run.path.name}", str(run.script))
-        job_id = f"{out.strip().partition(';')[0]}_{run.path.name}"
+        job_id = f"{job_number(Slurm(environ).run('sbatch', '--parsable', f'--array={run.path.name}', str(run.script)))}_{run.path.name}"
         event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id, by="resume")
         return job_id
     return to_slurm(run, job, environ)

@@ -6,10 +6,11 @@ It does not where the answer of sbatch was lost, or where a launcher was killed 
 from collections.abc import Sequence
 
 from jobs.core.contract import Event
-from jobs.core.errors import SubmitError
+from jobs.core.errors import SubmissionUnknownError, SubmitError
 from jobs.run import event_log
 from jobs.run.rundir import RunDir
 from slurm.client import Slurm
+from slurm.job_number import job_number
 
 # For so long a controller that lost an answer is asked whether it made the job.
 _PATIENCE_S = 40.0
@@ -29,10 +30,9 @@ def submit(run: RunDir, numbers: Sequence[int], parallel: int, slurm: Slurm) -> 
     a lost connection. Raises SubmitError."""
     known, tasks = _queued(run, slurm), ranges(numbers)
     try:
-        said = slurm.run("sbatch", "--parsable", f"--array={tasks}%{parallel}", str(run.script))
-        job_id = said.strip().partition(";")[0]
+        job_id = job_number(slurm.run("sbatch", "--parsable", f"--array={tasks}%{parallel}", str(run.script)))
     except SubmitError as err:
-        made = slurm.patiently(lambda: _queued(run, slurm) - known, _PATIENCE_S) if slurm.unsure(err) else set()
+        made = slurm.patiently(lambda: _queued(run, slurm) - known, _PATIENCE_S) if slurm.unsure(err) or isinstance(err, SubmissionUnknownError) else set()
         if not made:
             raise
         job_id = max(made, key=int)

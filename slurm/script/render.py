@@ -150,6 +150,7 @@ OURS = frozenset(
         "comment",
         "wait",
         "test-only",
+        "clusters",
         "parsable",
     }
 )

@@ -361,7 +361,13 @@ def test_every_third_party_module_that_is_always_imported_is_a_dependency() -> N
 def test_what_is_not_python_lies_inside_the_packages_and_is_found_there() -> None:
     wheel = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel == {"packages": [*PACKAGES, f"{HELPER}.py"]}
-    for package, pattern in (("slurm", "script/templates/*.j2"), ("launcher", "report/templates/*.j2"), ("slurm", "sites/*.yaml"), ("jobs", "*.yaml"), ("slurm", "train.sbatch")):
+    for package, pattern in (
+        ("slurm", "script/templates/*.j2"),
+        ("launcher", "report/templates/*.j2"),
+        ("slurm", "sites/*.yaml"),
+        ("jobs", "*.yaml"),
+        ("slurm", "train.sbatch"),
+    ):
         found = sorted(path.name for path in Path(str(resources.files(package))).glob(pattern))
         assert found and found == sorted(path.name for path in (REPO / package).glob(pattern)), (package, pattern)
     assert all((REPO / package / "__init__.py").is_file() for package in PACKAGES)

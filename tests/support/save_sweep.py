@@ -108,7 +108,11 @@ def sweep(todo: list[tuple[float, float]], workers: int = WORKERS) -> list[Point
     def one(index: int) -> None:
         mine = todo[index::workers]
         done = subprocess.run(
-            [sys.executable, __file__, json.dumps(mine)], env={**os.environ, "PYTHONPATH": os.pathsep.join(str(REPOSITORY / place) for place in ("", "tests", "tests/support"))}, capture_output=True, text=True, timeout=3000
+            [sys.executable, __file__, json.dumps(mine)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(str(REPOSITORY / place) for place in ("", "tests", "tests/support"))},
+            capture_output=True,
+            text=True,
+            timeout=3000,
         )
         found.extend(Point(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{"))
         if done.returncode:

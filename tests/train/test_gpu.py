@@ -147,7 +147,18 @@ def test_tf32_is_really_off_and_really_on(name: str) -> None:
     """Relative error of products against fp64: 23 bits of mantissa leave below 1e-5, 10 bits some 3e-4."""
     if unavailable(name):
         pytest.skip(unavailable(name))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "tests/support"), str(REPOSITORY / "tests/support/models"), os.environ.get("PYTHONPATH", "")])}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(
+            [
+                str(REPOSITORY),
+                str(REPOSITORY / "tests"),
+                str(REPOSITORY / "tests/support"),
+                str(REPOSITORY / "tests/support/models"),
+                os.environ.get("PYTHONPATH", ""),
+            ]
+        ),
+    }
     done = subprocess.run([sys.executable, "-c", _PRODUCTS, name], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     errors = [float(word) for word in done.stdout.split()[-2:]]
@@ -295,7 +306,9 @@ def test_memory_is_taken_in_segments_that_grow() -> None:
         "print([segment['is_expandable'] for segment in torch.cuda.memory_snapshot()])"
     )
     env = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
-    env["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "tests/support"), str(REPOSITORY / "tests/support/models"), env.get("PYTHONPATH", "")])
+    env["PYTHONPATH"] = os.pathsep.join(
+        [str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "tests/support"), str(REPOSITORY / "tests/support/models"), env.get("PYTHONPATH", "")]
+    )
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
     assert done.stdout.splitlines()[-1:] == ["[True]"], done.stderr[-2000:]
 

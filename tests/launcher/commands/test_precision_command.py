@@ -90,7 +90,9 @@ def test_the_page_beside_it_holds_the_table(measured: tuple[Path, dict[str, Any]
     "words", [["MODEL=convnet", "DATA=digits"], ["MODEL=own_models:regression", "DATA=own_models:numbers"]], ids=["convnet", "a module of one's own"]
 )
 def test_other_models_are_measured_too_and_only_leaves_modes_out_and_keeps_nothing(tmp_path: Path, words: list[str]) -> None:
-    done = holdfast("precision", *words, "BATCH_SIZE=8", f"RUNS_DIR={tmp_path}", "--steps", "6", "--only", "fp32", PYTHONPATH=str(REPOSITORY / "tests/support/models"))
+    done = holdfast(
+        "precision", *words, "BATCH_SIZE=8", f"RUNS_DIR={tmp_path}", "--steps", "6", "--only", "fp32", PYTHONPATH=str(REPOSITORY / "tests/support/models")
+    )
     assert done.returncode == 0, done.stderr
     assert "-> PRECISION=fp32" in done.stdout and "bf16" not in done.stdout.replace("x bf16", "")
     assert not (tmp_path / ".precision").exists()
