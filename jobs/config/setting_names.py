@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from jobs.config import lr_suggestions
-from jobs.config.settings import JOB_WORD, NAME_ALIASES, Job, names
+from jobs.config.settings import NAME_ALIASES, Job, names
 
 PREFIX = "HOLDFAST_"
 # Variables of ours that are not settings of a job, so that a misspelt HOLDFAST_ name can be told from them.
@@ -40,12 +40,6 @@ def unknown_setting(word: str, origin: str) -> str:
     """The fault of a word that names no setting: where it belongs, or the nearest one that is a setting."""
     where = lr_suggestions.belongs(word)
     return f"{quoted(word)} is not a setting ({origin}).{f' {where}' if where else hint(word)}"
-
-
-def variables() -> list[str]:
-    """Every environment variable that a job can depend on."""
-    bare = [name.upper() for name in (*names(), *NAME_ALIASES, *AMP_WORDS, JOB_WORD)]
-    return [*bare, *(PREFIX + name for name in bare)]
 
 
 def hint(word: str, prefix: str = "") -> str:

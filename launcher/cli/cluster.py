@@ -72,16 +72,17 @@ def demo(ctx: typer.Context) -> None:
 
 @app.command()
 def completion(
+    ctx: typer.Context,
     shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="Which shell.")] = "bash",
     line: Annotated[str | None, typer.Option("--line", hidden=True, help="A command line up to the cursor: print what may follow.")] = None,
 ) -> None:
     """Print the completion script of a shell: source <(holdfast completion bash)."""
-    from launcher.cli import completion as words
+    from launcher.cli.completion import answer, script
 
     if line is None:
-        print(words.script(shell), end="")
+        print(script(shell), end="")
     else:
-        words.answer(line)
+        answer(ctx.find_root().command, line)
 
 
 @verify_app.command("resume", context_settings=SETTINGS, options_metavar=HINT)

@@ -1,7 +1,7 @@
 """`holdfast completion SHELL`: a script for the shell, and the words that the script asks for at each Tab.
 
 Commands, options, names and values of settings come from `launcher.cli.vocabulary`, job files and runs from their folders.
-Little is imported, and Slurm is not asked: a Tab is answered before a person notices.
+Slurm is not asked.
 """
 
 import os
@@ -9,8 +9,9 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from launcher.cli.vocabulary import Vocabulary, vocabulary
+from launcher.cli.vocabulary import Vocabulary, vocabulary_of
 
 # A word and what it means; bash shows the word only.
 Word = tuple[str, str]
@@ -67,13 +68,19 @@ _VALUES = {"--rank": ("0", "batch", "all"), "--attempt": ("all",), "--form": ("h
 
 def script(shell: str) -> str:
     """The text to source. It calls the holdfast that printed it, wherever it lies."""
-    return SHELLS[shell].replace("@COMMAND@", f"{shlex.quote(sys.executable)} -m launcher.cli.entry")
+    return SHELLS[shell].replace("@COMMAND@", f"{shlex.quote(sys.executable)} -m launcher.cli.app")
 
 
-def words(line: str, environ: Mapping[str, str], cwd: Path) -> list[Word]:
-    """What may stand where a command line (up to the cursor) ends; empty where files are as good a guess as any."""
+def candidates(root: Any, line: str, environ: Mapping[str, str], cwd: Path) -> list[Word]:
+    """Completions of a command line (up to the cursor), sorted; empty where the shell should offer file names instead.
+
+    root: the click command of the whole command line, from which commands and options are read."""
     before, current = _split(line)
-    return sorted({word: help for word, help in _candidates(before[1:], current, environ, cwd) if word.startswith(current) and word != current}.items())
+    return sorted(
+        {
+            word: help for word, help in _candidates(vocabulary_of(root), before[1:], current, environ, cwd) if word.startswith(current) and word != current
+        }.items()
+    )
 
 
 def _split(line: str) -> tuple[list[str], str]:
@@ -87,8 +94,7 @@ def _split(line: str) -> tuple[list[str], str]:
     return (found, "") if not line or line[-1].isspace() else (found[:-1], found[-1])
 
 
-def _candidates(before: list[str], current: str, environ: Mapping[str, str], cwd: Path) -> Iterator[Word]:
-    known = vocabulary()
+def _candidates(known: Vocabulary, before: list[str], current: str, environ: Mapping[str, str], cwd: Path) -> Iterator[Word]:
     command = known["root"]
     rest = list(before)
     while command["commands"] is not None and rest and rest[0] in command["commands"]:
@@ -181,7 +187,7 @@ def _first_sentence(text: str) -> str:
     return text.partition("\n")[0].partition(";")[0]
 
 
-def answer(line: str) -> None:
-    """One candidate a line, with its meaning behind a tab."""
-    for word, help in words(line, os.environ, Path.cwd()):
+def answer(root: Any, line: str) -> None:
+    """Prints one candidate a line, with its help text behind a tab."""
+    for word, help in candidates(root, line, os.environ, Path.cwd()):
         print(f"{word}\t{' '.join(help.split())}")

@@ -15,17 +15,11 @@ app = group()
 @app.command(context_settings=SETTINGS, options_metavar=HINT)
 def render(ctx: typer.Context) -> None:
     """Print the script that submit would submit, byte for byte."""
-    from jobs.config.setting_names import variables
-    from launcher.cli import entry
     from launcher.submission.create_run import resolve_here
-    from slurm.script.render import own_files, run_dir_of, script_for
+    from slurm.script.render import run_dir_of, script_for
 
     resolved = resolve_here(list(ctx.args), os.environ, Path.cwd())
-    text = script_for(resolved.job, run_dir_of(resolved.job, Path.cwd()), sys.executable)
-    measured = resolved.origins["precision"].startswith("auto")  # a newer measurement may come at any time
-    if sys.argv[2:] == list(ctx.args) and not measured:  # not when another program calls this with words of its own
-        entry.keep(sys.argv[2:], variables(), [*resolved.files, *own_files()], text)
-    sys.stdout.write(text)
+    sys.stdout.write(script_for(resolved.job, run_dir_of(resolved.job, Path.cwd()), sys.executable))
 
 
 @app.command(context_settings=SETTINGS, options_metavar=HINT)

@@ -1,21 +1,17 @@
-"""What the command line knows, as plain data: commands, options, settings, and the words of which each may be.
+"""Commands, options, settings and their values as plain data, for completion.
 
-It is gathered from where each word is at home: the command line itself, `jobs.config.settings`, the files that come with holdfast.
-That takes typer and pydantic, half a second of a slow processor, at each Tab in a shell. So what was gathered is kept in
-the user's cache folder, and holds as long as our code and files are the same; deleting `holdfast/words.json` there is
-always safe. Nothing heavy is imported to read it.
+Each comes from its declaration: the click commands, `jobs.config.settings`, the files that are shipped with holdfast.
 """
 
-import json
-import os
+import inspect
+import typing
 from collections.abc import Iterator
+from enum import EnumType
 from typing import Any, TypedDict
 
-from launcher.cli.entry import in_cache, keep_text
-
-_HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# Where words come from; a file that is new, gone or changed in one of these makes the kept ones stale.
-_SOURCES = ("launcher", "jobs", "slurm", os.path.join("slurm", "sites"))
+from jobs.config.job_files import shipped_jobs
+from jobs.config.settings import JOB_WORD, Job, help_of, names
+from slurm import site_file
 
 
 class Option(TypedDict):
@@ -54,56 +50,11 @@ class Vocabulary(TypedDict):
     sites: list[str]
 
 
-def vocabulary() -> Vocabulary:
-    """What was kept, if it still holds; else gathered anew, and kept. Failing to keep it is no error."""
-    stamp = _stamp()
-    try:
-        with open(in_cache("words.json"), encoding="utf-8") as file:
-            kept = json.load(file)
-        if kept["stamp"] == stamp:
-            found: Vocabulary = kept["words"]
-            return found
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    gathered = gather()
-    _keep(stamp, gathered)
-    return gathered
-
-
-def _keep(stamp: str, gathered: Vocabulary) -> None:
-    try:
-        keep_text(in_cache("words.json"), json.dumps({"stamp": stamp, "words": gathered}))
-    except OSError:
-        return
-
-
-def _stamp() -> str:
-    """Where we are, and name, size and time of every file that words come from."""
-    parts = [_HOUSE]
-    for folder in _SOURCES:
-        with os.scandir(os.path.join(_HOUSE, folder)) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.name.endswith((".py", ".yaml")):
-                    status = entry.stat()
-                    parts.append(f"{folder}/{entry.name} {status.st_size} {status.st_mtime_ns}")
-    return "\n".join(parts)
-
-
-# -- gathering ---------------------------------------------------------------------------------------------------------
-
-
-def gather() -> Vocabulary:
-    """Every word from where it is at home; imports typer and pydantic."""
-    from typer.main import get_command
-
-    from jobs.config.job_files import shipped_jobs
-    from jobs.config.settings import JOB_WORD, Job, help_of, names
-    from launcher.cli.app import app
-    from slurm import site_file
-
+def vocabulary_of(root: Any) -> Vocabulary:
+    """Commands and options below `root`, settings with their values, shipped job files and sites."""
     fields = Job.model_fields
     return {
-        "root": _command(get_command(app)),
+        "root": _command(root),
         "settings": {name: {"help": help_of(name), "values": list(dict.fromkeys(_closed(fields[name].annotation)))} for name in names()},
         "runs_dir": str(fields["runs_dir"].default),
         "job_word": JOB_WORD,
@@ -113,9 +64,6 @@ def gather() -> Vocabulary:
 
 
 def _command(command: Any) -> Command:
-    import inspect
-    import typing
-
     found: Command = {"help": command.help or "", "hidden": command.hidden, "commands": None, "takes": "", "options": {}, "values": []}
     if hasattr(command, "commands"):
         found["commands"] = {name: _command(inner) for name, inner in command.commands.items()}
@@ -134,10 +82,7 @@ def _command(command: Any) -> Command:
 
 
 def _closed(annotation: Any) -> Iterator[str]:
-    """The words of a type, where it is a closed set of words."""
-    import typing
-    from enum import EnumType
-
+    """The values of a type that has a closed set of them."""
     if annotation is bool:
         yield from ("true", "false")
     elif isinstance(annotation, EnumType):

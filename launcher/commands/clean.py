@@ -24,7 +24,7 @@ from jobs.run.rundir import RunDir
 from jobs.sweep import search_space
 from launcher.output import table
 from launcher.status import run_state, run_status
-from launcher.sweeps import trial
+from launcher.sweeps.trial_values import values_of
 
 # What lies aside for so long was left by a command that was killed.
 _LEFTOVER_S = 86_400.0
@@ -126,7 +126,7 @@ def _is_queued(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> bo
 def _not_begun(run: RunDir, members: Sequence[RunDir]) -> bool:
     """Whether a sweep that was submitted has trials that nobody has taken up: where Slurm cannot be asked, they wait."""
     submitted = run.has_members and any(event["event"] == Event.SUBMITTED for event in event_log.read(run.ledger))
-    return submitted and any(not member.job_yaml.exists() and not trial.values_of(member)[1] for member in members)
+    return submitted and any(not member.job_yaml.exists() and not values_of(member)[1] for member in members)
 
 
 def not_ours(run: RunDir) -> str:

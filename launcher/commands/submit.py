@@ -17,6 +17,7 @@ from jobs.core.errors import RunOwnedError, SettingError, SubmissionUnknownError
 from jobs.run import event_log, permissions, store
 from jobs.run.rundir import RunDir
 from launcher.cluster.doctor import said_at_submit
+from launcher.commands import sweep
 from launcher.local.executor import gpus_here, run_attempts
 from launcher.output import settings_table
 from launcher.status import run_state, run_status
@@ -24,6 +25,7 @@ from launcher.submission.create_run import prepare, resolve_here, resolve_member
 from launcher.submission.reconcile import require_jobs_of, taken_over
 from launcher.submission.reconfigure import change, refuse_array
 from launcher.submission.snapshot import refuse_without_code
+from launcher.submission.start_estimate import start_estimate
 from slurm.client import Slurm
 from slurm.script.render import run_dir_of, script_for
 
@@ -159,8 +161,6 @@ def cancel_run(run: RunDir) -> None:
 
 def _cancel_array(array: RunDir) -> None:
     if array.sweep.exists():
-        from launcher.commands import sweep  # knows the trials that have not begun, too
-
         sweep.cancel([str(array.path)], Path.cwd())
         return
     members = store.runs_in(array)
@@ -262,19 +262,3 @@ def _say_job(resolved: Resolved, estimate: str, members: Sequence[Resolved], as_
     if estimate:
         print(f"  time limit    {said_at_submit(Slurm(), job)}")
         print(f"  start         {estimate}")
-
-
-def start_estimate(said: str) -> str:
-    """`estimated 14:20 (in 35 min)` from sbatch --test-only's own sentence."""
-    import re
-    from datetime import datetime
-
-    found = re.search(r"to start at (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", said)
-    if not found:
-        return said
-    begins = datetime.fromisoformat(found.group(1))
-    seconds = (begins - datetime.now()).total_seconds()
-    if seconds < 60:
-        return "at once, Slurm estimates"
-    away = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-    return f"estimated {begins:%H:%M}" + (f" on {begins:%a %d %b}" if seconds > 43_200 else "") + f" (in {away})"

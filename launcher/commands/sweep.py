@@ -32,7 +32,6 @@ from jobs.run import event_log, store
 from jobs.run.rundir import RunDir
 from jobs.sweep import parser, search_space
 from launcher.cluster.doctor import said_at_submit
-from launcher.commands.submit import start_estimate
 from launcher.local.executor import run_attempts
 from launcher.output import settings_table
 from launcher.status import run_status, sweep_status
@@ -41,6 +40,7 @@ from launcher.status.sweep_status import Trial
 from launcher.submission import sweep_jobs
 from launcher.submission.create_run import prepare, resolve_here
 from launcher.submission.reconcile import require_jobs_of
+from launcher.submission.start_estimate import start_estimate
 from launcher.sweeps.trial import take_up
 from slurm.client import Slurm
 from slurm.script.render import run_dir_of, script_for

@@ -2,7 +2,6 @@
 
 A closed pipe never changes what a command does or its exit code: the rest of the output is discarded. Without this the exit code
 depends on the Python version and on when the buffer is flushed (1 from click and rich, 120 from the interpreter at exit).
-Only io, os and sys are imported, because `launcher.cli.entry` starts from here.
 """
 
 import io

@@ -25,7 +25,7 @@ from jobs.run.rundir import RunDir
 from jobs.sweep import search_space
 from launcher.status import run_status
 from launcher.sweeps.study import curve_of, value_of
-from launcher.sweeps.trial import values_of
+from launcher.sweeps.trial_values import values_of
 
 _POLL_S = 1.0
 # States of a trial, in the order in which they are counted out; the first ones are on their way.

@@ -26,6 +26,7 @@ from jobs.run import event_log, metrics_log
 from jobs.run.retry_policy import budgets_of, judge
 from jobs.run.rundir import RunDir
 from jobs.sweep.search_space import Dimension, Sweep, Value
+from launcher.sweeps.trial_values import values_of
 
 if TYPE_CHECKING:
     import optuna
@@ -230,8 +231,6 @@ def is_hopeless(study: "optuna.Study", number: int) -> bool:
 def replay(study: "optuna.Study", sweep_dir: RunDir, sweep: Sweep) -> None:
     """Adds every trial of a sweep to an empty study, from the run directories."""
     import optuna
-
-    from launcher.sweeps.trial import values_of
 
     begun = {int(path.parent.name) for path in sweep_dir.members.glob("*/trial.json") if path.parent.name.isdigit()}
     for number in range(max(begun, default=-1) + 1):

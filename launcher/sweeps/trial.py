@@ -21,6 +21,7 @@ from jobs.core.errors import HoldfastError, ImpossibleJobError, NotFoundError
 from jobs.run import event_log
 from jobs.run.rundir import RunDir
 from jobs.sweep import search_space
+from launcher.sweeps.trial_values import values_of
 
 # Seconds to wait for the others that ask. A lock service that does not answer must not stop a sweep: then it goes without,
 # and the study's own lock still keeps its record whole.
@@ -64,15 +65,6 @@ def take_up(run: RunDir, job_id: str) -> None:
         event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id, by="sweep")
         # Last: a run is one that has this file.
         replace_file(run.job_yaml, dump_yaml(resolved.job.model_dump(mode="json")))
-
-
-def values_of(run: RunDir) -> tuple[dict[str, Any], str]:
-    """The values that a trial was given, as label -> value, and why they cannot be run; both empty before it has begun."""
-    try:
-        said = json.loads(run.trial.read_text())
-        return dict(said["values"]), str(said.get("problem", ""))
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}, ""
 
 
 def tell_sweep(run: RunDir) -> None:

@@ -260,9 +260,3 @@ def run_dir_of(job: Job, cwd: Path) -> RunDir:
     from jobs.run.store import place
 
     return place(cwd / job.runs_dir, job.job_name, job.run_id or "0000")
-
-
-def own_files() -> list[str]:
-    """The files of ours that decide what a script looks like: the code of jobs and slurm, and the templates."""
-    folders = [Path(str(resources.files(name))) for name in ("jobs", "slurm", "launcher")]
-    return sorted(str(path) for folder in folders for path in (*folder.rglob("*.py"), *folder.rglob("templates/*.j2")))

@@ -190,7 +190,7 @@ LONGER = {
     "launcher/cluster/doctor.py": 380,
     "launcher/commands/precision.py": 380,
     "launcher/attempt/watchdog.py": 370,
-    "launcher/commands/sweep.py": 370,
+    "launcher/commands/sweep.py": 380,
     "launcher/status/sweep_status.py": 340,
     "slurm/client.py": 400,
 }

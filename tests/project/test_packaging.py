@@ -128,7 +128,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
         assert archive.read(f"{info}/licenses/LICENSE") == (REPOSITORY / "LICENSE").read_bytes()
     assert (said["Name"], said["Version"], said["License-Expression"]) == (PROJECT["name"], PROJECT["version"], PROJECT["license"])
     assert said["Requires-Python"] == PROJECT["requires-python"] and said["Description-Content-Type"] == "text/markdown"
-    assert "holdfast = launcher.cli.entry:main" in entry
+    assert "holdfast = launcher.cli.app:main" in entry
     assert said.get_all("Project-URL") is None, "an address must be real; add the check that it answers"
 
 
@@ -151,7 +151,7 @@ def test_the_wheel_works_without_the_repository(wheel: Path, tmp_path: Path) -> 
         archive.extractall(packages)
     # What it depends on comes from here, behind it on the path; no network is needed for that. site.addsitedir would read the .pth of an editable install.
     (packages / "zz_dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n")
-    (home / "bin/holdfast").write_text(f"#!{home}/bin/python\nimport sys\nfrom launcher.cli.entry import main\nsys.exit(main())\n")
+    (home / "bin/holdfast").write_text(f"#!{home}/bin/python\nimport sys\nfrom launcher.cli.app import main\nsys.exit(main())\n")
     (home / "bin/holdfast").chmod(0o755)
     environ = {"PATH": f"{home}/bin:/usr/bin:/bin", "HOME": str(away), "LANG": "C.UTF-8"}
 
@@ -166,7 +166,7 @@ def test_the_wheel_works_without_the_repository(wheel: Path, tmp_path: Path) -> 
     small = [f"{key}={value}" for key, value in {**SMALL, "MAX_STEPS": "20", "EVAL_EVERY": "10", "CHECKPOINT_EVERY": "10"}.items()]
     said("holdfast", "run", "jobs/quickstart.yaml", "DEVICE=cpu", *small)
     (run,) = (away / "runs").iterdir()
-    assert (run / "checkpoints/step-00000020").is_dir() and (run / "code/train/__main__.py").is_file() and (run / "code/slurm/templates").is_dir()
+    assert (run / "checkpoints/step-00000020").is_dir() and (run / "code/train/__main__.py").is_file() and (run / "code/slurm/script/templates").is_dir()
     assert "finished" in said("holdfast", "status")
     assert "report.html" in said("holdfast", "report")
 

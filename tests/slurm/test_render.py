@@ -289,11 +289,6 @@ def test_a_job_without_an_id_is_shown_in_a_folder_that_says_so(tmp_path: Path) -
     assert render.run_dir_of(Job(job_name="a", runs_dir="r", run_id="ab12"), tmp_path).path == tmp_path / "r" / "a-ab12"
 
 
-def test_the_files_that_decide_a_script_are_those_of_three_packages_and_the_templates() -> None:
-    files = {Path(name).relative_to(REPO).as_posix() for name in render.own_files()}
-    assert {"jobs/config/settings.py", "slurm/script/render.py", "launcher/cli/entry.py", *(path.relative_to(REPO).as_posix() for path in TEMPLATES)} <= files
-
-
 # -- a real Slurm ------------------------------------------------------------------------------------------------------
 
 

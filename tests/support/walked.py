@@ -94,7 +94,7 @@ def walk(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(REPO), str(REPO / "tests"), str(REPO / "tests/support")]
+    sys.path[:0] = [str(REPO), str(REPO / "tests"), str(REPO / "tests/support"), str(REPO / "tests/jobs/run")]
     sys.setprofile(note)
     threading.setprofile(note)
     told = io.StringIO()

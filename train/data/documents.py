@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.core.errors import SettingError
-from jobs.core.imports import nearest
+from train.data.saved import load_splits, no_column
 from train.data.tokens import missing_file
 
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
@@ -132,12 +132,6 @@ def _field(row: dict[str, Any], column: str, where: str) -> str:
     return value
 
 
-def no_column(where: str, column: str, names: list[str]) -> SettingError:
-    close = nearest(column, names)
-    hint = f" Did you mean --column {close}?" if close else ""
-    return SettingError(f"{where}: has no column {column!r}; it has {', '.join(map(repr, names)) or 'none'}.{hint}")
-
-
 def _parquet(source: Source, column: str) -> Iterator[tuple[str, int]]:
     try:
         import pyarrow as pa
@@ -162,8 +156,6 @@ def _parquet(source: Source, column: str) -> Iterator[tuple[str, int]]:
 
 def _saved(source: Source, column: str) -> Iterator[tuple[str, int]]:
     """All splits: they are dealt anew."""
-    from train.data.hfds import load_splits
-
     splits = load_splits(source.path)
     done, total = 0, max(sum(len(rows) for rows in splits.values()), 1)
     for name, rows in splits.items():

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from jobs.core.errors import SettingError
 from jobs.core.imports import unknown
-from train.data.documents import no_column
 from train.data.encode import Encoder, open_encoder
-from train.data.tokens import DEFAULT_VAL_SHARE, missing_file
+from train.data.saved import load_splits, no_column
+from train.data.tokens import DEFAULT_VAL_SHARE
 from train.data.windows import check_ids
 from train.models.contract import IGNORE
 
@@ -26,23 +26,6 @@ OPTIONS = ("column", "tokenizer", "eos", "vocab_size", "val_share")
 _TOKENS = ("input_ids", "tokens")
 _TEXT = ("text", "content")
 _VAL_NAMES = ("validation", "val", "valid", "test")
-
-
-def load_splits(path: Path) -> dict[str, Any]:
-    """Split name -> rows; a set without splits is one named `train`. Raises SettingError for a folder that is none."""
-    try:
-        import datasets
-    except ImportError as err:
-        raise SettingError("data 'hfds:': the package datasets is not installed; install holdfast with its 'hf' group") from err
-    if not path.exists():
-        raise missing_file("hfds", path)
-    try:
-        found = datasets.load_from_disk(str(path))
-    except Exception as err:  # pyarrow's, json's or the library's own, by what is missing
-        raise SettingError(
-            f"data 'hfds:{path}': not a folder that save_to_disk wrote ({str(err).splitlines()[0] if str(err) else type(err).__name__})"
-        ) from err
-    return dict(found) if isinstance(found, dict) else {"train": found}
 
 
 def open_rows(location: str, split: str, *, seq_len: int, vocab_size: int | None, options: Mapping[str, Any]) -> "Rows":

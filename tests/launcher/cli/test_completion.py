@@ -1,13 +1,13 @@
-"""`holdfast completion`: what a shell offers at a Tab, and that it comes quickly."""
+"""`holdfast completion`: what a shell offers at a Tab, and what a Tab imports."""
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer.main
 from conftest import REPOSITORY, until
 from terminal import Terminal
 
@@ -15,13 +15,14 @@ from benchmarks import many_runs
 from jobs.config.settings import names
 from jobs.run.rundir import RunDir
 from jobs.specs.precision import Precision
-from launcher.cli import completion, vocabulary
+from launcher.cli import completion
+from launcher.cli.app import app
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")
 
 
 def offered(line: str, cwd: Path = REPOSITORY, **environ: str) -> list[str]:
-    return [word for word, _ in completion.words(line, environ, cwd)]
+    return [word for word, _ in completion.candidates(typer.main.get_command(app), line, environ, cwd)]
 
 
 @pytest.fixture
@@ -161,85 +162,9 @@ def test_the_scripts_of_other_shells_are_whole(shell: str) -> None:
         assert checked.returncode == 0, checked.stderr
 
 
-def _seconds_of_a_processor(*words: str | Path, env: dict[str, str]) -> float:
-    """What one start takes. Neighbours on the machine only add to it (caches, shared cores): the least of several is the program's own."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(words, env=env, capture_output=True, timeout=60, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def test_a_tab_costs_little_and_loads_nothing_heavy(tmp_path: Path) -> None:
-    # Without what counts lines in every process: that loads more than a Tab does.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("COV")} | {"XDG_CACHE_HOME": str(tmp_path)}
-    line = "holdfast submit PREC"
-    code = f"import sys; from launcher import completion as c; c.answer({line!r}); print(*sys.modules)"
-
-    def loaded() -> set[str]:
-        done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60, check=True)
-        return set(done.stdout.splitlines()[-1].split())
-
-    assert not {"torch", "submitit", "numpy", "rich.table"} & loaded()  # the first Tab, which gathers the words: 285 modules
-    later = loaded()
-    assert not {"typer", "pydantic", "yaml", "jinja2", "launcher.cli.app", "jobs.config.settings"} & later
-    assert len(later) < 100  # 76; Python itself has 33
-    tab = min(_seconds_of_a_processor(HOLDFAST, "completion", "--line", line, env=env) for _ in range(5))
-    assert tab < 0.5, f"{tab:.2f} s of a processor"  # 0.03 s; 0.17 s while each Tab gathered
-
-
-# -- what is kept between Tabs -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Our sources elsewhere, so that they can change, and a cache folder of its own; counts how often words are gathered."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for folder in ("launcher", "jobs", "slurm/sites"):
-        (tmp_path / "house" / folder).mkdir(parents=True)
-    monkeypatch.setattr(vocabulary, "_HOUSE", str(tmp_path / "house"))
-    real = vocabulary.gather
-
-    def counted() -> vocabulary.Vocabulary:
-        with (tmp_path / "gathered").open("a") as file:
-            file.write(".")
-        return real()
-
-    monkeypatch.setattr(vocabulary, "gather", counted)
-    return tmp_path
-
-
-def gathered(house: Path) -> int:
-    return (house / "gathered").stat().st_size
-
-
-def test_words_are_gathered_once_and_kept_as_they_are(house: Path) -> None:
-    first = vocabulary.vocabulary()
-    kept = house / "cache" / "holdfast" / "words.json"
-    assert (gathered(house), kept.stat().st_mode & 0o777, os.listdir(kept.parent)) == (1, 0o600, ["words.json"])
-    assert vocabulary.vocabulary() == first and gathered(house) == 1
-    assert list(vocabulary.vocabulary()["settings"]) == names()
-
-
-@pytest.mark.parametrize("file", ["launcher/cli/job.py", "jobs/config/settings.py", "jobs/mine.yaml", "slurm/sites/moon.yaml"])
-def test_a_file_that_is_new_changed_or_gone_makes_kept_words_stale(house: Path, file: str) -> None:
-    vocabulary.vocabulary()
-    path = house / "house" / file
-    for times, change in enumerate((lambda: path.write_text("a"), lambda: path.write_text("ab"), path.unlink), start=2):
-        change()
-        vocabulary.vocabulary()
-        vocabulary.vocabulary()
-        assert gathered(house) == times
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"stamp": "another", "words": {}}', "\x00", '{"words": {}}'])
-def test_what_was_kept_badly_is_gathered_anew(house: Path, text: str) -> None:
-    first = vocabulary.vocabulary()
-    (house / "cache" / "holdfast" / "words.json").write_text(text)
-    assert vocabulary.vocabulary() == first and gathered(house) == 2
-    assert vocabulary.vocabulary() == first and gathered(house) == 2
-
-
-def test_words_come_without_a_place_to_keep_them(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (house / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(house / "file"))
-    assert offered("holdfast wat") == ["watch"] and offered("holdfast submit PREC") == ["PRECISION="] and gathered(house) == 2
+def test_a_tab_loads_nothing_heavy() -> None:
+    code = "import sys; from launcher.cli.app import run_app; run_app(['completion', '--line', 'holdfast submit PREC']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True)
+    *shown, loaded = done.stdout.splitlines()
+    assert shown[0].startswith("PRECISION=\t")
+    assert not {"torch", "submitit", "numpy", "rich.table", "optuna"} & set(loaded.split())

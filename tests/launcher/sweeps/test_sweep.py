@@ -31,7 +31,7 @@ from launcher.commands import sweep
 from launcher.status import sweep_status
 from launcher.submission import sweep_jobs
 from launcher.submission.create_run import resolve_here
-from launcher.sweeps import pruner, study, trial
+from launcher.sweeps import pruner, study, trial, trial_values
 
 BASE = resolve_here(["NODES=1", "GPUS_PER_NODE=1", "DEVICE=cpu"], {}, REPOSITORY)
 
@@ -319,14 +319,14 @@ def test_trials_are_drawn_differently_and_the_same_again(tmp_path: Path) -> None
     run, described = made(tmp_path, "LR=1e-4..1e-2:log", "PRECISION=bf16,fp32", trials=6)
     for number in (2, 0, 1, 5, 4, 3):
         trial.take_up(run.member(number), f"1_{number}")
-    values = [trial.values_of(run.member(number))[0] for number in range(6)]
+    values = [trial_values.values_of(run.member(number))[0] for number in range(6)]
     assert len({value["LR"] for value in values}) == 6
     for number, value in enumerate(values):
         job = load(run.member(number).job_yaml)
         assert job.lr == value["LR"] and job.precision == value["PRECISION"]
         assert json.loads(run.member(number).origins.read_text())["lr"] == f"trial {number} of the sweep"
         trial.take_up(run.member(number), "2_0")  # an attempt that comes back
-    assert [trial.values_of(run.member(number))[0] for number in range(6)] == values
+    assert [trial_values.values_of(run.member(number))[0] for number in range(6)] == values
     known = study.opened(run, described).get_trials()
     assert [(t.number, t.params, t.state.name) for t in known] == [(n, values[n], "RUNNING") for n in range(6)]
 
@@ -367,7 +367,7 @@ def test_many_processes_at_once_take_each_trial_once(tmp_path: Path) -> None:
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 16
     known = study.opened(run, described).get_trials()
     assert len(known) == 8 and {t.state.name for t in known} == {"RUNNING"}
-    assert [t.params for t in known] == [trial.values_of(run.member(number))[0] for number in range(8)]
+    assert [t.params for t in known] == [trial_values.values_of(run.member(number))[0] for number in range(8)]
     assert [load(run.member(number).job_yaml).lr for number in range(8)] == [t.params["LR"] for t in known]
     assert not list(tmp_path.rglob("*.damaged*"))
 
@@ -392,7 +392,7 @@ def test_a_worker_killed_anywhere_in_the_question_gets_the_same_trial_again(tmp_
             # What a killed holder left of the journal's lock would be waited for; the wait itself is Optuna's and is not tried here.
             run.study.with_name(run.study.name + ".lock").unlink(missing_ok=True)
     known = study.opened(run, described).get_trials()
-    assert [t.params for t in known] == [trial.values_of(run.member(number))[0] for number in range(3)]
+    assert [t.params for t in known] == [trial_values.values_of(run.member(number))[0] for number in range(3)]
     assert {t.state.name for t in known} == {"RUNNING"}
 
 
@@ -421,7 +421,7 @@ def test_a_worker_that_dies_between_two_steps_gets_the_same_trial_again(tmp_path
     trial.take_up(run.member(1), "1_1")
     known = study.opened(run, described).get_trials()
     assert [t.state.name for t in known] == ["WAITING", "RUNNING"]
-    assert known[1].params == trial.values_of(run.member(1))[0]
+    assert known[1].params == trial_values.values_of(run.member(1))[0]
     assert before.params.items() <= known[1].params.items()
 
 
