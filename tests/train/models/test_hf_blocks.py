@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from on_device import needs_compiler
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
@@ -256,6 +257,7 @@ def test_fp8_products_stay_joined(name: str) -> None:
     assert made[2].keys() == reference[2].keys()
 
 
+@needs_compiler
 def test_compiled_layers_equal_transformers() -> None:
     model = built("llama")
     reference = own_forward(model, *batch())
