@@ -242,7 +242,7 @@ def ask_a_node(slurm: Slurm, job: Job, executable: str, wait_s: int = _NODE_WAIT
     """What one node of the partition has (`launcher.cluster.node_info`), by a short srun; or None and the reason why there is no answer."""
     gpus = {"gpus-per-node": ["--gpus-per-node=1"], "gres": ["--gres=gpu:1"]}.get(job.gpu_request if job.device != "cpu" else "none", [])
     where = [f"--{name}={getattr(job, name)}" for name in ("partition", "account", "qos", "constraint", "reservation") if getattr(job, name)]
-    text = (Path(__file__).parent / "machine.py").read_text()
+    text = (Path(__file__).with_name("node_info.py")).read_text()
     command = [
         "srun",
         "--nodes=1",

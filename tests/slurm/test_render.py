@@ -153,7 +153,7 @@ def test_an_option_that_holdfast_sets_itself_cannot_be_given_however_it_is_spelt
 
 
 def test_the_options_that_are_set_here_are_these() -> None:
-    names = "job-name nodes ntasks ntasks-per-node requeue no-requeue open-mode signal output error array time chdir export wrap comment"
+    names = "job-name nodes ntasks ntasks-per-node requeue no-requeue open-mode signal output error array time chdir export wrap comment clusters"
     assert {*names.split(), "wait", "test-only", "parsable"} == OURS
 
 

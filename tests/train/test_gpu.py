@@ -355,7 +355,7 @@ def test_fused_kernels_compute_what_plain_torch_computes() -> None:
 
 
 def test_what_was_compiled_is_there_for_an_attempt_on_another_node(tmp_path: Path) -> None:
-    from test_compile_cache import two_attempts
+    from compiled_attempts import two_attempts
 
     first, second = two_attempts(tmp_path, "cuda")
     assert "hits 0 misses 1" in first and "hits 1 misses 0" in second

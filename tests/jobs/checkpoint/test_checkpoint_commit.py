@@ -14,6 +14,7 @@ import crash
 import persistence
 import pytest
 from crash import CALLS, Counting, check, last_ack, scenario, write_one
+from private_mount import in_private_mount
 
 from jobs.checkpoint import directory
 from train.checkpoint.commit import Commit, Disk, prune
@@ -218,22 +219,11 @@ def test_pruning_keeps_the_newest_each_nth_and_the_best_by_validation(tmp_path: 
 # --- real disks that refuse
 
 
-def in_private_mount(script: str, folder: Path, options: str) -> str:
-    """Output of a shell script that has a small file system of its own at `folder`; skips where that is not allowed."""
-    if os.geteuid() != 0 or shutil.which("unshare") is None:
-        pytest.skip("needs root and unshare, for a mount that only the test sees")
-    mount = f"mount -t tmpfs -o {options} none {folder}"
-    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("may not mount here")
-    done = subprocess.run(["unshare", "-m", "sh", "-ec", f"{mount}\n{script}"], capture_output=True, text=True, timeout=150, cwd=Path(crash.__file__).parent)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 FILL = """
 import sys, json, errno
 from pathlib import Path
 import crash
+from private_mount import in_private_mount
 from jobs.checkpoint import directory as ckpt_format
 folder = Path(sys.argv[1]) / "checkpoints"
 class Disk(crash.Disk): pass

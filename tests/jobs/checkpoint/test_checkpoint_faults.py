@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPOSITORY, weights_sha
+from private_mount import in_private_mount
 from torch import nn
 from training import Farm, at_step, curve, events, farm, logs, result, saved
 
@@ -453,8 +454,6 @@ farm.close()
 
 
 def test_a_run_on_a_disk_that_fills_up_keeps_every_complete_checkpoint_and_ends_with_a_clear_error(tmp_path: Path) -> None:
-    from test_checkpoint_commit import in_private_mount
-
     mount = tmp_path / "small"
     mount.mkdir()
     (tmp_path / "full.py").write_text(FULL.format(tests=[str(REPOSITORY / "tests" / place) for place in ("", "support", "support/models")]))
@@ -495,8 +494,6 @@ farm.close()
 
 
 def test_a_checkpoint_folder_that_becomes_read_only_ends_the_run_for_storage_and_harms_nothing(tmp_path: Path) -> None:
-    from test_checkpoint_commit import in_private_mount
-
     mount = tmp_path / "runs"
     mount.mkdir()
     (tmp_path / "ro.py").write_text(READ_ONLY.format(tests=[str(REPOSITORY / "tests" / place) for place in ("", "support", "support/models")]))

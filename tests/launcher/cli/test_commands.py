@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from command import HOLDFAST, holdfast
 from conftest import REPOSITORY, SMALL, Cluster, losses, until, weights_sha
 
 from jobs.core.contract import Event, Exit
@@ -20,13 +21,7 @@ from launcher.cli.app import run_app
 from launcher.local.executor import pid_of_rank
 from launcher.submission.create_run import prepare, resolve_here
 
-HOLDFAST = Path(sys.executable).with_name("holdfast")
 ONE = {**SMALL, "NODES": "1", "GPUS_PER_NODE": "1", "DEVICE": "cpu", "MAX_STEPS": "60", "CHECKPOINT_EVERY": "20", "EVAL_EVERY": "30"}
-
-
-def holdfast(*words: str, cwd: Path = REPOSITORY, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "HOLDFAST_"))}
-    return subprocess.run([HOLDFAST, *words], cwd=cwd, env={**clean, **env}, capture_output=True, text=True, timeout=120)
 
 
 def pairs(settings: dict[str, str]) -> list[str]:

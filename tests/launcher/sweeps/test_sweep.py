@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import holdfast
 from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_commands import holdfast
 from training import TINY, Farm, farm  # noqa: F401
 
 from jobs.config.resolver import load
