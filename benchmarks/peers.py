@@ -1,6 +1,6 @@
 """holdfast beside what a user would take instead, in one run on one card: the table of docs/performance.md.
 
-    python -m benchmarks.peers [--shape 1b] [--steps 60] [--only bf16] [--out table.md] [--json figures.json]
+    python -m benchmarks.peers [--shape 1b|3b|gemma|gpt2|gpt_neox|mixtral] [--steps 60] [--only bf16] [--out table.md] [--json figures.json]
 
 Every row is a process of its own, on the same shape, the same kind of random tokens and the same optimizer. Figures are
 tokens per second: the median over windows of five steps that end with a synchronisation, after a warm-up that is not counted. For
@@ -41,23 +41,15 @@ from jobs.specs.precision import Precision
 AS_HF = "hf"
 
 
-def hf_config(shape: Shape) -> dict[str, object]:
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": shape.vocab, "hidden_size": shape.d, "intermediate_size": shape.ff,
-        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
-        "max_position_embeddings": shape.seq_len, "tie_word_embeddings": False,
-    }  # fmt: skip
-
-
 def words_of(shape: Shape, precision: list[str], folder: str, gpus: int = 1) -> list[str]:
-    """Settings of a run. `hf` among the words of `precision`: the same shape as a Llama of transformers."""
+    """Settings of a run. `hf` among the words of `precision`: the model is built by transformers."""
     as_hf = AS_HF in precision
     precision = [word for word in precision if word != AS_HF]
     options = [] if shape.preset != "nano" else [f"MODEL_OPTIONS=d_model={shape.d},n_layers={shape.layers},n_heads={shape.heads},d_ff={shape.ff}"]
     on = ["DEVICE=cuda", "COMPILE=true"] if device() == "cuda" else ["DEVICE=cpu"]
     if as_hf:
         options = []
-        (Path(folder) / "config.json").write_text(json.dumps(hf_config(shape)))
+        (Path(folder) / "config.json").write_text(json.dumps(shape.config()))
     return [
         f"MODEL=hf:{folder}/config.json" if as_hf else f"MODEL={shape.preset}",
         *options,
@@ -126,17 +118,18 @@ def bare_loop(shape: Shape, steps: int, *precision: str) -> Figures:
 @dataclass(frozen=True)
 class Row:
     """A measurement, the modules that it imports, whether it needs a GPU, and how many processes it has: a GPU each, where there are any.
-    `spawned`: the measurement wants to be called in each of them."""
+    `spawned`: the measurement wants to be called in each of them. `built_in`: it trains the built-in model."""
 
     measure: Callable[[Shape, int], Figures]
     needs: tuple[str, ...] = ()
     gpu: bool = False
     processes: int = 1
     spawned: bool = False
+    built_in: bool = False
 
 
 def of_holdfast(*words: str, needs: tuple[str, ...] = (), gpu: bool = False, processes: int = 1) -> Row:
-    return Row(lambda shape, steps: ordinary_run(shape, steps, *words, gpus=processes), needs, gpu, processes)
+    return Row(lambda shape, steps: ordinary_run(shape, steps, *words, gpus=processes), needs, gpu, processes, built_in=AS_HF not in words)
 
 
 # As jobs/gpt_1b_h100.yaml has it.
@@ -162,8 +155,8 @@ ROWS: dict[str, Row] = {
     "holdfast run, fp8 te current, 2 GPUs, DDP": of_holdfast(*TE, needs=_ENGINE, gpu=True, processes=2),
     "holdfast run, fp8 te current, 2 GPUs, DDP, 2 GB at once": of_holdfast(*TE, "BUCKET_CAP_MB=2000", needs=_ENGINE, gpu=True, processes=2),
     "Accelerate DDP, bf16, compiled, 2 GPUs": Row(accelerate_ddp, _HF, processes=2, spawned=True),
-    "holdfast step alone, bf16": Row(lambda s, n: bare_loop(s, n, *BF16)),
-    "holdfast step alone, fp8 te current, fast input gradients": Row(lambda s, n: bare_loop(s, n, *TE, FAST), _ENGINE, gpu=True),
+    "holdfast step alone, bf16": Row(lambda s, n: bare_loop(s, n, *BF16), built_in=True),
+    "holdfast step alone, fp8 te current, fast input gradients": Row(lambda s, n: bare_loop(s, n, *TE, FAST), _ENGINE, gpu=True, built_in=True),
     "plain loop, bf16, compiled": Row(lambda s, n: plain_loop(s, n, "bfloat16", compiled=True), _HF, gpu=True),
     "Accelerate fp8 (Transformer Engine), eager": Row(accelerate_fp8, _HF + _ENGINE, gpu=True),
     "holdfast run, fp16": of_holdfast(*FP16, gpu=True),
@@ -175,8 +168,10 @@ ROWS: dict[str, Row] = {
 }
 
 
-def missing(row: Row) -> str:
+def missing(row: Row, shape: Shape) -> str:
     """Why a row cannot be measured here, or an empty text."""
+    if row.built_in and not shape.preset:
+        return f"no built-in model has the shape of {shape.family}"
     lacks = [module for module in row.needs if importlib.util.find_spec(module) is None]
     if lacks:
         return f"{', '.join(lacks)} is not installed"
@@ -234,8 +229,8 @@ def main() -> int:
     left_out: dict[str, str] = {}
     asked = {name: row for name, row in ROWS.items() if not args.only or any(chosen(word, name, ROWS) for word in args.only.split(";"))}
     for name, row in asked.items():
-        on_both = any(alone(other) == name and not missing(ROWS[other]) for other in asked if other != name)
-        why = missing(row) or _measure(name, args, figures, on_both)
+        on_both = any(alone(other) == name and not missing(ROWS[other], shape) for other in asked if other != name)
+        why = missing(row, shape) or _measure(name, args, figures, on_both)
         if why:
             left_out[name] = why
             print(f"{name:55} left out: {why}", flush=True)

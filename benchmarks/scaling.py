@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
     from train.train_step import Stepper
 
     shape = SHAPES[args.shape]
-    shape.batch = args.batch or shape.batch
+    shape = replace(shape, batch=args.batch or shape.batch)
     job = resolve_here([*words_of(shape, args.words, args.folder, args.gpus), "DATA=synthetic", "MAX_STEPS=1000"], os.environ, Path.cwd()).job
     rt = runtime.start(job)
     gpu = rt.device.type == "cuda"
