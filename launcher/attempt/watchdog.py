@@ -130,7 +130,7 @@ class Suspects:
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line \d+ in (?P<name>.+)$')
 # Threads that are no part of training: the clock, the one that answers when asked, and the trackers with their own (train/metrics/tracking.py).
 _ASIDE = re.compile(
-    r"(?:^|/)(?:clock\.py:_beat$|recorder\.py:_listen$|track\.py:_work$)|(?:site|dist)-packages/(?:tensorboard|tensorboardX|wandb|mlflow|comet_ml|aim|clearml|dvclive|swanlab|trackio)/"
+    r"(?:^|/)(?:goodput_timer\.py:_beat$|flight_recorder\.py:_listen$|tracking\.py:_work$)|(?:site|dist)-packages/(?:tensorboard|tensorboardX|wandb|mlflow|comet_ml|aim|clearml|dvclive|swanlab|trackio)/"
 )
 # Where a thread rests that waits for others; the innermost frame says it.
 _WAITING = re.compile(

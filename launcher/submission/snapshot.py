@@ -266,7 +266,7 @@ def _add_own_packages(code: Path, entry: str | None) -> None:
         target, source = code / name, Path(str(resources.files(name)))
         if not (target / "__init__.py").exists():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-        elif any(not (target / path.name).exists() for path in source.glob("*.py")):
+        elif any(not (target / path.relative_to(source)).exists() for path in source.rglob("*.py")):
             raise SettingError(
                 f"the package {name}/ in your working tree has the name of one of holdfast's own, which the run could then not find; rename it or put it into a folder."
             )

@@ -209,11 +209,15 @@ def test_the_variables_of_the_flight_recorder_reach_every_rank(cluster: Cluster)
 
 
 def test_threads_of_ours_are_no_suspects() -> None:
-    waits = ["distributed_c10d.py:all_reduce", "loop.py:train"]
-    ours = dump(["clock.py:_beat"], ["recorder.py:_listen"], waits)
+    places = {"train/metrics/goodput_timer.py": "_beat", "train/distributed/flight_recorder.py": "_listen", "train/metrics/tracking.py": "_work"}
+    beat, listen, work = (f"/r/code/{file}:{name}" for file, name in places.items())
+    for file, name in places.items():
+        assert f"def {name}(" in (REPOSITORY / file).read_text(), "the watchdog knows the threads by these names"
+    waits = ["distributed_c10d.py:all_reduce", "trainer.py:train"]
+    ours = dump([beat], [listen], [work], waits)
     assert suspects({0: ours, 1: SLEEPS}, 2).ranks == (1,)
     # Only rank 0 has a clock; that alone makes no rank odd.
-    assert suspects({0: ours, 1: dump(["recorder.py:_listen"], waits), 2: dump(waits)}, 3).ranks == ()
+    assert suspects({0: ours, 1: dump([listen], waits), 2: dump(waits)}, 3).ranks == ()
 
 
 def test_the_watchdog_costs_little_and_loads_no_library() -> None:

@@ -469,7 +469,8 @@ sys.path[:0] = {tests!r}
 from training import Farm, events, logs, result, saved
 from launcher.local import executor as local
 from pathlib import Path
-from jobs import ckpt_format, ledger
+from jobs.checkpoint import directory as ckpt_format
+from jobs.run import event_log as ledger
 farm = Farm(Path(sys.argv[1]))
 local.spawn = farm.spawn
 settings = dict(MAX_STEPS="80", CHECKPOINT_EVERY="10", EVAL_EVERY="0", MAX_STORAGE="0")

@@ -183,10 +183,10 @@ def test_the_threads_of_trackers_make_nobody_suspect_of_a_hang() -> None:
             f'  File "{file}", line 3 in {name}\n' for file, name in (frame.split(":") for frame in frames)
         )
 
-    training = thread("Current thread", "/r/code/train/step.py:all_reduce", "/r/code/train/loop.py:train")
-    ours = thread("Thread", "/usr/lib/python3.11/socket.py:sendall", "/v/site-packages/wandb/sdk/wandb_run.py:log", "/r/code/train/track.py:_work")
+    training = thread("Current thread", "/r/code/train/train_step.py:all_reduce", "/r/code/train/trainer.py:train")
+    ours = thread("Thread", "/usr/lib/python3.11/socket.py:sendall", "/v/site-packages/wandb/sdk/wandb_run.py:log", "/r/code/train/metrics/tracking.py:_work")
     theirs = thread("Thread", "/v/site-packages/tensorboard/summary/writer/event_file_writer.py:_run")
-    busy = thread("Current thread", "/r/code/train/feed.py:crunch", "/r/code/train/loop.py:train")
+    busy = thread("Current thread", "/r/code/train/data/loader.py:crunch", "/r/code/train/trainer.py:train")
     assert suspects({0: ours + theirs + training, 1: training}, 2).ranks == ()
     assert suspects({0: ours + theirs + training, 1: busy}, 2).ranks == (1,)
     assert suspects({0: ours + theirs + busy, 1: training}, 2).ranks == (0,)

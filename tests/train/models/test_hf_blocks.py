@@ -1,6 +1,7 @@
 """The fused forward pass of transformers' causal language models, against transformers' own."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -328,5 +329,6 @@ def test_fp8_products_are_joined_on_a_gpu(backend: str, recompute: bool) -> None
 
 def test_ddp_and_fsdp2_give_the_gradients_of_one_process() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.support.hf_ranks"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=300)
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(["tests/support", "tests/support/models", "tests"])}
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
