@@ -39,6 +39,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jobs.checkpoint import directory, user_checkpoint
+from jobs.core import safe_read
 from jobs.core.atomic_write import replace_file
 from jobs.core.contract import STACKS_SIGNAL, STOP_SIGNALS, Event, Exit, RankEnv
 from jobs.core.errors import CheckpointError
@@ -185,7 +186,7 @@ def setting(name: str, default: Any = None) -> Any:
     if not here.inside:
         return default
     # One line per setting in JSON, which is what jobs.config.yaml_io.dump_yaml writes: a container needs no YAML package for it.
-    for line in here.run.job_yaml.read_text("utf-8").splitlines():
+    for line in safe_read.read_text(here.run.job_yaml).splitlines():
         key, colon, value = line.partition(": ")
         if colon and key == name.lower():
             return json.loads(_ESCAPED.sub(lambda found: chr(int(found[1], 16)) if found[1] else found[0], value))
@@ -366,6 +367,9 @@ def log(*, step: int, **values: Any) -> None:
     if here.metrics is None:
         here.metrics = _Metrics(here.run.metrics)
     plain = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+    for name in metrics_log.NUMBERS & plain.keys():
+        if plain[name] is not None and type(plain[name]) not in (int, float):
+            raise TypeError(f"holdfast.log: {name} is {plain[name]!r}; allowed: a number, a one-element tensor, or None")
     here.metrics.write(int(step), {"step": int(step), **plain, "attempt": here.attempt, "time": round(time.time(), 3)})
 
 

@@ -25,9 +25,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from jobs.core.errors import CheckpointError
+from jobs.core import safe_read
+from jobs.core.errors import CheckpointError, DamagedFileError
 
 FORMAT = 2
 MODEL, OPTIMIZER, MANIFEST = "model", "optimizer", "manifest.json"
@@ -114,16 +115,20 @@ def complete(folder: Path) -> list[Path]:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a checkpoint, true to its own sum. Raises CheckpointError."""
     try:
-        body = json.loads((path / MANIFEST).read_bytes())
+        body = safe_read.read_object(path / MANIFEST)
         stated = body.pop("sum")
         if body["format"] != FORMAT:
             raise CheckpointError(f"{path.name}: its manifest has format {body['format']!r}, this version reads {FORMAT}")
         if stated != _sum_of(body):
             raise CheckpointError(f"{path.name}: its manifest does not match its own sum")
-        files = {str(name): FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in body["files"].items()}
-        manifest = Manifest(int(body["step"]), int(body["attempt"]), files, dict(body["state"]))
+        for name, entry in body["files"].items():
+            if "\0" in name or not safe_read.is_count(entry["bytes"]) or not isinstance(entry["sha256"], str):
+                raise CheckpointError(f"{path.name}: its manifest cannot be read (wrong entry for {safe_read.describe(name)}: {safe_read.describe(entry)})")
+        files = {name: FileEntry(entry["bytes"], entry["sha256"]) for name, entry in body["files"].items()}
+        _check_state(path, body)
+        manifest = Manifest(body["step"], body["attempt"], files, body["state"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-        raise CheckpointError(f"{path.name}: its manifest cannot be read ({_said(err)})") from err
+        raise CheckpointError(f"{path.name}: its manifest cannot be read ({_said(err).removeprefix(f'{path / MANIFEST}: ')})") from err
     if manifest.step != step_of(path):
         raise CheckpointError(f"{path.name}: its manifest belongs to step {manifest.step}")
     if manifest.state.get(OWN):
@@ -136,13 +141,26 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def _check_state(path: Path, body: Mapping[str, Any]) -> None:
+    """Checks the types of the values in a manifest that commands calculate with or show. Raises CheckpointError."""
+    state = body["state"]
+    wrong = [name for name in ("step", "attempt") if not safe_read.is_count(body[name])] + ([] if isinstance(state, dict) else ["state"])
+    if not wrong:
+        wrong = [name for name in ("tokens", "world") if state.get(name) is not None and not safe_read.is_count(state[name])]
+        wrong += ["val_loss"] if type(state.get("val_loss", 0.0)) not in (int, float, type(None)) else []
+        wrong += ["versions"] if not isinstance(state.get("versions", {}), dict) else []
+    if wrong:
+        raise CheckpointError(f"{path.name}: its manifest cannot be read (wrong value for {wrong[0]}: {safe_read.describe(body.get(wrong[0], state))})")
+
+
 def verify(path: Path) -> Manifest:
     """The manifest of a checkpoint whose every file is there with the right content. Raises CheckpointError otherwise."""
     manifest = read_manifest(path)
     # Sizes first: they cost nothing and find most of what goes wrong.
     for name, entry in manifest.files.items():
         try:
-            found = (path / name).stat().st_size
+            with _open(path, name) as file:
+                found = os.fstat(file.fileno()).st_size
         except OSError as err:
             raise CheckpointError(f"{path.name}: {name} cannot be read ({_said(err)})") from err
         if found != entry.bytes:
@@ -269,15 +287,25 @@ def size_text(count: float) -> str:
 def hash_file(path: Path, name: str) -> str:
     """sha256 of one file of a checkpoint. Raises CheckpointError when it cannot be read."""
     try:
-        with open(path / name, "rb", buffering=0) as file:
+        with _open(path, name) as file:
             # Read, not mapped: a mapped file that another client cuts short is a SIGBUS.
             block = memoryview(bytearray(min(_HASH_BLOCK, os.fstat(file.fileno()).st_size + 1)))
             digest = hashlib.sha256()
-            while count := file.readinto(block):
+            while count := file.readinto(block):  # type: ignore[attr-defined]  # a raw file has it
                 digest.update(block[:count])
             return digest.hexdigest()
     except OSError as err:
         raise CheckpointError(f"{path.name}: {name} cannot be read ({_said(err)})") from err
+
+
+def _open(path: Path, name: str) -> BinaryIO:
+    """Opens a file of a checkpoint. A user script may have made a link to another file of the same checkpoint (jobs/checkpoint/user_checkpoint.py);
+    a link that leads elsewhere, a FIFO or a device is refused. Raises CheckpointError, FileNotFoundError."""
+    try:
+        inside = os.path.realpath(path / name).startswith(os.path.realpath(path) + os.sep)
+        return safe_read.open_file(path / name, links=inside)
+    except (DamagedFileError, ValueError) as err:
+        raise CheckpointError(f"{path.name}: {name} {str(err).removeprefix(f'{path / name}: ')}") from err
 
 
 def _said(err: BaseException) -> str:

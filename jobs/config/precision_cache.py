@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config.settings import Job
+from jobs.core import safe_read
 from jobs.core.atomic_write import replace_file
 from jobs.specs.precision import arch_number
 
@@ -62,7 +63,7 @@ def look_up(runs_dir: Path, job: Job) -> Advice | None:
     found = []
     for path in (runs_dir / _FOLDER).glob(wanted):
         try:
-            content = json.loads(path.read_text())
+            content = safe_read.read_object(path)
             settings = {str(name): str(value) for name, value in content["settings"].items()}
             found.append((path.stat().st_mtime_ns, Advice(settings, str(content["device"]), str(content["date"]), str(content["rule"]), path)))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -21,8 +21,8 @@ from jobs.config.overrides import split_words
 from jobs.config.setting_names import alias_notes, setting_name, shorten
 from jobs.config.settings import Job, is_mapping
 from jobs.config.validation_errors import faults_of
-from jobs.config.yaml_io import read_yaml
-from jobs.core.errors import ImpossibleJobError, SettingError
+from jobs.config.yaml_io import read_run_yaml
+from jobs.core.errors import DamagedFileError, ImpossibleJobError, SettingError
 from jobs.specs.precision import AUTO
 
 
@@ -88,11 +88,15 @@ def resolve_each(words: Iterable[str], points: Iterable[Sequence[str]], environ:
 
 def load(path: Path) -> Job:
     """The job of a run directory's job.yaml: nothing but the file counts."""
-    values = read_yaml(path, str(path))
+    values = read_run_yaml(path)
     try:
-        return Job(**values)
+        job = Job(**values)
     except ValidationError as err:
         raise SettingError("\n".join(faults_of(err, {name: str(path) for name in values}, values))) from err
+    # What a cut or foreign file does not have would be the defaults, and the run another training.
+    if "job_name" not in values:
+        raise DamagedFileError(f"{path}: has no job_name, which every run has")
+    return job
 
 
 def given_values(job: Job, origins: Mapping[str, str]) -> dict[str, Any]:

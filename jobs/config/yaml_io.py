@@ -9,7 +9,12 @@ from typing import Any
 import yaml
 
 from jobs.config import plain_yaml
-from jobs.core.errors import NotFoundError, SettingError
+from jobs.core import safe_read
+from jobs.core.errors import DamagedFileError, NotFoundError, SettingError
+
+# Bytes of a run's job.yaml, and of one that is not as `dump_yaml` wrote it: PyYAML parses that many within a second.
+_RUN_YAML, _EDITED_YAML = 4 * 2**20, 256 * 2**10
+_MOST_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
@@ -25,6 +30,15 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
             seen.add(key.value)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        """PyYAML looks at every open bracket again for each token: of a hundred thousand of them it makes minutes."""
+        if self.flow_level >= safe_read.DEPTH:
+            raise yaml.scanner.ScannerError(None, None, f"nested deeper than {safe_read.DEPTH} levels", self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """YAML 1.2 has no merge keys; a few lines of them can mean billions of values."""
 
     def construct_decimal(self, node: yaml.ScalarNode) -> int | str:
         """010 is ten. YAML 1.1 reads it as octal, and cannot read 08 at all."""
@@ -60,9 +74,33 @@ def read_yaml(path: Path, shown: str) -> dict[str, Any]:
         raise SettingError(f"{shown}: not a text file in UTF-8 ({err.reason} at byte {err.start})") from err
     except OSError as err:
         raise NotFoundError(f"{shown}: cannot be read: {err.strerror}") from err
+    return _mapping(text, shown)
+
+
+def read_run_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in job.yaml of a run. Raises NotFoundError, DamagedFileError, and SettingError as `read_yaml`."""
     try:
-        # _Loader derives from SafeLoader: it builds plain values only.
-        content = plain_yaml.read(text) or parse(text)
+        text = safe_read.read_text(path, _RUN_YAML)
+    except FileNotFoundError as err:
+        raise NotFoundError(f"{path}: cannot be read: {err.strerror}") from err
+    if text and not text.endswith("\n"):
+        raise DamagedFileError(f"{path}: its last line has no end, so it may be cut short; if it is complete, end it with a line break")
+    values = _mapping(text, str(path), _EDITED_YAML)
+    for name, value in values.items():
+        if type(value) is int and abs(value) > safe_read.MAX_INT:
+            raise SettingError(f"{path}: {name[:80]} has more than 64 bits")
+    return values
+
+
+def _mapping(text: str, shown: str, limit: int | None = None) -> dict[str, Any]:
+    """The mapping in a text. Raises SettingError, also for more than `limit` characters that PyYAML would have to parse."""
+    try:
+        content = plain_yaml.read(text)
+        if not content:
+            if limit is not None and len(text) > limit:
+                raise SettingError(f"{shown}: has {len(text):,} characters, more than the {limit:,} that are read of an edited file")
+            # _Loader derives from SafeLoader: it builds plain values only.
+            content = parse(text)
     except yaml.MarkedYAMLError as err:
         mark = err.problem_mark
         where = f"{shown}:{mark.line + 1}" if mark else shown
@@ -74,9 +112,21 @@ def read_yaml(path: Path, shown: str) -> dict[str, Any]:
         raise SettingError(f"{shown}: not readable: {type(err).__name__}: {err}") from err
     if content is None:
         return {}
+    if "*" in text and _count_values(content, {}) > _MOST_VALUES:
+        raise SettingError(f"{shown}: its aliases (*name) stand for more than {_MOST_VALUES:,} values; write the values themselves")
     if not isinstance(content, dict):
         raise SettingError(f"{shown}: holds a {type(content).__name__}, not settings; write lines of the form name: value")
     return {str(key): value for key, value in content.items()}
+
+
+def _count_values(value: Any, known: dict[int, float]) -> float:
+    """Values that a parsed text stands for, where each alias counts as much as what it repeats; infinite where it repeats itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = float("inf")
+        known[id(value)] = 1 + sum(_count_values(item, known) for item in (value.values() if isinstance(value, dict) else value))
+    return known[id(value)]
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@
       ImpossibleJobError    78   the job can never run as configured
       SubmitError            1   Slurm refused, or could not be reached
       CheckpointError        1   state on disk that cannot be used
+      DamagedFileError       1   a file of a run directory that is not what holdfast writes there
       LabError               1   the private cluster would not start or stop
       DataWorkerError      1   a process that read samples is gone
       RunOwnedError         75   another job owns this run; try again later
@@ -49,6 +50,11 @@ class SubmissionUnknownError(SubmitError):
 
 class CheckpointError(HoldfastError):
     pass
+
+
+class DamagedFileError(HoldfastError, ValueError):
+    """Names the file and what is wrong with it. Also a ValueError, as the errors of int() and json are, for readers that treat a file that
+    cannot be read as missing."""
 
 
 class LabError(HoldfastError):

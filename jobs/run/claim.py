@@ -14,17 +14,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jobs.core import safe_read
+from jobs.core.errors import DamagedFileError
 from jobs.run.rundir import RunDir
 
 _ASIDE = ".claim-"
 
 
 def newest(run: RunDir) -> int:
-    """The highest attempt number that was ever claimed; 0 when there is none."""
+    """The highest attempt number that was ever claimed; 0 when there is none. Raises DamagedFileError."""
     try:
-        return max((int(name) for name in os.listdir(run.attempt(0).path.parent) if name.isdigit()), default=0)
+        names = os.listdir(run.attempt(0).path.parent)
     except FileNotFoundError:
         return 0
+    except OSError as err:
+        raise DamagedFileError(f"{run.attempt(0).path.parent}: cannot be read: {err.strerror}") from err
+    return max((number for name in names if (number := safe_read.index_of(name)) is not None), default=0)
 
 
 def claim(run: RunDir, number: int, owner: Mapping[str, Any]) -> bool:
@@ -51,10 +56,9 @@ def claim(run: RunDir, number: int, owner: Mapping[str, Any]) -> bool:
 def owner_of(run: RunDir, number: int) -> dict[str, Any]:
     """Who claimed an attempt; empty when that cannot be read."""
     try:
-        owner = json.loads(run.attempt(number).owner.read_text())
-    except (OSError, ValueError):
+        return safe_read.read_object(run.attempt(number).owner)
+    except (OSError, DamagedFileError):
         return {}
-    return owner if isinstance(owner, dict) else {}
 
 
 def superseded(run: RunDir, number: int) -> bool:

@@ -17,9 +17,11 @@ runs/<name>-<id>/
   sweep.json  study.journal       of a sweep, which is an array: what it searches, and Optuna's record; trial.json in each task
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from jobs.core import safe_read
+from jobs.core.errors import DamagedFileError
 
 # Where a person's own script keeps its files when holdfast did not start it (holdfast.py).
 ALONE = "holdfast-run"
@@ -272,9 +274,12 @@ class AttemptDir:
 
 
 def origins(run: RunDir) -> dict[str, str]:
-    """Where each setting of a run came from; nothing where that was not written down."""
+    """Where each setting of a run came from; nothing where that was not written down. Raises DamagedFileError."""
     try:
-        found = json.loads(run.origins.read_text())
-    except (OSError, ValueError):
+        found = safe_read.read_object(run.origins)
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    for name, origin in found.items():
+        if not isinstance(origin, str):
+            raise DamagedFileError(f"{run.origins}: {name[:80]} is {safe_read.describe(origin)}; allowed: text")
+    return found

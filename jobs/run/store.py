@@ -86,7 +86,7 @@ def members_of(array: RunDir) -> list[RunDir]:
 def _made(run: RunDir) -> int | None:
     """When a run was made; None where there is none."""
     try:
-        return run.job_yaml.stat().st_mtime_ns
+        return run.job_yaml.lstat().st_mtime_ns
     except OSError:
         return None
 

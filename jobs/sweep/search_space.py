@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from jobs.config.resolver import Resolved, amend, given_values
 from jobs.config.settings import Job
 from jobs.config.yaml_io import dump_yaml
+from jobs.core import safe_read
 from jobs.core.errors import ImpossibleJobError, SettingError
 
 # The most trials of a sweep, as of any array.
@@ -127,6 +128,15 @@ class Sweep(BaseModel):
     def dimension(self, label: str) -> Dimension:
         return next(dimension for dimension in self.over if dimension.label == label)
 
+    def refusal(self, values: Mapping[str, Any]) -> str:
+        """Why values, as label -> value, are none of this sweep; empty where they are."""
+        for label in {one.label for one in self.over} ^ set(values):
+            return f"{label[:80]} {'is no setting of the sweep' if label in values else 'has no value'}"
+        for one in self.over:
+            if not (str(values[one.label]) in one.choices if one.choices else safe_read.is_number(values[one.label])):
+                return f"{one.label} is {safe_read.describe(values[one.label])}; allowed: {one.text()}"
+        return ""
+
     def point(self, index: int) -> dict[str, Value]:
         """The values of one point of a grid, as label -> value. The last setting varies fastest."""
         chosen = {}
@@ -145,7 +155,7 @@ def number(value: float | None, whole: bool) -> str:
 def load(path: Path) -> Sweep:
     """The sweep that is kept in a sweep's directory. Raises SettingError when the file is damaged."""
     try:
-        return Sweep.model_validate_json(path.read_text())
+        return Sweep.model_validate_json(safe_read.read_bytes(path))
     except (OSError, ValidationError) as err:
         raise SettingError(f"{path}: not a sweep that this version can read: {str(err).splitlines()[0]}") from err
 

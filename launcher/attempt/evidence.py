@@ -1,6 +1,5 @@
 """What an attempt left behind, read without ever failing: markers of its ranks, its logs, its times, its nodes."""
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -9,8 +8,9 @@ from typing import Any
 
 from jobs.config.settings import Job
 from jobs.config.types import parse_minutes
+from jobs.core import safe_read
 from jobs.core.contract import LOG_OFFSET, Event, RankEnv
-from jobs.core.errors import SubmitError
+from jobs.core.errors import DamagedFileError, SubmitError
 from jobs.run import event_log
 from jobs.run.rundir import RunDir
 from launcher.attempt.classify_exit import Evidence
@@ -29,7 +29,7 @@ def evidence_of(run: RunDir, job: Job, number: int, job_id: str, slurm: Slurm | 
         code=1,
         markers=markers,
         world=job.world_size,
-        log=_tail(run.log(job_id, "batch"), _log_offset(run, number)),
+        log=tail_of_log(run.log(job_id, "batch"), _log_offset(run, number)),
         rank_logs=_rank_logs(run, job, job_id, number, missing),
         cancel_wished=_cancel_wished(run),
         hang=_hang(run, number),
@@ -49,64 +49,59 @@ def _guard_evidence(run: RunDir, number: int, world: int) -> dict[str, Any]:
     return {
         "stop_sent": heard or str(guard.get("signal") or ""),
         "limit_near": bool(guard.get("limit")),
-        "failed_rank": (int(failed[0]), int(failed[1])) if isinstance(failed, list) and len(failed) == 2 else None,
+        "failed_rank": (int(failed[0]), int(failed[1])) if isinstance(failed, list) and len(failed) == 2 and all(map(safe_read.is_number, failed)) else None,
     }
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return safe_read.read_object(path)
+    except (OSError, DamagedFileError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def clock_record(run: RunDir, number: int) -> dict[str, Any] | None:
     """The last record of rank 0's clock in an attempt; None where there is none, empty where it cannot be read."""
     try:
-        record = json.loads(run.attempt(number).clock.read_bytes())
+        return safe_read.read_object(run.attempt(number).clock, finite=True)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except DamagedFileError:
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _markers(run: RunDir, number: int, world: int) -> dict[int, dict[str, object]]:
     found = {}
     for rank in range(world):
         try:
-            marker = json.loads(run.attempt(number).marker(rank).read_text())
-        except (OSError, ValueError):
+            found[rank] = safe_read.read_object(run.attempt(number).marker(rank))
+        except (OSError, DamagedFileError):
             continue
-        if isinstance(marker, dict):
-            found[rank] = marker
     return found
 
 
 def _hang(run: RunDir, number: int) -> dict[str, Any] | None:
     try:
-        said = json.loads(run.attempt(number).hang.read_text())
-    except (OSError, ValueError):
+        return safe_read.read_object(run.attempt(number).hang)
+    except (OSError, DamagedFileError):
         return None
-    return said if isinstance(said, dict) else None
 
 
 def _stop_words(run: RunDir) -> str:
     try:
-        return " ".join(run.stop_file.read_text(errors="replace").split())[:200]
-    except OSError:
+        return " ".join(safe_read.read_bytes(run.stop_file).decode(errors="replace").split())[:200]
+    except (OSError, DamagedFileError):
         return ""
 
 
-def _tail(log: Path, offset: int, most: int = 65_536) -> str:
+def tail_of_log(log: Path, offset: int, most: int = 65_536) -> str:
     """What was written to a log since `offset`; at most its last `most` bytes."""
     try:
-        with open(log, "rb") as file:
+        with safe_read.open_file(log) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(offset if offset <= size else 0, size - most))
-            return file.read().decode(errors="replace")
-    except OSError:
+            return safe_read.read_some(file, log, most).decode(errors="replace")
+    except (OSError, DamagedFileError):
         return ""
 
 
@@ -128,7 +123,7 @@ def _rank_logs(run: RunDir, job: Job, job_id: str, number: int, missing: Sequenc
         log = run.log(job_id, writer)
         try:
             if log.stat().st_mtime >= begun - 1:
-                texts.append(_tail(log, 0, most=2048))
+                texts.append(tail_of_log(log, 0, most=2048))
         except OSError:
             continue
     return "\n".join(texts)
@@ -137,11 +132,11 @@ def _rank_logs(run: RunDir, job: Job, job_id: str, number: int, missing: Sequenc
 def _log_offset(run: RunDir, number: int) -> int:
     """The size that the batch log had when the attempt began, as the variables of the attempt say it."""
     try:
-        for line in run.attempt(number).env.read_text().splitlines():
+        for line in safe_read.read_text(run.attempt(number).env).splitlines():
             name, _, value = line.removeprefix("export ").partition("=")
             if name == LOG_OFFSET and value.isdigit():
                 return int(value)
-    except OSError:
+    except (OSError, ValueError):
         pass
     return 0
 
@@ -207,7 +202,7 @@ def show_error(run: RunDir, number: int, world: int) -> None:
     markers = [marker for marker in _markers(run, number, world).values() if marker.get("reason") == "error"]
     for marker in sorted(markers, key=lambda marker: str(marker.get("time")))[:1]:
         try:
-            lines = run.attempt(number).error(int(str(marker["rank"]))).read_text().splitlines()
+            lines = safe_read.read_text(run.attempt(number).error(int(str(marker["rank"])))).splitlines()
         except (OSError, ValueError, KeyError):
             continue
         print(f"holdfast: rank {marker['rank']} said:\n" + "\n".join(f"  {line}" for line in lines[-_SHOWN_LINES:]), flush=True)

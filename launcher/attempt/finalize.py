@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from jobs.config.resolver import load
 from jobs.config.settings import Job
+from jobs.core import safe_read
 from jobs.core.contract import LOCAL, Cause, Event, Exit
 from jobs.run import claim, event_log, goodput
 from jobs.run.rundir import RunDir
@@ -24,10 +25,10 @@ def write_end(run: RunDir, number: int, job_id: str, cause: Cause, evidence: str
     """The `end` line: the step reached, the newest checkpoint, what lies between them and is lost, and where the time went."""
     events = [event for event in event_log.read(run.ledger) if event.get("attempt") == number]
     started = next((event for event in events if event["event"] == Event.START), None)
-    start_step = max((int(event["step"]) for event in events if event["event"] == Event.RESUMED), default=0)
-    saved = max((int(event["step"]) for event in events if event["event"] == Event.CHECKPOINT), default=start_step)
+    start_step = max((int(event.get("step", 0)) for event in events if event["event"] == Event.RESUMED), default=0)
+    saved = max((int(event.get("step", 0)) for event in events if event["event"] == Event.CHECKPOINT), default=start_step)
     try:
-        reached = int(run.attempt(number).progress.read_text())
+        reached = safe_read.read_int(run.attempt(number).progress)
     except (OSError, ValueError):
         reached = saved
     own_script = load(run.job_yaml).entry is not None

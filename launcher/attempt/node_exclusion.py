@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from jobs.config.settings import Job
+from jobs.core import safe_read
 from jobs.core.contract import Event, RankEnv
 from jobs.run.rundir import RunDir
 from launcher.attempt.preflight import Report, check, read_reports
@@ -108,7 +109,7 @@ def linked(run: RunDir, job: Job, attempt: int, nodes: list[str], environ: Mappi
     except (OSError, subprocess.TimeoutExpired) as err:
         print(f"holdfast: the all-reduce before the start did not end well: {err}", file=sys.stderr)
     try:
-        result = json.loads(run.attempt(attempt).allreduce.read_text())
+        result: dict[str, Any] | None = safe_read.read_object(run.attempt(attempt).allreduce)
     except (OSError, ValueError):
         result = None
     bad, remark = judged(result, {node for node in nodes if run.attempt(attempt).joined(node).exists()}, nodes, job.preflight_gb_s)

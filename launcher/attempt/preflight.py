@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from jobs.core import safe_read
 from jobs.core.atomic_write import replace_file
 from jobs.core.contract import RankEnv
 from jobs.run.rundir import RunDir
@@ -71,7 +72,7 @@ def read_reports(run: RunDir, attempt: int, nodes: list[str]) -> dict[str, Repor
     found = {}
     for node in nodes:
         with suppress(OSError, ValueError, TypeError):
-            found[node] = Report(**json.loads(run.attempt(attempt).preflight(node).read_text()))
+            found[node] = Report(**safe_read.read_object(run.attempt(attempt).preflight(node)))
     return found
 
 

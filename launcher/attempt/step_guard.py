@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from jobs.core import safe_read
 from jobs.core.atomic_write import replace_file
 from jobs.core.contract import LEAD_SIGNAL, LOG_OFFSET, Exit, RankEnv
-from jobs.core.errors import SubmitError
+from jobs.core.errors import DamagedFileError, SubmitError
 from jobs.run.claim import alive
 from jobs.run.rundir import RunDir
 from launcher.attempt.watchdog import kill_step
@@ -115,9 +116,9 @@ class Guard:
     def _check_failure(self, now: float) -> None:
         """Starts the clock at the first failure. After a stop by Slurm there is none: Slurm ends the step itself."""
         text = ""
-        with suppress(OSError), open(self._log, "rb") as file:
+        with suppress(OSError, DamagedFileError), safe_read.open_file(self._log) as file:
             file.seek(self._offset)
-            text = file.read(1 << 20).decode(errors="replace")
+            text = safe_read.read_some(file, self._log, 1 << 20).decode(errors="replace")
         failed = first_failure(text)
         if failed is None or _STOPPED_BY_SLURM.search(text):
             return

@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jobs.core import safe_read
 from jobs.core.atomic_write import replace_file
 from jobs.core.contract import STACKS_SIGNAL, RankEnv
 from jobs.run.claim import alive
@@ -62,7 +63,7 @@ class Pace:
     def load(cls, path: Path, key: str) -> "Pace":
         """What was learnt before; nothing when the job is another one by now."""
         try:
-            saved = json.loads(path.read_text())
+            saved = safe_read.read_object(path, finite=True)
             if saved["key"] == key:
                 return cls(key, {str(name): float(value) for name, value in saved["longest_s"].items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -111,11 +112,11 @@ def read_place(run: RunDir, attempt: int) -> tuple[str, int, str]:
     """Section, last finished step, and Slurm's step id, as rank 0 wrote them; ("start", -1, "") before it did."""
     folder = run.attempt(attempt)
     section, slurm_step, step = "start", "", -1
-    with suppress(OSError, IndexError):
-        words = folder.section.read_text().split()
+    with suppress(OSError, ValueError, IndexError):
+        words = safe_read.read_text(folder.section).split()
         section, slurm_step = words[0], words[1] if len(words) > 1 else ""
     with suppress(OSError, ValueError):
-        step = int(folder.progress.read_text())
+        step = safe_read.read_int(folder.progress)
     return section, step, slurm_step
 
 
@@ -256,11 +257,11 @@ class Watchdog:
         attempt = self._run.attempt(self._attempt)
         stacks = {}
         for rank in range(self._world):
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 path = attempt.stacks(rank)
                 # An answer from before the silence is no answer.
                 if time.time() - path.stat().st_mtime < self.silence.seconds + 60:
-                    stacks[rank] = path.read_text(errors="replace")[-200_000:]
+                    stacks[rank] = safe_read.read_bytes(path, 2**30).decode(errors="replace")[-200_000:]
         found = suspects(stacks, self._world)
         where = [self._nodes[rank // self._per_node] if rank // self._per_node < len(self._nodes) else "" for rank in found.ranks]
         who = ", ".join(f"rank {rank}{f' on {node}' if node else ''}" for rank, node in zip(found.ranks[:4], where, strict=False))
@@ -284,7 +285,7 @@ class Watchdog:
 def of_attempt(run: RunDir, attempt: int, ask: Callable[[str], None], kill: Callable[[str], None]) -> Watchdog | None:
     """The watchdog that the beginning of the attempt described; None where HANG_AFTER_S is 0."""
     try:
-        said = json.loads(run.attempt(attempt).watch.read_text())
+        said = safe_read.read_object(run.attempt(attempt).watch)
     except (OSError, ValueError):
         return None
     if said["least_s"] <= 0:

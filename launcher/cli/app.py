@@ -1,5 +1,6 @@
 """The command line: `holdfast COMMAND`. Each command says first what happened, then where it is, then what to do next."""
 
+import io
 import sys
 from typing import Annotated
 
@@ -53,6 +54,10 @@ def main() -> None:
 
 def run_app(arguments: list[str] | None = None) -> int:
     permissions.keep_to_oneself()
+    for stream in (sys.stdout, sys.stderr):
+        # A file name may hold bytes that are no text: shown as \\udcff, and no reason to stop.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(arguments)
     except HoldfastError as err:

@@ -14,6 +14,7 @@ from typing import Any
 
 from jobs.config.settings import Job
 from jobs.config.types import format_minutes, parse_minutes
+from jobs.core import safe_read
 from jobs.core.contract import Event, Exit
 from jobs.core.errors import HoldfastError, SubmitError
 from jobs.run import event_log, store
@@ -195,13 +196,9 @@ def _misconfigured(site: Site, policy: Policy, job: Job) -> list[Finding]:
 def measured(runs_dir: Path) -> Need | None:
     """Longest step and save of the newest run that has both."""
     for run in reversed(store.all_runs(runs_dir)):
-        saves = [
-            float(event["seconds"])
-            for event in event_log.read(run.ledger)
-            if event["event"] == Event.CHECKPOINT and isinstance(event.get("seconds"), int | float)
-        ]
         try:
-            step = float(json.loads(run.pace.read_text())["longest_s"]["step"])
+            saves = [float(event["seconds"]) for event in event_log.read(run.ledger) if event["event"] == Event.CHECKPOINT and "seconds" in event]
+            step = float(safe_read.read_object(run.pace, finite=True)["longest_s"]["step"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if saves:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config.settings import Job
+from jobs.core import safe_read
 from jobs.core.contract import Cause, Event, Exit
 from jobs.core.errors import SubmitError
 from jobs.run import event_log
@@ -192,7 +193,7 @@ def _evidence(run: RunDir, number: int) -> str:
 
 def _step(run: RunDir, number: int) -> int | None:
     try:
-        return int(run.attempt(number).progress.read_text())
+        return safe_read.read_int(run.attempt(number).progress)
     except (OSError, ValueError):
         return None
 

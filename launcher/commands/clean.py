@@ -17,8 +17,9 @@ from pathlib import Path
 
 from jobs.checkpoint import directory
 from jobs.config.resolver import load
+from jobs.core import safe_read
 from jobs.core.contract import Event, Exit
-from jobs.core.errors import HoldfastError, SettingError
+from jobs.core.errors import DamagedFileError, HoldfastError, SettingError
 from jobs.run import claim, event_log, store
 from jobs.run.rundir import RunDir
 from jobs.sweep import search_space
@@ -36,7 +37,7 @@ _LIVE = ("running", "waiting")
 
 @dataclass
 class Candidate:
-    """One run, or array of runs, that was looked at. `why_left` is empty when it goes."""
+    """One run, or array of runs, that was looked at. `why_left` is empty when it goes; `damage` is what cannot be read of it."""
 
     run: str
     path: str
@@ -45,6 +46,7 @@ class Candidate:
     bytes: int
     why_left: str = ""
     removed: bool = False
+    damage: str = ""
 
 
 def clean(folder: Path, named: Sequence[RunDir], *, older: str | None, failed: bool, keep_checkpoints: bool, yes: bool, as_json: bool) -> int:
@@ -55,7 +57,7 @@ def clean(folder: Path, named: Sequence[RunDir], *, older: str | None, failed: b
     candidates = [_look(run, queue, bool(trouble)) for run in (named or store.runs_and_arrays(folder))]
     needed = _needed(folder)
     for one in candidates:
-        one.why_left = one.why_left or _why_left(one, age_s, failed, chosen, needed)
+        one.why_left = one.why_left or (_why_damaged_left(one, bool(named)) if one.damage else "") or _why_left(one, age_s, failed, chosen, needed)
     going = [one for one in candidates if not one.why_left]
     frees = sum(_frees(RunDir(Path(one.path)), keep_checkpoints) if keep_checkpoints else one.bytes for one in going)
     problems: list[str] = []
@@ -85,11 +87,22 @@ def _look(run: RunDir, queue: dict[str, tuple[str, str, str]] | None, silent: bo
     why = not_ours(run)
     if why:
         return Candidate(run.id, str(run.path), "", 0.0, 0, why)
-    members = [run.member(int(path.name)) for path in run.members.iterdir() if path.name.isdigit()] if run.has_members else [run]
-    rows = run_status.collect([member for member in members if member.job_yaml.exists()], queue)
+    try:
+        return _look_at(run, queue, silent)
+    except DamagedFileError as err:
+        return Candidate(run.id, str(run.path), "damaged", _last_touched(run), size_of(run.path), damage=str(err))
+
+
+def _look_at(run: RunDir, queue: dict[str, tuple[str, str, str]] | None, silent: bool) -> Candidate:
+    """As `_look`, of a directory that is a run of this user. Raises DamagedFileError."""
+    numbers = [number for path in run.members.iterdir() if (number := safe_read.index_of(path.name)) is not None] if run.has_members else []
+    members = [run.member(number) for number in numbers] if run.has_members else [run]
+    rows = run_status.collect([member for member in members if os.path.lexists(member.job_yaml)], queue)
+    damage = next((row.note for row in rows if row.state == "damaged"), "")
     states = {row.state for row in rows} | ({"waiting"} if queue is None and _not_begun(run, members) else set())
     touched = max(_touched(one) for one in {run, *members})
-    state = next((word for word in (*_LIVE, "stopped", "failed", "damaged", "cancelled") if word in states), "finished" if states else "stopped")
+    why = ""
+    state = next((word for word in (*_LIVE, "damaged", "stopped", "failed", "cancelled") if word in states), "finished" if states else "stopped")
     if state in _LIVE:
         why = f"it is {state}"
     elif any(_is_queued(one, queue) for one in {run, *members}):
@@ -98,14 +111,22 @@ def _look(run: RunDir, queue: dict[str, tuple[str, str, str]] | None, silent: bo
         why = f"it was {elsewhere}"
     elif silent and state != "finished":
         why = "Slurm does not answer, so nobody knows whether it is queued"
+    elif damage and queue is None and any(_is_open(one) for one in members):
+        why = f"its last attempt has no end, and it is damaged: {damage}"
     elif state == "stopped" and time.time() - touched < _FRESH_S and any(_is_open(one) for one in members):
         # A submit that is at work just now, another cluster's job: from here nobody can see them.
         why = f"it has no end yet and was written to {run_status.ago(touched)}"
-    return Candidate(run.id, str(run.path), state, touched, size_of(run.path), why)
+    return Candidate(run.id, str(run.path), state, touched, size_of(run.path), why, damage=damage)
+
+
+def _last_touched(run: RunDir) -> float:
+    """As `_touched` where anything of a run may be unreadable, of an array over all of its tasks."""
+    paths = [path for one in (run, *store.members_of(run)) for path in (one.job_yaml, one.ledger, one.metrics)]
+    return max((os.lstat(path).st_mtime for path in paths if os.path.lexists(path)), default=0.0)
 
 
 def _touched(run: RunDir) -> float:
-    """When something of a run was last written."""
+    """When something of a run was last written. Raises DamagedFileError."""
     attempt = run.attempt(claim.newest(run))
     return max((path.stat().st_mtime for path in (run.job_yaml, run.ledger, run.metrics, attempt.progress) if path.exists()), default=0.0)
 
@@ -140,7 +161,9 @@ def not_ours(run: RunDir) -> str:
         return "it is a symbolic link"
     if run.is_member:
         return f"it is one task of an array; name the array, {run.path.parent.parent.name}"
-    if not stat.S_ISREG(job.st_mode) or not run.logs.is_dir():
+    if not stat.S_ISREG(job.st_mode):
+        return f"its job.yaml is no regular file, so it may be something else ({run.job_yaml})"
+    if not run.logs.is_dir():
         return "it is no run directory of ours"
     if found.st_uid != os.geteuid():
         return "it belongs to somebody else"
@@ -151,6 +174,14 @@ def not_ours(run: RunDir) -> str:
     except HoldfastError:
         return "its job.yaml cannot be read, so it may be something else"
     return ""
+
+
+def _why_damaged_left(one: Candidate, named: bool) -> str:
+    """A damaged run goes only where it is named: nobody can tell from its files whether it is over."""
+    if not named:
+        return f"it is damaged: {one.damage}; name it to remove it"
+    # A job of it may be at work, whose id the files do not tell.
+    return f"it is damaged ({one.damage}) and was written to {run_status.ago(one.touched)}" if time.time() - one.touched < _FRESH_S else ""
 
 
 def _why_left(one: Candidate, age_s: float | None, failed: bool, chosen: bool, needed: dict[str, str]) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 from jobs.checkpoint import directory
 from jobs.config.resolver import load
 from jobs.config.settings import Job, names
+from jobs.core import safe_read
 from jobs.core.contract import Cause, Exit
-from jobs.core.errors import CheckpointError, NotFoundError
-from jobs.run import event_log, metrics_log
+from jobs.core.errors import CheckpointError, DamagedFileError, NotFoundError
+from jobs.run import event_log, metrics_log, rundir
 from jobs.run.rundir import RunDir
 from launcher.output import settings_table, table
 from launcher.status import lookup
@@ -78,7 +79,7 @@ def compare(first: RunDir, second: RunDir) -> Difference:
 
 
 def changed_settings(first: RunDir, second: RunDir) -> dict[str, tuple[str, str, str, str]]:
-    jobs, origins = (load(first.job_yaml), load(second.job_yaml)), (origins_of(first), origins_of(second))
+    jobs, origins = (load(first.job_yaml), load(second.job_yaml)), (rundir.origins(first), rundir.origins(second))
     return {
         name: (*_said(jobs[0], name, origins[0]), *_said(jobs[1], name, origins[1]))
         for name in names()
@@ -109,7 +110,7 @@ def versions_of(run: RunDir) -> dict[str, str]:
 
 def result_of(run: RunDir) -> Result:
     """What a run came to, as far as it came."""
-    attempts, lines = event_log.attempts(event_log.read(run.ledger)), metrics_log.read(run.metrics)
+    attempts, lines = event_log.attempts(event_log.read(run.ledger)), metrics_log.tail(run.metrics)
     weights: dict[str, str] = {}
     step = int(lines[-1]["step"]) if lines else 0
     for path in directory.complete(run.checkpoints)[:1]:
@@ -135,8 +136,9 @@ def same_weights(first: RunDir, second: RunDir) -> bool | None:
 def _other_results(first: RunDir, second: RunDir) -> list[str]:
     """What differs at the last step that both have logged, and the weights where both are at the same step. Before both have
     trained, nothing is said."""
-    lines = [{int(line["step"]): line for line in metrics_log.read(run.metrics)} for run in (first, second)]
-    common = sorted({*lines[0]} & {*lines[1]})[-1:]
+    steps = [{int(line["step"]) for line in metrics_log.lines(run.metrics)} for run in (first, second)]
+    common = sorted(steps[0] & steps[1])[-1:]
+    lines = [{int(line["step"]): line for line in metrics_log.lines(run.metrics) if int(line["step"]) in common} for run in (first, second)]
     other = [
         name
         for step in common
@@ -154,13 +156,6 @@ def _said(job: Job, name: str, origins: Mapping[str, str]) -> tuple[str, str]:
     return settings_table.masked(name, job) or "-", origins.get(name, "default")
 
 
-def origins_of(run: RunDir) -> dict[str, str]:
-    try:
-        return {str(name): str(origin) for name, origin in json.loads(run.origins.read_text()).items()}
-    except (OSError, ValueError, AttributeError):
-        return {}
-
-
 def _commit(run: RunDir) -> str:
     facts = snapshot.facts_of(run)
     commit = str(facts.get("commit", ""))[:10]
@@ -173,7 +168,7 @@ def _unified(first: RunDir, second: RunDir, files: Mapping[str, str]) -> str:
     for path in files:
         try:
             before, after = (_lines(run.code / path) for run in (first, second))
-        except (OSError, UnicodeDecodeError):
+        except (DamagedFileError, UnicodeDecodeError):
             parts.append(f"{path}: not text\n")
             continue
         lines = difflib.unified_diff(before, after, f"{first.id}/{path}", f"{second.id}/{path}")
@@ -182,8 +177,11 @@ def _unified(first: RunDir, second: RunDir, files: Mapping[str, str]) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of a text file; none where there is no such file. Raises UnicodeDecodeError."""
-    return path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+    """Lines of a text file; none where there is no such file. Raises UnicodeDecodeError, DamagedFileError."""
+    try:
+        return safe_read.read_bytes(path, links=True).decode().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
 
 
 def _plain(first: RunDir, second: RunDir, found: Difference, results: tuple[Result, Result]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ The attempts of a requeued job append to the same `<jobid>.<rank>.out`. Where on
 sizes that these files had when the next one began; `launcher.attempt` writes them down before it counts the attempt.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from jobs.config.resolver import load
+from jobs.core import safe_read
 from jobs.core.contract import LOCAL, Cause, Event
-from jobs.core.errors import NotFoundError, SettingError
+from jobs.core.errors import DamagedFileError, NotFoundError, SettingError
 from jobs.run import event_log
 from jobs.run.retry_policy import budgets_of, judge
 from jobs.run.rundir import RunDir
@@ -108,9 +108,9 @@ class _Reader:
     """Copies the wanted streams, attempt after attempt, and remembers how far it has come."""
 
     def __init__(self, run: RunDir, rank: str, attempt: str | None, out: BinaryIO):
-        if rank not in (ALL, _BATCH) and not rank.isdigit():
+        if rank not in (ALL, _BATCH) and safe_read.index_of(rank) is None:
             raise SettingError(f"--rank {rank!r}: write a rank (0), batch for the script's log, or all.")
-        if attempt is not None and attempt != ALL and not attempt.isdigit():
+        if attempt is not None and attempt != ALL and safe_read.index_of(attempt) is None:
             raise SettingError(f"--attempt {attempt!r}: write the number of an attempt, or all.")
         self.run, self.rank, self.out = run, rank, out
         job = load(run.job_yaml)
@@ -129,7 +129,7 @@ class _Reader:
     def copy(self) -> bool:
         """Writes what is new; returns whether there was anything."""
         # Sizes before the ledger: what a new attempt has written by now is then known to be its own.
-        sizes = {path: path.stat().st_size for path in self._files()}
+        sizes = {path: path.lstat().st_size for path in self._files()}
         self._read_ledger()
         wrote = False
         for index, attempt in enumerate(self.known):
@@ -239,14 +239,15 @@ class _Reader:
             stream = _stream_of(path)
             if path == self.run.log(attempt.job_id, stream):
                 found.append((stream, path))
-        return sorted(found, key=lambda pair: (pair[0].isdigit(), int(pair[0]) if pair[0].isdigit() else 0))
+        return sorted(found, key=lambda pair: (safe_read.index_of(pair[0]) is not None, safe_read.index_of(pair[0]) or 0))
 
     def _border(self, attempt: event_log.Attempt, stream: str) -> int:
         """Where the words of this attempt begin in the file of a stream."""
         try:
-            return int(json.loads(self.run.attempt(attempt.number).log_sizes.read_text()).get(stream, 0))
-        except (OSError, ValueError, AttributeError):
+            size = safe_read.read_object(self.run.attempt(attempt.number).log_sizes).get(stream, 0)
+        except (OSError, DamagedFileError):
             return 0
+        return int(size) if safe_read.is_count(size) else 0
 
     def _head(self, attempt: event_log.Attempt, index: int) -> None:
         if self._current == attempt.number:
@@ -262,10 +263,10 @@ class _Reader:
         self._write(f"--- {' · '.join([f'attempt {attempt.number}', f'job {attempt.job_id}', *after])} ---\n".encode())
 
     def _copy(self, path: Path, stream: str, begin: int, end: int) -> None:
-        with open(path, "rb") as file:  # opened anew each time: over NFS that is what asks for the true size
+        with safe_read.open_file(path) as file:  # opened anew each time: over NFS that is what asks for the true size
             file.seek(begin)
             while begin < end:
-                data = file.read(min(_CHUNK, end - begin))
+                data = safe_read.read_some(file, path, min(_CHUNK, end - begin))
                 if not data:
                     break
                 begin += len(data)

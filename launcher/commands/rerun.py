@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.config.resolver import Resolved, amend, given_values, load
+from jobs.core import safe_read
 from jobs.core.contract import LOCAL, Event, Exit
-from jobs.core.errors import HoldfastError, SettingError, SubmissionUnknownError
-from jobs.run import event_log, store
+from jobs.core.errors import DamagedFileError, HoldfastError, SettingError, SubmissionUnknownError
+from jobs.run import event_log, rundir, store
 from jobs.run.rundir import RunDir
 from launcher.commands import diff
 from launcher.local.executor import run_attempts
@@ -71,7 +72,7 @@ def rerun(source: RunDir, words: Sequence[str], cwd: Path, *, current_code: bool
 def resolved_again(source: RunDir, words: Sequence[str], cwd: Path) -> Resolved:
     """The frozen settings of a run with KEY=value words over them, checked like at a submit. Raises SettingError, ImpossibleJobError."""
     before = load(source.job_yaml)
-    origins = diff.origins_of(source)
+    origins = rundir.origins(source)
     # What somebody chose for the first run is by now simply how that run was.
     given = {name: f"run {source.id}" if origin == "command line" else origin for name, origin in origins.items()}
     values = given_values(before, origins)
@@ -104,8 +105,10 @@ def make(source: RunDir, resolved: Resolved, cwd: Path, *, current_code: bool) -
 def _python_of(source: RunDir) -> str:
     """The Python that the first run was submitted with, as its script says; ours where that one is gone."""
     try:
-        lines = [line for line in source.script.read_text().splitlines() if line.startswith("python=")]
+        lines = [line for line in safe_read.read_text(source.script).splitlines() if line.startswith("python=")]
         python = shlex.split(lines[0])[0].removeprefix("python=")
+    except DamagedFileError:
+        raise
     except (OSError, IndexError, ValueError):
         return sys.executable
     return python if os.access(python, os.X_OK) else sys.executable

@@ -13,7 +13,7 @@ from jobs.config.resolver import Resolved, load
 from jobs.config.setting_names import setting_name
 from jobs.config.settings import Job, group_of, names
 from jobs.core.contract import LOCAL, Cause, Event, Exit
-from jobs.core.errors import RunOwnedError, SettingError, SubmissionUnknownError, SubmitError
+from jobs.core.errors import HoldfastError, RunOwnedError, SettingError, SubmissionUnknownError, SubmitError
 from jobs.run import event_log, permissions, store
 from jobs.run.rundir import RunDir
 from launcher.cluster.doctor import said_at_submit
@@ -112,6 +112,8 @@ def resume_run(run: RunDir, local: bool, words: Sequence[str] = (), allow: bool 
         print(f"run {run.id} is finished; there is nothing to resume")
         return Exit.DONE
     state = run_status.collect([run], run_status.ask_queue()[0])[0]
+    if state.state == "damaged":
+        raise HoldfastError(f"run {run.id} is damaged and cannot be resumed: {state.note}")
     if state.state in ("running", "waiting"):
         raise SettingError(f"run {run.id} is {state.state} as job {state.job_id}; holdfast cancel {run.id} stops it first.")
     if elsewhere := run_state.begun_elsewhere(run, attempts):
@@ -145,6 +147,8 @@ def cancel_run(run: RunDir) -> None:
     if run.has_members:
         return _cancel_array(run)
     state = run_status.collect([run], run_status.ask_queue()[0])[0]
+    if state.state == "damaged":
+        raise HoldfastError(_not_cancelled(state))
     if state.state not in ("running", "waiting"):
         print(f"run {run.id} is {state.state}; there is nothing to cancel")
         return
@@ -164,19 +168,24 @@ def _cancel_array(array: RunDir) -> None:
         sweep.cancel([str(array.path)], Path.cwd())
         return
     members = store.runs_in(array)
-    live = [
-        (member, state)
-        for member, state in zip(members, run_status.collect(members, run_status.ask_queue()[0]), strict=True)
-        if state.state in ("running", "waiting")
-    ]
-    if not live:
+    states = run_status.collect(members, run_status.ask_queue()[0])
+    live = [(member, state) for member, state in zip(members, states, strict=True) if state.state in ("running", "waiting")]
+    damaged = [_not_cancelled(state) for state in states if state.state == "damaged"]
+    if not live and not damaged:
         print(f"array {array.id}: no run of it waits or runs; there is nothing to cancel")
         return
     require_jobs_of(array, [state.job_id for _, state in live if not state.job_id.startswith(LOCAL)], Slurm())
     for member, state in live:
         event_log.append(member.ledger, Event.CANCEL, attempt=state.attempt, job_id=state.job_id)
-    Slurm().cancel(*sorted({state.job_id for _, state in live}))
+    if live:
+        Slurm().cancel(*sorted({state.job_id for _, state in live}))
     print(f"cancelled {len(live)} run{'s' if len(live) > 1 else ''} of array {array.id}; holdfast resume {array.id}.N goes on with one of them")
+    if damaged:
+        raise HoldfastError("\n".join(damaged[:5]))
+
+
+def _not_cancelled(state: run_status.RunStatus) -> str:
+    return f"run {state.run} is damaged, so its job is not known and was not cancelled: {state.note}. If it has one: scancel JOBID"
 
 
 def wait_for(runs: Sequence[RunDir], slurm: Slurm | None) -> int:

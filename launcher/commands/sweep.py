@@ -42,6 +42,7 @@ from launcher.submission.create_run import prepare, resolve_here
 from launcher.submission.reconcile import require_jobs_of
 from launcher.submission.start_estimate import start_estimate
 from launcher.sweeps.trial import take_up
+from launcher.sweeps.trial_values import values_of
 from slurm.client import Slurm
 from slurm.script.render import run_dir_of, script_for
 
@@ -320,7 +321,7 @@ def _run_here(run: RunDir, sweep: search_space.Sweep, numbers: Sequence[int], as
         member = run.member(number)
         try:
             take_up(member, f"local-{os.getpid()}")
-            values = json.loads(member.trial.read_text())["values"]
+            values, _ = values_of(member)
             if not as_json:
                 print(f"trial {number} of {sweep.trials}: {_values(values)}", flush=True)
             # What attempts say is for a person.

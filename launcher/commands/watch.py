@@ -13,6 +13,7 @@ from rich.console import Console, Group
 from rich.live import Live as Screen
 
 from jobs.core.contract import LOCAL
+from jobs.core.errors import DamagedFileError, HoldfastError
 from jobs.run import metrics_log, store
 from jobs.run.rundir import RunDir
 from launcher import subprocesses
@@ -124,7 +125,10 @@ class _Watch:
         path = RunDir(Path(row.path)).metrics
         stamp = (row.step, row.state)
         if self.curves.get(row.path, (None,))[0] != stamp:
-            losses = [line.get("loss") for line in metrics_log.sample(path, _CURVE_POINTS)]
+            try:
+                losses = [line.get("loss") for line in metrics_log.sample(path, _CURVE_POINTS)]
+            except DamagedFileError:  # its row says so
+                losses = []
             self.curves[row.path] = (stamp, [float(loss) for loss in losses if isinstance(loss, int | float) and abs(loss) < float("inf")])
         return self.curves[row.path][1]
 
@@ -221,6 +225,10 @@ class _Watch:
                     pass
         except KeyboardInterrupt:
             pass
+        except HoldfastError as err:
+            print(f"{err}\n=== any key goes back ===", flush=True)
+            while self.keys.read(3600) is None:
+                pass
         finally:
             signal.signal(signal.SIGTSTP, stopping)
             self.screen.start()

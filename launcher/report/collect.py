@@ -4,8 +4,8 @@ Curves are thinned to what a screen can show: of each stretch of lines the lowes
 spike disappears. Every other figure is computed from all lines.
 """
 
-import json
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +15,19 @@ from typing import Any
 from jobs.config import secrets_scan
 from jobs.config.resolver import load
 from jobs.config.settings import Job, group_of, help_of, names
+from jobs.core import safe_read
 from jobs.core.contract import LOCAL, Event
-from jobs.core.errors import HoldfastError, SettingError
-from jobs.run import event_log, metrics_log, store
+from jobs.core.errors import DamagedFileError, HoldfastError, SettingError
+from jobs.run import event_log, metrics_log, rundir, store
 from jobs.run.rundir import RunDir
 from launcher.output import settings_table
+from launcher.report.columns import NUMBERS, Column, columns_of
 from launcher.report.time_account import time_of
 from launcher.status import run_status
+from launcher.submission import snapshot
 
 MAX_RUNS = 50
+_FACTS = ("commit", "branch", "dirty", "from", "files", "bytes", "time")
 # Points of all curves of a page together: about 24 bytes each.
 _POINTS = 36_000
 # Of one curve, however few there are: twice the pixels of a wide chart would show nothing more.
@@ -58,20 +62,20 @@ FIGURES = {
     "accuracy": Figure("Validation, accuracy", "", ("val_accuracy",), missing=""),
     "norm": Figure("Gradient norm", "before clipping", ("grad_norm",)),
 }  # fmt: skip
-# The entropy of the validation bytes is one and the same number in every line; TFLOP/s and share of peak are one curve.
-_NOT_DRAWN = frozenset({"step", "time", "attempt", "tokens", "growth_tracker", "tflops", "val_entropy_bits_per_byte"})
 
 
 def figures_of(runs: Sequence[RunDir], now: float | None = None) -> dict[str, Any]:
-    """Everything the page shows, ready for JSON. Raises SettingError when there are too many runs for one page."""
+    """Everything the page shows, ready for JSON. Of several runs one that cannot be read is shown as damaged.
+
+    Raises SettingError when there are too many runs for one page, DamagedFileError when the only one cannot be read."""
     if len(runs) > MAX_RUNS:
         raise SettingError(f"{len(runs)} runs are too many for one page; {MAX_RUNS} can be compared.")
     queue, trouble = run_status.ask_queue()
     moment = time.time() if now is None else now
-    kept = [_columns(metrics_log.read(run.metrics)) for run in runs]
+    kept = [_columns(run, alone=len(runs) == 1) for run in runs]
     curves = sum(len(columns) for columns in kept) or 1
     points = max(min(_POINTS // curves, _POINTS_OF_A_CURVE), 40)
-    shown = [_run(run, columns, queue, moment, points, _DIFF_BYTES // len(runs)) for run, columns in zip(runs, kept, strict=True)]
+    shown = [_run(run, columns, queue, moment, points, _DIFF_BYTES // len(runs), alone=len(runs) == 1) for run, columns in zip(runs, kept, strict=True)]
     return {
         "made": round(moment, 1),
         "trouble": " ".join(trouble.split())[:240] if any(_needs_slurm(run) for run in shown) else "",
@@ -103,47 +107,42 @@ def _figures(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return charts
 
 
-@dataclass
-class _Column:
-    """What was logged under one name: steps, Unix times (None where not logged) and values, in order."""
-
-    steps: list[float]
-    times: list[float | None]
-    values: list[float]
-
-    @property
-    def finite(self) -> list[float]:
-        return [value for value in self.values if math.isfinite(value)]
-
-
-_NUMBERS = (int, float)
-
-
-def _columns(lines: Iterable[Mapping[str, Any]]) -> dict[str, _Column]:
-    """All numbers of metrics.jsonl by name. `type() in`, because a bool is an int to isinstance, and because there may be millions."""
-    columns: dict[str, _Column] = {}
-    for line in lines:
-        step, moment = line["step"], line.get("time")
-        if type(step) not in _NUMBERS:
-            continue
-        moment = moment if type(moment) in _NUMBERS else None
-        for key, value in line.items():
-            if type(value) in _NUMBERS and key not in _NOT_DRAWN:
-                column = columns.get(key)
-                if column is None:
-                    column = columns[key] = _Column([], [], [])
-                column.steps.append(step)
-                column.times.append(moment)
-                column.values.append(value)
-    return columns
-
-
 def _is_number(value: object) -> bool:
-    return type(value) in _NUMBERS
+    return type(value) in NUMBERS
 
 
-def _run(run: RunDir, columns: dict[str, _Column], queue: dict[str, tuple[str, str, str]] | None, now: float, points: int, diff_bytes: int) -> dict[str, Any]:
+def _columns(run: RunDir, *, alone: bool) -> dict[str, Column]:
+    try:
+        return columns_of(metrics_log.lines(run.metrics), run.metrics)
+    except DamagedFileError:
+        if alone:
+            raise
+        return {}
+
+
+def _run(
+    run: RunDir, columns: dict[str, Column], queue: dict[str, tuple[str, str, str]] | None, now: float, points: int, diff_bytes: int, *, alone: bool
+) -> dict[str, Any]:
     status = run_status.collect([run], queue)[0]
+    try:
+        return _read_run(run, columns, status, now, points, diff_bytes)
+    except DamagedFileError as err:
+        if alone:
+            raise
+        return _damaged_run(run, run_status.damaged_status(run, err))
+
+
+def _damaged_run(run: RunDir, status: run_status.RunStatus) -> dict[str, Any]:
+    """What the page shows of a run that cannot be read: its name, and why."""
+    return {
+        "id": run.id, "path": str(run.path), "state": status.state, "note": status.note, "step": 0, "max_steps": 0, "headline": "", "remark": "", "begun": round(_begun([], {}, run), 1),
+        "attempts": [], "final": _final({}, status, []), "thinned": False, "time": time_of(run, [], None), "curves": {}, "overflows": _overflows([], 0.0), "settings": [],
+        "code": {**dict.fromkeys(_FACTS), "diff": "", "diff_bytes": 0, "diff_cut": False},
+    }  # fmt: skip
+
+
+def _read_run(run: RunDir, columns: dict[str, Column], status: run_status.RunStatus, now: float, points: int, diff_bytes: int) -> dict[str, Any]:
+    """As `_run`. Raises DamagedFileError."""
     events = event_log.read(run.ledger)
     try:
         job: Job | None = load(run.job_yaml)
@@ -160,10 +159,10 @@ def _run(run: RunDir, columns: dict[str, _Column], queue: dict[str, tuple[str, s
     }  # fmt: skip
 
 
-def _begun(events: Sequence[Mapping[str, Any]], columns: Mapping[str, _Column], run: RunDir) -> float:
+def _begun(events: Sequence[Mapping[str, Any]], columns: Mapping[str, Column], run: RunDir) -> float:
     """Zero of the wall-time axis: the start of the first attempt."""
     times = [float(event["time"]) for event in events if event["event"] == Event.START] or [float(event["time"]) for event in events]
-    times = times or [column.times[0] for column in columns.values() if column.times[0] is not None]
+    times = times or [moment for column in columns.values() if (moment := column.time(0)) is not None]
     try:
         return min(times) if times else run.job_yaml.stat().st_mtime
     except OSError:
@@ -214,14 +213,16 @@ def _overflows(events: Sequence[Mapping[str, Any]], begun: float) -> dict[str, A
     return {"count": len(found), "points": points}
 
 
-def _final(columns: Mapping[str, _Column], status: run_status.RunStatus, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _final(columns: Mapping[str, Column], status: run_status.RunStatus, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of the table that compares runs."""
 
     def last(key: str) -> float | int | None:
         return _plain(columns[key].values[-1]) if key in columns else None
 
     validated = (
-        [pair for pair in zip(columns["val_loss"].values, columns["val_loss"].steps, strict=True) if math.isfinite(pair[0])] if "val_loss" in columns else []
+        [(value, columns["val_loss"].step(index)) for index, value in enumerate(columns["val_loss"].values) if math.isfinite(value)]
+        if "val_loss" in columns
+        else []
     )
     best = min(validated, default=(None, None))
     rates = _first(columns, FIGURES["throughput"].keys)
@@ -233,7 +234,7 @@ def _final(columns: Mapping[str, _Column], status: run_status.RunStatus, events:
     }  # fmt: skip
 
 
-def _first(columns: Mapping[str, _Column], keys: Iterable[str]) -> list[float]:
+def _first(columns: Mapping[str, Column], keys: Iterable[str]) -> list[float]:
     return next((columns[key].finite for key in keys if key in columns), [])
 
 
@@ -241,12 +242,12 @@ def _median(values: list[float]) -> float | None:
     return sorted(values)[len(values) // 2] if values else None
 
 
-def _curve(column: _Column, begun: float, points: int) -> dict[str, list[Any]]:
+def _curve(column: Column, begun: float, points: int) -> dict[str, list[Any]]:
     """`s`: steps, `t`: seconds since the run began (None where not logged), `v`: values (None where not finite)."""
     chosen = thinned(column.values, points)
-    times = [column.times[index] for index in chosen]
+    times = [column.time(index) for index in chosen]
     return {
-        "s": [column.steps[index] for index in chosen],
+        "s": [column.step(index) for index in chosen],
         "t": [round(moment - begun, 1) if moment is not None else None for moment in times],
         "v": [_plain(column.values[index]) for index in chosen],
     }
@@ -274,17 +275,14 @@ def _plain(value: Any) -> float | int | None:
     """A number as JSON has it: six digits, and None for what is none."""
     if not _is_number(value) or not math.isfinite(value):
         return None
-    return value if isinstance(value, int) else float(f"{value:.6g}")
+    return value if isinstance(value, int) else int(value) if value.is_integer() and abs(value) < 2**53 else float(f"{value:.6g}")
 
 
 def _settings(run: RunDir, job: Job | None) -> list[dict[str, str]]:
     """Every setting as text with where it came from; secrets hidden."""
     if job is None:
         return []
-    try:
-        origins = json.loads(run.origins.read_text())
-    except (OSError, ValueError):
-        origins = {}
+    origins = rundir.origins(run)
     return [
         {
             "name": name,
@@ -301,17 +299,14 @@ def _settings(run: RunDir, job: Job | None) -> list[dict[str, str]]:
 def _code(run: RunDir, most: int) -> dict[str, Any]:
     """Which code the run is of: commit, and what was not committed."""
     shared = RunDir(run.code.parent)
+    facts = snapshot.facts_of(shared)
     try:
-        facts = json.loads(shared.snapshot.read_text())
-    except (OSError, ValueError):
-        facts = {}
-    try:
-        raw = shared.diff.read_bytes()
-    except OSError:
-        raw = b""
-    diff = secrets_scan.masked(raw[:most].decode(errors="replace"))
-    known = {name: facts.get(name) for name in ("commit", "branch", "dirty", "from", "files", "bytes", "time")} if isinstance(facts, dict) else {}
-    return {**known, "diff": diff, "diff_bytes": len(raw), "diff_cut": len(raw) > most}
+        with safe_read.open_file(shared.diff) as file:
+            size, raw = os.fstat(file.fileno()).st_size, safe_read.read_some(file, shared.diff, most)
+    except FileNotFoundError:
+        size, raw = 0, b""
+    known = {name: facts.get(name) for name in _FACTS}
+    return {**known, "diff": secrets_scan.masked(raw.decode(errors="replace")), "diff_bytes": size, "diff_cut": size > most}
 
 
 def members_of(runs: Sequence[RunDir]) -> list[RunDir]:

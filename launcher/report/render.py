@@ -56,6 +56,8 @@ def write_report(named: Sequence[RunDir], out: Path | None, as_json: bool) -> in
 
 def _line(run: Mapping[str, Any]) -> str:
     final, time = run["final"], run["time"]
+    if run["state"] == "damaged":
+        return f"{run['id']}: damaged: {run['note']}"
     parts = [f"{run['id']}: {run['state']}", f"step {final['step']:,}/{final['max_steps']:,}"]
     parts += [f"loss {final['loss']:.4f}"] if final["loss"] is not None else []
     parts += [f"{len(run['attempts'])} attempt{'s' if len(run['attempts']) > 1 else ''}"] if run["attempts"] else []

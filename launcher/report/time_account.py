@@ -1,12 +1,12 @@
 """Where the time of a run went, for its report: the parts of the ledger's account, and what each kind of interruption cost."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.core.contract import Cause
 from jobs.run import goodput
 from jobs.run.rundir import RunDir
+from launcher.attempt.evidence import clock_record
 
 # Title and meaning of each part, in the order of the bar.
 PARTS = {
@@ -30,7 +30,7 @@ _BEGINNING_AGAIN = ("start_up", "restore", "first_step")
 def time_of(run: RunDir, events: Sequence[Mapping[str, Any]], now: float | None) -> dict[str, Any]:
     """Seconds and GPU-hours by part, the time in the queue, and the cost of interruptions by cause. `now` counts a running attempt in."""
     newest = max((int(event["attempt"]) for event in events if event["event"] == "start"), default=0)
-    account = goodput.account(events, now=now, open_record=_record(run, newest) if now is not None else None)
+    account = goodput.account(events, now=now, open_record=clock_record(run, newest) if now is not None else None)
     known = [name for name in PARTS if account.parts_s.get(name)] + [name for name, seconds in account.parts_s.items() if seconds and name not in PARTS]
     gpu_total = account.gpu_hours
     parts = [
@@ -63,12 +63,3 @@ def _interruptions(attempts: Sequence[goodput.Spent]) -> list[dict[str, Any]]:
     for row in rows.values():
         row["gpu_hours"] = row["lost"] + row["stop"] + row["again"]
     return sorted(rows.values(), key=lambda row: -row["gpu_hours"])
-
-
-def _record(run: RunDir, number: int) -> dict[str, Any] | None:
-    """The clock of an attempt that still runs."""
-    try:
-        record = json.loads(run.attempt(number).clock.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None

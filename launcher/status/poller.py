@@ -58,7 +58,8 @@ class Known:
     @staticmethod
     def _signature(path: str, row: RunStatus | None, queue: Queue | None) -> object:
         """None where only looking again helps: a process of this machine, or a run that was never looked at."""
-        if row is None or (row.job_id.startswith(LOCAL) and row.state == "running"):
+        # Any file of a damaged run may be the one that is repaired.
+        if row is None or row.state == "damaged" or (row.job_id.startswith(LOCAL) and row.state == "running"):
             return None
         run = RunDir(Path(path))
         files = [run.job_yaml, run.ledger]

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.text import Text
 
 from jobs.config.resolver import load
+from jobs.core import safe_read
 from jobs.core.contract import Event
-from jobs.core.errors import HoldfastError, SubmitError
+from jobs.core.errors import DamagedFileError, HoldfastError, SubmitError
 from jobs.run import event_log, goodput, metrics_log, store
 from jobs.run.rundir import RunDir
 from launcher.attempt.evidence import clock_record
@@ -62,7 +63,7 @@ class RunStatus:
 FIELDS: dict[str, str] = {
     "run": "id of the run",
     "path": "its directory",
-    "state": "waiting, running, finished, failed, cancelled, stopped (no job has it, resume goes on), or damaged (job.yaml cannot be read)",
+    "state": "waiting, running, finished, failed, cancelled, stopped (no job has it, resume goes on), or damaged (a file of it cannot be read; the note says which, and why)",
     "job_id": "Slurm's id of its newest job, `123_4` for a task of an array, `local-` and a process for a run without Slurm",
     "attempt": "number of the newest attempt; 0 before the first",
     "step": "the last optimizer step that was done",
@@ -107,6 +108,8 @@ def status(runs_dir: Path, word: str | None, as_json: bool, every: bool) -> None
 
 def _or_null(value: Any) -> Any:
     """None for NaN and infinity: a loss may be either, and JSON knows neither."""
+    if isinstance(value, dict):
+        return {name: _or_null(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
@@ -147,9 +150,20 @@ def ask_queue() -> tuple[dict[str, tuple[str, str, str]] | None, str]:
 
 def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> RunStatus:
     try:
-        job = load(run.job_yaml)
-    except HoldfastError as err:
-        return RunStatus(run.id, str(run.path), "damaged", "", 0, 0, 0, None, None, 0, [], None, None, str(err).splitlines()[0])
+        return _read_status(run, queue)
+    except (HoldfastError, OSError) as err:
+        return damaged_status(run, err)
+
+
+def damaged_status(run: RunDir, err: HoldfastError | OSError) -> RunStatus:
+    """The status of a run that cannot be read; its note says which file, and why."""
+    note = f"{err.filename or run.path}: cannot be read: {err.strerror}" if isinstance(err, OSError) else str(err).splitlines()[0]
+    return RunStatus(run.id, str(run.path), "damaged", "", 0, 0, 0, None, None, 0, [], None, None, note)
+
+
+def _read_status(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> RunStatus:
+    """Raises HoldfastError, OSError where a file of the run cannot be read."""
+    job = load(run.job_yaml)
     events = event_log.read(run.ledger)
     attempts = event_log.attempts(events)
     job_id = run_state.newest_job(events)
@@ -157,6 +171,10 @@ def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> Ru
     state, note = run_state.state_of(run, job, events, attempts, job_id, queue)
     lines = metrics_log.tail(run.metrics, _PACE_LINES if state == "running" else 1)
     last = lines[-1] if lines else {}
+    if not lines:
+        metrics_log.check_content(run.metrics)
+    elif not events:
+        raise DamagedFileError(f"{run.ledger}: has no event, and {run.metrics.name} has step {last['step']}")
     step = _progress(run, attempts, int(last.get("step", 0)))
     spent = spent_by(run, events, running=state == "running")
     pace = _pace(lines) if state == "running" else None
@@ -172,9 +190,9 @@ def _status_of(run: RunDir, queue: dict[str, tuple[str, str, str]] | None) -> Ru
         tokens_per_s=last.get("tokens_per_s"),
         lost_steps=sum(attempt.lost_steps for attempt in attempts),
         causes=[attempt.cause.value for attempt in attempts if attempt.cause],
-        checkpoint_step=int(saves[-1]["step"]) if saves else None,
+        checkpoint_step=int(saves[-1].get("step", 0)) if saves else None,
         checkpoint_time=float(saves[-1]["time"]) if saves else None,
-        note=note,
+        note=" ".join(note.split()),
         queue_reason=in_words(queue[job_id][1]) if queue and state == "waiting" and job_id in queue else "",
         seconds_left=None if pace is None else max(job.max_steps - step, 0) * pace,
         peak_pct=last.get("peak_pct") if state == "running" else None,
@@ -193,7 +211,9 @@ def spent_by(run: RunDir, events: list[dict[str, object]], *, running: bool) -> 
 def _pace(lines: list[dict[str, Any]]) -> float | None:
     """Seconds per step between the last lines of metrics; the queue between two attempts does not count."""
     pairs = [
-        (old, new) for old, new in pairwise(lines) if old.get("attempt") == new.get("attempt") and "time" in old and "time" in new and new["step"] > old["step"]
+        (old, new)
+        for old, new in pairwise(lines)
+        if old.get("attempt") == new.get("attempt") and old.get("time") is not None and new.get("time") is not None and new["step"] > old["step"]
     ]
     return median((new["time"] - old["time"]) / (new["step"] - old["step"]) for old, new in pairs) if pairs else None
 
@@ -202,8 +222,8 @@ def _progress(run: RunDir, attempts: list[event_log.Attempt], logged: int) -> in
     if not attempts:
         return logged
     try:
-        return int(run.attempt(attempts[-1].number).progress.read_text())
-    except (OSError, ValueError):
+        return safe_read.read_int(run.attempt(attempts[-1].number).progress)
+    except FileNotFoundError:  # also where it is empty: the attempt has begun, and finished no step
         return attempts[-1].step or logged
 
 

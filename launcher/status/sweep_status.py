@@ -19,17 +19,18 @@ from rich.text import Text
 
 from jobs.config.resolver import load
 from jobs.core.contract import Cause, Event
-from jobs.core.errors import SettingError
+from jobs.core.errors import DamagedFileError, HoldfastError, SettingError
 from jobs.run import event_log
 from jobs.run.rundir import RunDir
 from jobs.sweep import search_space
+from launcher.attempt.evidence import tail_of_log
 from launcher.status import run_status
 from launcher.sweeps.study import curve_of, value_of
 from launcher.sweeps.trial_values import values_of
 
 _POLL_S = 1.0
 # States of a trial, in the order in which they are counted out; the first ones are on their way.
-_STATES = ("running", "waiting", "finished", "pruned", "failed", "cancelled", "stopped", "missing")
+_STATES = ("running", "waiting", "finished", "pruned", "failed", "cancelled", "stopped", "damaged", "missing")
 OPEN = frozenset({"running", "waiting"})
 # Fewer finished trials say nothing about which setting mattered.
 _LEAST_FOR_IMPORTANCE = 4
@@ -71,14 +72,26 @@ def ask_queue(run: RunDir) -> tuple[Queue | None, str]:
 
 def trial_of(run: RunDir, sweep: search_space.Sweep, queue: Queue | None, job_ids: Sequence[str]) -> Trial:
     """One trial, from its run directory and the queue; `job_ids` are the arrays that were submitted for its sweep."""
+    try:
+        return _read_trial(run, sweep, queue, job_ids)
+    except HoldfastError as err:
+        return Trial(int(run.path.name), run.id, "damaged", "", {}, None, None, None, 0, 0, 0, 0, str(err).splitlines()[0])
+
+
+def _read_trial(run: RunDir, sweep: search_space.Sweep, queue: Queue | None, job_ids: Sequence[str]) -> Trial:
+    """As `trial_of`. Raises HoldfastError where a file of the run cannot be read."""
     number = int(run.path.name)
     values, problem = values_of(run)
+    if values and (wrong := sweep.refusal(values)):
+        raise DamagedFileError(f"{run.trial}: {wrong}")
     queued = next((f"{job_id}_{number}" for job_id in reversed(job_ids) if f"{job_id}_{number}" in (queue or {})), "")
     if problem or not run.job_yaml.exists():
         state = "failed" if problem else "waiting" if queued or (queue is None and job_ids) else "missing"
         note = problem or ("" if state == "waiting" else f"{_last_words(run) or 'not begun'}; holdfast sweep --resume {run.array.id}")
         return Trial(number, run.id, state, queued, values, None, None, None, 0, 0, 0, 0, note)
     row = run_status.collect([run], queue)[0]
+    if row.state == "damaged":
+        return Trial(number, run.id, row.state, queued, values, None, None, None, 0, 0, 0, 0, row.note)
     attempts = event_log.attempts(event_log.read(run.ledger))
     curve = curve_of(run, sweep)
     best_of = sweep.model_copy(update={"value": "best"})
@@ -110,8 +123,8 @@ def trial_of(run: RunDir, sweep: search_space.Sweep, queue: Queue | None, job_id
 
 def _last_words(run: RunDir) -> str:
     """What the newest batch log of a trial ends with: why it could not begin."""
-    logs = sorted(run.logs.glob("*.batch.out"), key=lambda path: path.stat().st_mtime_ns)
-    lines = logs[-1].read_text(errors="replace").split("\n") if logs else []
+    logs = sorted(run.logs.glob("*.batch.out"), key=lambda path: path.lstat().st_mtime_ns)
+    lines = tail_of_log(logs[-1], 0).split("\n") if logs else []
     return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from jobs.config.resolver import amend, given_values, load
 from jobs.config.settings import Job, group_of
-from jobs.config.yaml_io import dump_yaml, read_yaml
+from jobs.config.yaml_io import dump_yaml, read_run_yaml
 from jobs.core.atomic_write import replace_file
 from jobs.core.contract import Event
 from jobs.core.errors import SettingError
-from jobs.run import event_log
+from jobs.run import event_log, rundir
 from jobs.run.rundir import RunDir
 from slurm.script.render import script_for
 
@@ -36,7 +36,7 @@ def change(run: RunDir, words: Sequence[str], *, allow: bool, executable: str) -
     then as it was."""
     refuse_array(run)
     before = load(run.job_yaml)
-    origins = json.loads(run.origins.read_text())
+    origins = rundir.origins(run)
     given_before = {name: "the run" if origin == "command line" else origin for name, origin in origins.items()}
     resolved = amend(given_values(before, origins), given_before, words)
     job = resolved.job
@@ -73,7 +73,7 @@ def refuse_array(run: RunDir) -> None:
 def _freeze(run: RunDir, job: Job, origins: dict[str, str], changed: set[str], executable: str) -> None:
     """job.yaml last: until it is there, the same command finds the same change to make. Each file is whole or the old one."""
     # Only names that the run's frozen code knows: it may be older than this launcher.
-    known = set(read_yaml(run.job_yaml, str(run.job_yaml))) | changed
+    known = set(read_run_yaml(run.job_yaml)) | changed
     if not run.is_member:
         replace_file(run.script, script_for(job, run, executable), mode=0o755)
     replace_file(run.origins, json.dumps(origins, indent=1) + "\n")

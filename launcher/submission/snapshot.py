@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config import secrets_scan
-from jobs.core.errors import SettingError
+from jobs.core import safe_read
+from jobs.core.errors import DamagedFileError, SettingError
 from jobs.run import permissions, store
 from jobs.run.rundir import ALONE, RunDir
 
@@ -26,6 +27,8 @@ from jobs.run.rundir import ALONE, RunDir
 MAX_BYTES = 200 * 2**20
 # Larger files are data, in which nobody writes a token by hand.
 _SEARCHED_BYTES = 2**20
+# Bytes of a code.diff that a rerun copies.
+_DIFF_BYTES = 2**30
 # Beside the runs: what is being made, and what is being deleted.
 _UNFINISHED = (store.STAGING, store.TRASH)
 _OWN_PACKAGES = ("jobs", "slurm", "launcher", "train")
@@ -196,25 +199,31 @@ def freeze_again(run: RunDir, source: RunDir) -> None:
     run.code_sums.write_text(json.dumps(known, indent=0) + "\n")
     run.snapshot.write_text(json.dumps({**facts_of(source), "rerun_of": source.id, "versions": versions_here()}, indent=1) + "\n")
     top = RunDir(source.path.parent.parent) if source.is_member else source
-    run.diff.write_bytes(top.diff.read_bytes() if top.diff.exists() else b"")
+    run.diff.write_bytes(safe_read.read_bytes(top.diff, _DIFF_BYTES) if top.diff.exists() else b"")
 
 
 def facts_of(run: RunDir) -> dict[str, Any]:
-    """What snapshot.json says about the code of a run; empty where it cannot be read."""
+    """What snapshot.json says about the code of a run; empty where there is none. Raises DamagedFileError."""
     top = RunDir(run.path.parent.parent) if run.is_member else run
     try:
-        facts = json.loads(top.snapshot.read_text())
-    except (OSError, ValueError):
+        facts = safe_read.read_object(top.snapshot)
+    except FileNotFoundError:
         return {}
-    return facts if isinstance(facts, dict) else {}
+    if not isinstance(facts.get("versions", {}), dict):
+        raise DamagedFileError(f"{top.snapshot}: versions is {safe_read.describe(facts['versions'])}; allowed: a version for each name")
+    return facts
 
 
 def read_sums(run: RunDir) -> dict[str, str]:
-    """Path -> sha256 of the frozen files as they were; as they are, where the run is older than this list."""
+    """Path -> sha256 of the frozen files as they were; as they are, where the run is older than this list. Raises DamagedFileError."""
     try:
-        return {str(path): str(digest) for path, digest in json.loads(run.code_sums.read_text()).items()}
-    except (OSError, ValueError, AttributeError):
+        sums = safe_read.read_object(run.code_sums)
+    except FileNotFoundError:
         return sums_of(run.code)
+    for path, digest in sums.items():
+        if not isinstance(digest, str) or not path or path.startswith("/") or ".." in path.split("/") or "\0" in path:
+            raise DamagedFileError(f"{run.code_sums}: {safe_read.describe(path)} is {safe_read.describe(digest)}; allowed: a sha256 for a path inside code/")
+    return sums
 
 
 def sums_of(code: Path) -> dict[str, str]:
@@ -229,8 +238,12 @@ def _sum(path: Path) -> str:
     try:
         if _is_folder_link(path):
             return f"link to {os.readlink(path)}"
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
+        with safe_read.open_file(path, links=True) as file:
+            digest = hashlib.sha256()
+            while part := safe_read.read_some(file, path, 2**20):
+                digest.update(part)
+            return digest.hexdigest()
+    except (OSError, DamagedFileError):
         return ""
 
 

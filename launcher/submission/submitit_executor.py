@@ -18,6 +18,7 @@ import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 
 from jobs.config.settings import Job
+from jobs.core import safe_read
 from jobs.core.contract import Event
 from jobs.core.errors import SettingError, SubmissionUnknownError, SubmitError
 from jobs.run import event_log, permissions
@@ -37,7 +38,7 @@ class ScriptExecutor(submitit.SlurmExecutor):
 
     def __init__(self, run: RunDir, job: Job):
         super().__init__(folder=run.submitit)
-        self._script = run.script.read_text()
+        self._script = safe_read.read_text(run.script)
         # submitit counts the tasks of a job from these; the script says the same to Slurm.
         self.update_parameters(nodes=job.nodes, ntasks_per_node=job.gpus_per_node, time=job.time_limit)
 

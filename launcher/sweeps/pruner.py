@@ -6,7 +6,6 @@ A trial is given up by the run's stop file: the ranks save and leave at their ne
 what it says becomes the cause. Training knows nothing of sweeps. A trial that a person resumes after that is left alone.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jobs.core import safe_read
 from jobs.core.contract import PRUNED_WORD, Cause, RankEnv
 from jobs.run import event_log
 from jobs.run.claim import alive
@@ -32,7 +32,7 @@ def beside(run: RunDir, pid: int) -> "subprocess.Popen[bytes] | None":
     if not run.is_member:
         return None
     try:
-        wanted = json.loads(run.array.sweep.read_text())["pruner"] != "none"
+        wanted = safe_read.read_object(run.array.sweep)["pruner"] != "none"
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not wanted or was_pruned(run):

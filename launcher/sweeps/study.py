@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.config.resolver import load
+from jobs.core import safe_read
 from jobs.core.contract import Cause
-from jobs.core.errors import SettingError
+from jobs.core.errors import HoldfastError, SettingError
 from jobs.run import event_log, metrics_log
 from jobs.run.retry_policy import budgets_of, judge
 from jobs.run.rundir import RunDir
@@ -50,7 +51,7 @@ class Outcome:
 
 def curve_of(run: RunDir, sweep: Sweep) -> dict[int, float]:
     """step -> value of the sweep's metric, as far as the run has come."""
-    return {int(line["step"]): float(line[sweep.metric]) for line in metrics_log.read(run.metrics) if isinstance(line.get(sweep.metric), int | float)}
+    return {int(line["step"]): float(line[sweep.metric]) for line in metrics_log.lines(run.metrics) if isinstance(line.get(sweep.metric), int | float)}
 
 
 def value_of(curve: Mapping[int, float], sweep: Sweep) -> float | None:
@@ -152,10 +153,13 @@ def _ended_well_since(trials: "Sequence[optuna.trial.FrozenTrial]", sweep_dir: R
     found = []
     for number in (trial.number for trial in trials if trial.state is optuna.trial.TrialState.FAIL):
         run = sweep_dir.member(number)
-        attempts = event_log.attempts(event_log.read(run.ledger))
-        # By the ledger first: this is asked for every failed trial whenever anybody opens the study.
-        if attempts and attempts[-1].cause in (Cause.FINISHED, Cause.PRUNED) and (outcome := outcome_of(run, sweep)) and outcome.state != "failed":
-            found.append(number)
+        try:
+            attempts = event_log.attempts(event_log.read(run.ledger))
+            # By the ledger first: this is asked for every failed trial whenever anybody opens the study.
+            if attempts and attempts[-1].cause in (Cause.FINISHED, Cause.PRUNED) and (outcome := outcome_of(run, sweep)) and outcome.state != "failed":
+                found.append(number)
+        except HoldfastError as err:
+            _warn_damaged(run, err)
     return found
 
 
@@ -180,7 +184,7 @@ def _is_torn(journal: Path) -> bool:
     """Whether the last line has no end, and not because somebody is writing it: the next one would be glued to it."""
     for _ in range(_TORN_LOOKS):
         try:
-            with open(journal, "rb") as file:
+            with safe_read.open_file(journal) as file:
                 if file.seek(0, os.SEEK_END) == 0:
                     return False
                 file.seek(-1, os.SEEK_END)
@@ -199,7 +203,11 @@ def update(study: "optuna.Study", sweep_dir: RunDir, sweep: Sweep) -> None:
     states = {"complete": optuna.trial.TrialState.COMPLETE, "pruned": optuna.trial.TrialState.PRUNED, "failed": optuna.trial.TrialState.FAIL}
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         run = sweep_dir.member(trial.number)
-        outcome = outcome_of(run, sweep)
+        try:
+            outcome = outcome_of(run, sweep)
+        except HoldfastError as err:
+            _warn_damaged(run, err)
+            continue
         if outcome is None:
             continue
         if sweep.pruner != "none":
@@ -208,6 +216,10 @@ def update(study: "optuna.Study", sweep_dir: RunDir, sweep: Sweep) -> None:
         # Two may do this at once; the second finds it done.
         with suppress(optuna.exceptions.UpdateFinishedTrialError):
             study.tell(trial.number, outcome.value if outcome.state == "complete" else None, states[outcome.state], skip_if_finished=True)
+
+
+def _warn_damaged(run: RunDir, err: HoldfastError) -> None:
+    print(f"holdfast: run {run.id} is damaged and left out of the study: {str(err).splitlines()[0]}", file=sys.stderr, flush=True)
 
 
 def report(study: "optuna.Study", number: int, curve: Mapping[int, float]) -> None:
@@ -232,11 +244,19 @@ def replay(study: "optuna.Study", sweep_dir: RunDir, sweep: Sweep) -> None:
     """Adds every trial of a sweep to an empty study, from the run directories."""
     import optuna
 
-    begun = {int(path.parent.name) for path in sweep_dir.members.glob("*/trial.json") if path.parent.name.isdigit()}
+    begun = {
+        number for path in sweep_dir.members.glob("*/trial.json") if (number := safe_read.index_of(path.parent.name)) is not None and number < sweep.trials
+    }
     for number in range(max(begun, default=-1) + 1):
         run = sweep_dir.member(number)
-        values, problem = values_of(run)
-        outcome = outcome_of(run, sweep)
+        try:
+            values, problem = values_of(run)
+            if values and (problem := problem or sweep.refusal(values)):
+                values = {}
+            outcome = outcome_of(run, sweep)
+        except HoldfastError as err:
+            _warn_damaged(run, err)
+            values, problem, outcome = {}, "damaged", None
         state = optuna.trial.TrialState.WAITING
         if values:
             state = optuna.trial.TrialState.RUNNING

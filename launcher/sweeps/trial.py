@@ -15,10 +15,11 @@ from typing import Any
 
 from jobs.config.resolver import load
 from jobs.config.yaml_io import dump_yaml
+from jobs.core import safe_read
 from jobs.core.atomic_write import replace_file
 from jobs.core.contract import Event
 from jobs.core.errors import HoldfastError, ImpossibleJobError, NotFoundError
-from jobs.run import event_log
+from jobs.run import event_log, rundir
 from jobs.run.rundir import RunDir
 from jobs.sweep import search_space
 from launcher.sweeps.trial_values import values_of
@@ -33,7 +34,7 @@ def take_up(run: RunDir, job_id: str) -> None:
 
     Raises NotFoundError when the run is no trial of a sweep, ImpossibleJobError when its values cannot be run."""
     sweep_dir = run.array
-    if not sweep_dir.sweep.exists() or not run.path.name.isdigit():
+    if not sweep_dir.sweep.exists() or safe_read.index_of(run.path.name) is None:
         raise NotFoundError(f"run {run.id} has no job.yaml; its directory was not made by holdfast, or is damaged.")
     sweep = search_space.load(sweep_dir.sweep)
     number = int(run.path.name)
@@ -49,7 +50,7 @@ def take_up(run: RunDir, job_id: str) -> None:
             raise ImpossibleJobError(problem)
         # Values that were written down stay: of a killed attempt, or of a journal that was lost since.
         values = values or _choose(sweep_dir, sweep, number)
-        base, origins = load(sweep_dir.job_yaml), json.loads(sweep_dir.origins.read_text())
+        base, origins = load(sweep_dir.job_yaml), rundir.origins(sweep_dir)
         words = search_space.words_of(sweep, base, values)
         run.logs.mkdir(parents=True, exist_ok=True)
         try:

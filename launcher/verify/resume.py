@@ -25,6 +25,7 @@ from jobs.config.overrides import split_words
 from jobs.config.resolver import load
 from jobs.config.setting_names import AMP_WORDS, setting_name
 from jobs.config.settings import Job
+from jobs.core import safe_read
 from jobs.core.contract import Cause, Event, Exit
 from jobs.core.errors import HoldfastError, SettingError
 from jobs.run import event_log, metrics_log, sample_audit, store
@@ -268,7 +269,7 @@ def _until(process: "subprocess.Popen[bytes]", condition: "object") -> bool:
 
 def _progress(run: RunDir, attempt: int) -> int | None:
     try:
-        return int(run.attempt(attempt).progress.read_text())
+        return safe_read.read_int(run.attempt(attempt).progress)
     except (OSError, ValueError):
         return None
 

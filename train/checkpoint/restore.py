@@ -1,5 +1,6 @@
 """Going on from the newest checkpoint that verifies, or from the beginning where there is none; also with the weights of another run."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,7 @@ def initialise(source: Path, model: nn.Module, rt: Runtime | None = None) -> str
 def _choose(source: Path) -> tuple[Path | None, str]:
     """The newest checkpoint there that verifies, and what is wrong with those before it."""
     damaged = []
-    for path in [source] if (source / directory.MANIFEST).is_file() else directory.complete(RunDir(source).checkpoints):
+    for path in [source] if os.path.lexists(source / directory.MANIFEST) else directory.complete(RunDir(source).checkpoints):
         try:
             directory.verify(path)
         except CheckpointError as err:

@@ -15,10 +15,14 @@ from pathlib import Path
 import torch
 
 from jobs.config.settings import Job
+from jobs.core import safe_read
 from jobs.core.atomic_write import replace_file
 from jobs.run.rundir import RunDir
 from train.compilation.kernel_cache import KernelCache
 from train.distributed.runtime import Runtime
+
+# Of torch's artifacts, which are some 10 MB for each compiled part.
+_MOST_BYTES = 8 * 2**30
 
 
 class CompileCache:
@@ -61,7 +65,7 @@ class CompileCache:
 
     def _load_compiled(self) -> None:
         try:
-            info = torch.compiler.load_cache_artifacts(self._path.read_bytes())
+            info = torch.compiler.load_cache_artifacts(safe_read.read_bytes(self._path, _MOST_BYTES))
         except Exception as err:  # a file of another version of torch can fail in any way
             self._say(f"  WARNING: {self._path} cannot be used ({err}); everything is compiled anew")
             return

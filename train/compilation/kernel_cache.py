@@ -11,6 +11,7 @@ import re
 import zipfile
 from pathlib import Path
 
+from jobs.core import safe_read
 from jobs.core.atomic_write import replace_file
 
 _NAME = re.compile(r"[\w-]+/[\w.-]+")
@@ -33,7 +34,7 @@ class KernelCache:
         """Puts the kernels of the file into the folder, where they are not yet. Returns how many the file has.
 
         Raises OSError, and ValueError or BadZipFile for a file that is none of ours or is damaged; what came before that stays."""
-        with zipfile.ZipFile(io.BytesIO(self._path.read_bytes())) as file:
+        with zipfile.ZipFile(io.BytesIO(safe_read.read_bytes(self._path, _MOST_BYTES))) as file:
             for name in file.namelist():
                 if not _NAME.fullmatch(name):
                     raise ValueError(f"{name!r} is no file of a kernel")

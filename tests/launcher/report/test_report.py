@@ -165,7 +165,7 @@ def test_torn_and_foreign_lines_are_left_out(tmp_path: Path) -> None:
     run = written_run(tmp_path, "torn-a2b3", steps=300, causes=("finished",))
     good = figures_of([run])["runs"][0]["curves"]["loss"]
     lines = run.metrics.read_text().splitlines(keepends=True)
-    strange = ['{"step": "seven", "loss": 1}\n', '{"loss": 3}\n', "[1, 2]\n", '{"step": 5, "loss": "low", "flag": true, "text": "x"}\n', '{"step": 9, "lo']
+    strange = ["step 7\n", '{"loss": 3}\n', "[1, 2]\n", '{"step": 5, "flag": true, "text": "x"}\n', '{"step": 9, "lo']
     run.metrics.write_text("".join([*lines[:10], strange[0], *lines[10:], *strange[1:]]))
     with run.ledger.open("a") as file:
         file.write('{"event": "overflow", "attempt": 1, "job_id": "1", "time": 1}\n{"event": "ov')
@@ -297,7 +297,7 @@ def test_a_report_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, mon
 def hostile_run(tmp_path: Path) -> RunDir:
     run = written_run(tmp_path, "gpt-a2b3", steps=200, note=HOSTILE, diff=f"+{HOSTILE}\n-</pre></details>{HOSTILE}\n", causes=("code_error", "finished"))
     run.ledger.write_text(
-        run.ledger.read_text().replace("what slurmctld said about attempt 1", json.dumps(HOSTILE)[1:-1]).replace('"81237"', json.dumps(HOSTILE))
+        run.ledger.read_text().replace("what slurmctld said about attempt 1", json.dumps(HOSTILE)[1:-1]).replace('"node', f'"{json.dumps(HOSTILE)[1:-1]}')
     )
     run.metrics.write_text(run.metrics.read_text().replace('"grad_norm"', json.dumps(HOSTILE)))
     snapshot = json.loads(run.snapshot.read_text())

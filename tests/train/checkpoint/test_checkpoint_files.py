@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from damaged_runs import make_runs
 
 from jobs.checkpoint import directory
 from jobs.checkpoint.directory import FileEntry, Manifest
 from jobs.core.errors import CheckpointError
-from train.checkpoint import commit
+from jobs.run.rundir import RunDir
+from train.checkpoint import commit, restore
 from train.checkpoint.commit import Commit, Disk
 
 NAMES = ("model.safetensors", "optimizer.safetensors")
@@ -103,7 +105,7 @@ def test_a_bit_that_flips_in_the_manifest_is_seen(tmp_path: Path) -> None:
     ("text", "said"),
     [
         (None, "cannot be read (No such file or directory)"),
-        ("", "cannot be read (Expecting value"),
+        ("", "cannot be read (not JSON: Expecting value"),
         ("[]", "cannot be read ("),
         ("{}", "cannot be read ('sum')"),
         ("[" * 100_000, "cannot be read ("),
@@ -440,3 +442,22 @@ def test_a_sum_is_that_of_the_whole_file_whatever_its_size(tmp_path: Path, monke
     monkeypatch.setattr(directory, "_HASH_BLOCK", 1000)
     (tmp_path / "a").write_bytes(content)
     assert directory.hash_file(tmp_path, "a") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["FIFO", "device", "FIFO of no bytes"])
+def test_init_from_refuses_what_is_no_file(tmp_path: Path, name: str, kind: str) -> None:
+    """It hung in the read."""
+    make_runs(tmp_path / "runs")
+    run = RunDir(tmp_path / "runs" / "good-aaaa")
+    path = directory.path_of(run.checkpoints, 20) / name
+    if kind == "FIFO of no bytes":
+        body = json.loads((path.parent / "manifest.json").read_text())
+        rewritten(path.parent, files={**body["files"], "model.safetensors": {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}})
+    path.unlink()
+    os.symlink("/dev/zero", path) if kind == "device" else os.mkfifo(path)
+    begun = time.monotonic()
+    for source in (run.path, path.parent):
+        chosen, damage = restore._choose(source)
+        assert chosen is None and name.removesuffix(".json") in damage and "not a regular file" in damage
+    assert time.monotonic() - begun < 5
