@@ -29,7 +29,7 @@ from launcher.verify import data as verify_data
 # What follows from a case: the run is shown as damaged; only its checkpoint is; or the file is not needed and the run is shown as usual.
 DAMAGED, CHECKPOINT, TOLERATED = "damaged", "checkpoint", "tolerated"
 # Seconds of wall time for one command. A hang is one that never ends.
-LIMIT_S = 10
+LIMIT_S = 30
 # Peak resident memory of a process that runs all commands on one case.
 LIMIT_MB = 300
 _ADDRESS_SPACE = 3 * 2**30
