@@ -13,16 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from jobs.core.errors import SubmitError
 from slurm.environment import clean_environment
 from slurm.job_number import job_number
-from slurm.states import is_live
+from slurm.states import ENDED, base, is_live
 
-# Words of clients that could not reach slurmctld: ask again later.
+# Errors of clients that could not reach slurmctld, or lost it before it answered (it may have acted on the request): ask again later.
+# The connection errors of src/common/slurm_errno.c; "Unexpected message received" is what a slurmctld that is killed while it answers leaves.
 _UNREACHABLE = re.compile(
-    r"Unable to contact slurm|Connection refused|Unable to establish|did not answer within|Zero Bytes were transmitted|Socket timed out|Communication connection failure|no cluster is configured",
+    r"Unable to contact slurm|Connection refused|Unable to establish|did not answer within|Zero Bytes were transmitted|Socket timed out"
+    r"|Communication (?:connection|shutdown) failure|Message (?:send|receive) failure|Unexpected message received|in standby mode|no cluster is configured",
     re.I,
 )
 _RETRY_S = 2.0
@@ -176,12 +179,20 @@ def _lies_in(text: str, folder: Path) -> bool:
     return any(os.path.realpath(text[: slash.start()]) == real for slash in re.finditer("/", text) if slash.start())
 
 
+class Queue(dict[str, tuple[str, str, str]]):
+    """Jobs that wait or run: id -> (state, reason, nodes). `ended` has the state of jobs that are over and not yet purged (MinJobAge)."""
+
+    ended: Mapping[str, str] = MappingProxyType({})
+
+    @classmethod
+    def of(cls, jobs: Mapping[str, tuple[str, str, str]]) -> "Queue":
+        queue = cls({job_id: job for job_id, job in jobs.items() if base(job[0]) not in ENDED})
+        queue.ended = {job_id: job[0] for job_id, job in jobs.items() if base(job[0]) in ENDED}
+        return queue
+
+
 class Slurm:
     """The Slurm clients of this machine. Every call raises SubmitError with Slurm's own words when it fails."""
-
-    # Seconds after which slurmctld has written a change of a job into StateSaveLocation: it does so at most once in more than
-    # 5 s (SAVE_MAX_WAIT in its source), and looks once a second whether there is something to write.
-    save_wait_s = 7.5
 
     def __init__(self, environ: Mapping[str, str] | None = None):
         self.environ = clean_environment(os.environ if environ is None else environ)
@@ -232,9 +243,11 @@ class Slurm:
         return info
 
     def queue(self, job_ids: Sequence[str] = ()) -> dict[str, tuple[str, str, str]]:
-        """Jobs of this user that wait or run: id -> (state, reason, nodes). One call, however many runs there are."""
+        """Jobs of this user that wait or run: id -> (state, reason, nodes). One call, however many runs there are.
+
+        Without `job_ids` a `Queue`, which also has the jobs that are over and not yet purged."""
         if not job_ids:
-            return parse_squeue(self.run("squeue", "-h", "-r", "--me", "-o", "%i|%T|%r|%N"))
+            return Queue.of(parse_squeue(self.run("squeue", "-h", "-r", "--me", "-t", "all", "-o", "%i|%T|%r|%N")))
         try:
             return parse_squeue(self.run("squeue", "-h", "-r", "-o", "%i|%T|%r|%N", "-j", ",".join(job_ids)))
         except SubmitError as err:

@@ -140,7 +140,8 @@ class Cluster:
 
     def __init__(self, here: lab.Lab, runs: Path):
         self.lab, self.runs = here, runs
-        self.env = {**os.environ, **here.env(), "HOLDFAST_SITE": "lab", "RUNS_DIR": str(runs)}
+        # No slurmctld is killed here, so a batch script need not wait until its requeue is saved; tests/slurm/test_controller_crash.py has that.
+        self.env = {**os.environ, **here.env(), "HOLDFAST_SITE": "lab", "RUNS_DIR": str(runs), "REQUEUE_CONFIRM_S": "0"}
 
     def slurm(self, *command: str) -> str:
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=True).stdout

@@ -131,6 +131,14 @@ class Job(BaseModel):
     peer_exit_wait_s: int = setting(
         20, "how long the other processes may run on after one failed; in the built-in training, after one ended", group="retries", unit="s", ge=1, le=86_400
     )
+    requeue_confirm_s: int = setting(
+        8,
+        "how long the batch script waits after its requeue until slurmctld has saved it, to repeat a request lost in a crash of slurmctld; 0 exits at once",
+        group="retries",
+        unit="s",
+        ge=0,
+        le=3600,
+    )
     max_no_progress: int = setting(3, "attempts in a row that may end without a new checkpoint", group="retries", ge=1)
 
     hang_after_s: int = setting(

@@ -209,9 +209,11 @@ def _turn_away(run: RunDir, job: Job, number: int, job_id: str, restarts: int, b
     if not verdict.again:
         _notify(run, job, verdict, cause, said.removeprefix(": "), environ)
         raise HoldfastError(f"run {run.id}: {said}. Over: {verdict.reason}.")
-    if slurm is not None:
-        send_back(run, job, number, job_id, restarts, slurm)
-    later = "It goes back into the queue" if slurm is not None else f"holdfast resume {run.id} tries again"
+    later = f"holdfast resume {run.id} tries again"
+    if slurm is not None and send_back(run, job, number, job_id, restarts, slurm):
+        later = "It goes back into the queue"
+    elif not (verdict := judge(event_log.read(run.ledger), budgets_of(job))).again:
+        raise HoldfastError(f"run {run.id} does not start here: {said.removeprefix(': ')}. Not requeued: {verdict.reason}. {later}.")
     raise RunOwnedError(f"run {run.id} does not start here: {said.removeprefix(': ')}. {later} ({verdict.reason}).")
 
 

@@ -1,7 +1,7 @@
 """What a run is doing, and as which job: read from its ledger and one answer of squeue."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.config.settings import Job
@@ -9,6 +9,7 @@ from jobs.core.contract import LOCAL, Cause, Event
 from jobs.run import claim, event_log
 from jobs.run.retry_policy import budgets_of, judge
 from jobs.run.rundir import RunDir
+from slurm.client import Queue
 from slurm.pending_reasons import in_words
 from slurm.states import WAITING, base
 
@@ -33,12 +34,13 @@ def newest_job(events: list[dict[str, Any]]) -> str:
 def state_of(
     run: RunDir, job: Job, events: list[dict[str, object]], attempts: list[event_log.Attempt], job_id: str, queue: dict[str, tuple[str, str, str]] | None
 ) -> tuple[str, str]:
-    """One of the states of `show.FIELDS`, and a remark for a person. `queue` is squeue's answer, None where Slurm could not be asked."""
+    """One of the states of `run_status.FIELDS`, and a note for the user. `queue` is squeue's answer, None where Slurm could not be asked."""
     lost = sum(attempt.lost_steps for attempt in attempts)
     stops = [attempt.cause.value.replace("_", " ") for attempt in attempts[:-1] if attempt.cause]
     history = f"{len(stops)} interruption{'s' if len(stops) > 1 else ''} ({', '.join(dict.fromkeys(stops))}), {lost} steps lost" if stops else ""
     last = attempts[-1] if attempts else None
     queued = (queue or {}).get(job_id)
+    ended_as = base(queue.ended.get(job_id, "")) if isinstance(queue, Queue) else ""
     # Submitted since the newest attempt, as `resume` does; where Slurm cannot be asked, it waits.
     resumed = bool(attempts and job_id) and not job_id.startswith(LOCAL) and all(attempt.job_id != job_id for attempt in attempts)
     waits = resumed and (queue is None or queued is not None)
@@ -55,6 +57,8 @@ def state_of(
     if waits:
         return "waiting", ""
     verdict = judge(events, budgets_of(job))
+    if ended_as == "CANCELLED" and (last is None or last.cause is None or verdict.again):
+        return "cancelled", f"scancel of job {job_id}; holdfast resume {run.id} goes on"
     # A module that is not there, a setup script that fails: the batch log has its words.
     said = not attempts and bool(job_id) and run.log(job_id, "batch").exists()
     gone = (
@@ -79,9 +83,17 @@ def state_of(
         return ("waiting", "") if job_id.startswith(LOCAL) else gone if job_id else ("stopped", "never submitted")
     if last.cause is Cause.CANCELLED or verdict.reason == "cancelled":
         return "cancelled", f"holdfast resume {run.id} goes on"
-    if verdict.again:
-        return "stopped", f"{last.cause.value.replace('_', ' ') if last.cause else ''}; holdfast resume {run.id}"
+    if verdict.again and last.cause:
+        return "stopped", f"{last.cause.value.replace('_', ' ')}{_not_requeued(job_id, queue, ended_as)}; holdfast resume {run.id}"
     return "failed", f"{last.evidence} (holdfast logs {run.id})"
+
+
+def _not_requeued(job_id: str, queue: Mapping[str, object] | None, ended_as: str) -> str:
+    """What Slurm answers about the job of a run that should have been requeued, for a note. The request may have been lost in a crash of
+    slurmctld after it was accepted, so the ledger does not decide."""
+    if queue is None or job_id.startswith(LOCAL):
+        return ""
+    return f", not requeued: job {job_id} ended as {ended_as}" if ended_as else f", not in the queue: job {job_id} is gone"
 
 
 def _works(run: RunDir, attempt: event_log.Attempt) -> bool:

@@ -185,7 +185,7 @@ def test_the_search_for_private_names_finds_them(tmp_path: Path) -> None:
 MOST_LINES = 330
 LONGER = {
     "holdfast.py": 410,  # one file, since a person's script imports it alone
-    "jobs/config/settings.py": 350,
+    "jobs/config/settings.py": 360,
     "train/trainer.py": 340,  # one function of the training loop
     "launcher/commands/clean.py": 360,
     "launcher/cluster/doctor.py": 380,

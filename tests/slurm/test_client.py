@@ -7,7 +7,7 @@ import pytest
 
 from jobs.core.errors import SubmitError
 from slurm import allocation, client
-from slurm.client import Slurm, expand_nodelist, job_info, parse_config, parse_json_state, parse_sacct, parse_scontrol, parse_squeue
+from slurm.client import Queue, Slurm, expand_nodelist, job_info, parse_config, parse_json_state, parse_sacct, parse_scontrol, parse_squeue
 from slurm.environment import clean_environment
 
 GONE = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
@@ -187,6 +187,21 @@ def test_a_job_that_slurm_requeued_itself_is_not_thrown_out_again(tmp_path: Path
     assert programs(tmp_path / "c", scontrol=f"{shown}; true").requeue("7", restarts=2) == "requeued by holdfast"
     with pytest.raises(SubmitError, match="disabled"):
         programs(tmp_path / "d", scontrol="echo 'Requested operation is presently disabled' >&2; exit 1").requeue("7")
+
+
+@pytest.mark.parametrize("message", ["Unexpected message received for job 7", "Unable to contact slurm controller (send failure)", "Message receive failure"])
+def test_a_requeue_whose_answer_was_lost_is_asked_for_again(tmp_path: Path, message: str) -> None:
+    """slurmctld was killed while it answered: it may have requeued the job, and a successor would be a second way back."""
+    shown = "[ $2 = show ] && echo 'JobId=7 JobState=RUNNING Restarts=0' && exit 0"
+    first = f"[ ! -e {tmp_path}/asked ] && touch {tmp_path}/asked && echo '{message}' >&2 && exit 1"
+    assert programs(tmp_path / "a", scontrol=f"{shown}; {first}; true").requeue("7", restarts=0) == "requeued by holdfast"
+
+
+def test_jobs_that_are_over_are_not_in_the_queue(tmp_path: Path) -> None:
+    lines = "printf '%s\\n' '7|RUNNING|None|node1' '8|FAILED|NonZeroExitCode|node1' '9|CANCELLED|None|' '10|COMPLETING|None|node2' '11|NEW_STATE|None|'"
+    queue = programs(tmp_path / "a", squeue=lines).queue()
+    assert isinstance(queue, Queue) and sorted(queue) == ["10", "11", "7"]
+    assert dict(queue.ended) == {"8": "FAILED", "9": "CANCELLED"}
 
 
 def test_a_successor_that_waits_already_is_taken_and_otherwise_one_is_submitted(tmp_path: Path) -> None:

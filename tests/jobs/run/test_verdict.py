@@ -208,8 +208,6 @@ class FakeJob:
 class FakeSlurm(Slurm):
     """Answers at the border of processes: command in, text out. So the parsers are part of what is tested."""
 
-    save_wait_s = 0.0
-
     def __init__(self) -> None:
         super().__init__({})
         self.jobs: dict[str, FakeJob] = {}
@@ -288,7 +286,9 @@ def made_run(folder: Path) -> tuple[RunDir, Budgets]:
     run = RunDir(folder / "a-1")
     run.logs.mkdir(parents=True)
     resolved = resolve_here(
-        ["MODEL=nano", "NODES=1", "GPUS_PER_NODE=2", "DEVICE=cpu", "GPU_REQUEST=none", f"RUNS_DIR={folder}", "MAX_STEPS=100000"], {}, Path.cwd()
+        ["MODEL=nano", "NODES=1", "GPUS_PER_NODE=2", "DEVICE=cpu", "GPU_REQUEST=none", f"RUNS_DIR={folder}", "MAX_STEPS=100000", "REQUEUE_CONFIRM_S=0"],
+        {},
+        Path.cwd(),
     )
     run.job_yaml.write_text(dump_yaml(resolved.job.model_dump(mode="json")))
     run.script.write_text("#!/bin/bash\n")
@@ -776,3 +776,54 @@ def test_a_successor_that_was_kept_away_from_a_node_takes_it_again_too(tmp_path:
     slurm.requeue_works = True
     with mock.patch("launcher.attempt.requeue.time.time", return_value=time.time() + job.avoid_node_h * 3600 + 60):
         assert left_out(run, job, 2, successor, slurm) == (f"JobId={successor}", "ExcNodeList=")
+
+
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [(False, "Not requeued: cancelled"), (True, "holdfast resume")],
+    ids=["cancelled by scancel", "refused by Slurm"],
+)
+def test_an_attempt_whose_nodes_fail_their_checks_says_when_it_is_not_requeued(tmp_path: Path, refused: bool, said: str) -> None:
+    """A fake: a job that is cancelled between the checks of its nodes and its requeue."""
+    run, _ = made_run(tmp_path)
+    slurm = FakeSlurm()
+    job = slurm.new()
+    job.state = "RUNNING" if refused else "CANCELLED"
+    slurm.requeue_works = slurm.successors = not refused
+    environ = {"SLURM_JOB_ID": job.id, "SLURM_JOB_NODELIST": HERE}
+    with (
+        mock.patch("launcher.attempt.lifecycle.checked", return_value={"node1": "2 of 8 GPUs"}),
+        mock.patch("launcher.attempt.requeue.signal.signal"),
+        pytest.raises(HoldfastError, match=said) as err,
+    ):
+        lifecycle.begin(run, environ, slurm)
+    assert "goes back into the queue" not in str(err.value) and job.restarts == 0
+    assert isinstance(err.value, RunOwnedError) is refused
+    assert judge(event_log.read(run.ledger), budgets_of(load(run.job_yaml))).again is refused
+
+
+@pytest.mark.parametrize("job_is_known", [True, False])
+def test_a_lost_requeue_excludes_the_bad_nodes_again(tmp_path: Path, job_is_known: bool) -> None:
+    """A fake: slurmctld forgets the request while the script sleeps, or the whole job (`slurmctld -c`)."""
+    run, _ = made_run(tmp_path)
+    job, slurm = load(run.job_yaml).model_copy(update={"requeue_confirm_s": 3}), FakeSlurm()
+    mine = slurm.new()
+    mine.state, slept = "RUNNING", []
+
+    def crash(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 1:
+            mine.state, mine.restarts = ("RUNNING" if job_is_known else "GONE"), 0
+
+    event_log.append(run.ledger, Event.BAD_NODE, attempt=1, job_id=mine.id, node="node2", reason="x")
+    with (
+        mock.patch.object(slurm, "run", wraps=slurm.run) as ran,
+        mock.patch("launcher.attempt.requeue.signal.signal"),
+        mock.patch("launcher.attempt.requeue.time.sleep", crash),
+    ):
+        assert send_back(run, job, 1, mine.id, 0, slurm)
+    waiting = mine.id if job_is_known else "101"
+    assert slept == [3, 3] and slurm.jobs[waiting].state == "PENDING"
+    assert [call.args[2] for call in ran.call_args_list if call.args[:2] == ("scontrol", "update")] == [f"JobId={mine.id}", f"JobId={waiting}"]
+    requests = [event for event in event_log.read(run.ledger) if event["event"] == Event.REQUEUE]
+    assert len(requests) == 2 and "slurmctld lost the request before in a crash" in requests[1]["way"]

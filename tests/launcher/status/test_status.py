@@ -26,7 +26,7 @@ from jobs.run.rundir import RunDir
 from launcher.commands import submit
 from launcher.output import table
 from launcher.status import run_status
-from slurm.client import Slurm
+from slurm.client import Queue, Slurm
 from slurm.pending_reasons import in_words
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")
@@ -142,6 +142,23 @@ def test_the_job_of_a_run_is_the_one_that_came_last(tmp_path: Path) -> None:
     event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id="local-5")
     event_log.append(run.ledger, Event.START, attempt=4, job_id="local-6", world=1)
     assert run_status.collect([run], {})[0].job_id == "local-5"
+
+
+@pytest.mark.parametrize(
+    ("jobs", "state", "note"),
+    [
+        ({"102": ("FAILED", "NonZeroExitCode", "node1")}, "stopped", "preempted, not requeued: job 102 ended as FAILED; holdfast resume"),
+        ({"102": ("CANCELLED", "None", "")}, "cancelled", "scancel of job 102; holdfast resume"),
+        ({}, "stopped", "preempted, not in the queue: job 102 is gone; holdfast resume"),
+        ({"102": ("PENDING", "BeginTime", "")}, "waiting", "preempted, queued again"),
+    ],
+)
+def test_slurm_decides_whether_a_run_was_requeued(tmp_path: Path, jobs: dict[str, tuple[str, str, str]], state: str, note: str) -> None:
+    run = many_runs.make(tmp_path / "runs", 3)[2]
+    event_log.append(run.ledger, Event.END, attempt=3, job_id="102", cause="preempted", evidence="so it was", step=900, saved_step=900)
+    event_log.append(run.ledger, Event.REQUEUE, attempt=3, job_id="102", way="requeued by holdfast")
+    row = run_status.collect([run], Queue.of(jobs))[0]
+    assert row.state == state and row.note.startswith(note)
 
 
 @pytest.mark.parametrize("state", ["PENDING", "SPECIAL_EXIT", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING"])
