@@ -34,6 +34,7 @@ from jobs.core.contract import Event
 from jobs.run import event_log, goodput
 from jobs.run.rundir import RunDir
 from launcher.local.executor import pid_of_rank
+from slurm.daemon_log import cancel_reasons
 from slurm.devcluster import lab, proc, slurm_conf
 
 # Two nodes with one rank each: the least that has a network between the ranks.
@@ -190,10 +191,10 @@ def sent(run: RunDir, first: event_log.Attempt) -> str:
     text = log.read_text(errors="replace") if log.exists() else ""
     # What comes behind is Slurm's answer to our own requeue.
     text = text.partition(f"holdfast: attempt {first.number} ended")[0]
-    reasons = list(dict.fromkeys(re.findall(r"CANCELLED AT \S+(?: DUE TO ([A-Z ]+))?", text)))
+    reasons = list(dict.fromkeys(cancel_reasons(text)))
     words = [f"{'+'.join(heard)} to the ranks"] if heard else ["nothing that a rank could act on"]
     if reasons:
-        words.append("log: " + ", ".join(f"DUE TO {reason.strip()}" if reason else "CANCELLED" for reason in reasons))
+        words.append("log: " + ", ".join(f"DUE TO {reason}" if reason else "CANCELLED" for reason in reasons))
     return "; ".join(words)
 
 
@@ -595,7 +596,9 @@ def staged(config: lab.LabConfig) -> Iterator[Stage]:
     here = lab.start(root / "lab", config)
     try:
         (root / "runs").mkdir()
-        yield Stage(Cluster(here, root / "runs"))
+        cluster = Cluster(here, root / "runs")
+        del cluster.env["REQUEUE_CONFIRM_S"]  # runs are submitted as users do it
+        yield Stage(cluster)
     finally:
         here.stop()
         shutil.rmtree(root, ignore_errors=True)

@@ -15,11 +15,9 @@ from jobs.core.contract import LEAD_SIGNAL, PRUNED_WORD, Cause, Exit
 from jobs.rank.stop_flag import OWN_WISH, STOP_FILE
 from jobs.run.retry_policy import BY_OWN_WISH
 from slurm.client import JobInfo
+from slurm.daemon_log import cancel_reasons
 from slurm.states import ENDED, base
 
-# slurmstepd's line in the batch log; at the start of a grace time and for scancel it has no reason, or "DUE to SIGNAL Terminated"
-# (26.05), and a reason may have a hint behind a comma ("DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS").
-_DAEMON_LINE = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+(?: DUE (?:TO|to) ([A-Za-z ]+?)(?:,[^*\n]*)?)? \*\*\*")
 _DAEMON_REASON = {
     "PREEMPTION": Cause.PREEMPTED,
     "JOB REQUEUE": Cause.REQUEUED,
@@ -106,14 +104,14 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
     stopped = [marker for marker in seen.markers.values() if marker.get("reason") == "stopped"]
     if stopped:
         return _stopped(seen, str(stopped[0].get("signal")))
-    if seen.limit_near and not _DAEMON_LINE.search(seen.log) and not (seen.job and seen.job.preempted_at):
+    if seen.limit_near and not cancel_reasons(seen.log) and not (seen.job and seen.job.preempted_at):
         return Cause.TIME_LIMIT, "the time limit was about to be reached and the script was still running"
     # Exit 0 after a stop says nothing about the end of the training: one attempt too many costs less than a lost run.
     if seen.own_script and (seen.code in (Exit.DONE, Exit.REQUEUE) or (seen.stop_sent and seen.code > 128)):
         # Which signal it heard is not known: USR2 comes to the ranks alone, TERM before a kill to the batch script as well.
         near = seen.seconds_to_limit is not None and seen.seconds_to_limit <= seen.lead_s + _EARLY_S
         # In a grace time slurmstepd's line is the only sign; where Slurm does not answer there may have been any.
-        asked = seen.signals or seen.unanswered or _DAEMON_LINE.search(seen.log)
+        asked = seen.signals or seen.unanswered or cancel_reasons(seen.log)
         return _stopped(seen, seen.stop_sent or ("USR2" if near and "TERM" not in seen.signals else "TERM" if asked else ""))
     # Before the ranks' errors: when a node is lost, the others fail in many ways, and all of them are its echo.
     daemon = _daemon_cause(seen) or _accounting_cause(seen)
@@ -154,7 +152,7 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
         return Cause.KILLED, f"the step ended by signal {seen.code - 128}" + (f", rank {_numbers(missing)} left no marker" if missing else "")
     if seen.code == Exit.IMPOSSIBLE:
         return Cause.CODE_ERROR, "a rank says that this job can never run here"
-    if seen.gone and _DAEMON_LINE.search(seen.log):
+    if seen.gone and cancel_reasons(seen.log):
         return Cause.CANCELLED, "slurmstepd: cancelled, and Slurm did not start it again"
     # A step that could not be made, for example: srun's own words, where it had any.
     said = _SRUN_ERROR.search(seen.log)
@@ -166,7 +164,7 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
 
 def _stop_seen(seen: Evidence) -> bool:
     """Whether there is a sign that a user script was asked to stop. USR2 to the batch script alone is none: it does not reach the ranks."""
-    return bool(seen.stop_sent or "TERM" in seen.signals or "INT" in seen.signals or _DAEMON_LINE.search(seen.log))
+    return bool(seen.stop_sent or "TERM" in seen.signals or "INT" in seen.signals or cancel_reasons(seen.log))
 
 
 def _stopped(seen: Evidence, signal: str) -> tuple[Cause, str]:
@@ -190,7 +188,7 @@ def _stopped(seen: Evidence, signal: str) -> tuple[Cause, str]:
         return accounted
     if seen.job is not None and is_ended_for_good(seen.job) and not seen.put_back:
         return Cause.CANCELLED, "slurmctld ended the job and does not mean to start it again"
-    if seen.gone and _DAEMON_LINE.search(seen.log):
+    if seen.gone and cancel_reasons(seen.log):
         return Cause.CANCELLED, "slurmstepd: cancelled, and Slurm did not start it again"
     if signal == "USR2":
         return Cause.PREEMPTED, "SIGUSR2 long before the time limit"
@@ -218,7 +216,7 @@ def is_ended_for_good(job: JobInfo) -> bool:
 
 
 def _daemon_cause(seen: Evidence) -> tuple[Cause, str] | None:
-    for reason in _DAEMON_LINE.findall(seen.log):
+    for reason in cancel_reasons(seen.log):
         if reason in _DAEMON_REASON:
             return _DAEMON_REASON[reason], f"slurmstepd: cancelled due to {reason.lower()}"
     lost = _NODE_FAILURE.search(seen.log)

@@ -27,6 +27,7 @@ from jobs.run.rundir import RunDir
 from launcher.attempt.watchdog import kill_step
 from slurm.allocation import local_time
 from slurm.client import JobInfo, Slurm
+from slurm.daemon_log import cancel_reasons
 
 _POLL_S = 0.5
 # Seconds before the limit at which the attempt is ended: the end of the attempt and the requeue must fit. At most half of the lead.
@@ -34,7 +35,6 @@ _MARGIN_S = 20.0
 # Slurm warns up to 60 s early; a warning earlier than that is a preemption (preempt_send_user_signal).
 _EARLY_S = 75.0
 _FAILURE = re.compile(r"^srun: error: \S+: tasks? \[?(\d+)[^:]*: (?:Exited with exit code (\d+)|(?!Exited).*)$", re.M)
-_STOPPED_BY_SLURM = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT ")
 
 
 def first_failure(log: str) -> tuple[int, int] | None:
@@ -120,7 +120,7 @@ class Guard:
             file.seek(self._offset)
             text = safe_read.read_some(file, self._log, 1 << 20).decode(errors="replace")
         failed = first_failure(text)
-        if failed is None or _STOPPED_BY_SLURM.search(text):
+        if failed is None or cancel_reasons(text):
             return
         self._failed_at = self._failed_at or now
         if now - self._failed_at >= self._args.peer_wait:

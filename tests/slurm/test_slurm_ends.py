@@ -137,7 +137,7 @@ def test_a_run_preempted_while_its_node_is_being_set_up_comes_back_also_where_sl
     cancelling.slurm("sbatch", "-p", "high", "-N2", "--exclusive", "--wrap", "sleep 1", "-o", "/dev/null")
     attempts = cancelling.finished(run)
     assert [str(attempt.cause) for attempt in attempts] == ["preempted", "finished"], cancelling.logs(run)
-    assert attempts[0].job_id == attempts[1].job_id and "preempt" in attempts[0].evidence
+    assert attempts[0].job_id == attempts[1].job_id and "preempt" in attempts[0].evidence.lower()
     assert not run.attempt(1).progress.exists()
 
 
@@ -163,12 +163,47 @@ def test_one_cancelled_task_of_an_array_is_over_and_the_others_go_on(cluster: Cl
     cluster.slurm("scancel", str(answer["job_id"]))
 
 
+DELAYED = """import atexit, pathlib, sys, time
+def wait():
+    pathlib.Path({folder!r}, "reached").touch()
+    time.sleep(8)
+if sys.orig_argv[-2:] == ["launcher.attempt", {command!r}]:
+    atexit.register(wait) if {command!r} == "adopt" else wait()
+"""
+
+
+def delayed(folder: Path, command: str) -> dict[str, str]:
+    """Environment in which `python -m launcher.attempt COMMAND` writes the file `reached` and takes 8 s longer: `adopt` at its end."""
+    (folder / "sitecustomize.py").write_text(DELAYED.format(folder=str(folder), command=command))
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_a_job_cancelled_while_its_attempt_begins_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    run = cluster.submit(**PAIR, NODE_ENV=f"PYTHONPATH={delayed(tmp_path, 'begin')['PYTHONPATH']}")
+    until((tmp_path / "reached").exists, 60, lambda: f"the beginning of the attempt\n{cluster.logs(run)}")
+    cluster.slurm("scancel", cluster.job_id(run))
+    until(lambda: [a for a in event_log.attempts(event_log.read(run.ledger)) if a.cause], 30, lambda: f"the end\n{cluster.logs(run)}")
+    until(lambda: not cluster.slurm("squeue", "-h", "-j", cluster.job_id(run)), 30, "the job to leave")
+    assert ended(run) == ["cancelled"] and not run.attempt(1).progress.exists(), cluster.logs(run)
+
+
+def test_a_job_submitted_by_hand_and_cancelled_while_its_run_is_made_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    run = submit_by_hand(cluster, f"--output={cluster.runs}/slurm-%j.out", **delayed(tmp_path, "adopt"))
+    until((tmp_path / "reached").exists, 30, "the run to be made")
+    cluster.slurm("scancel", cluster.job_id(run))
+    until(lambda: not cluster.slurm("squeue", "-h", "-j", cluster.job_id(run)), 30, "the job to leave")
+    info = Slurm(cluster.env).job(cluster.job_id(run))
+    assert info is not None and (info.state, info.restarts) == ("CANCELLED", 0)
+    (row,) = json.loads(cluster.holdfast("status", "--json", str(run.path)).stdout)
+    assert (row["state"], row["attempt"]) == ("cancelled", 0), row
+
+
 BY_HAND = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--mem=4G", "--time=10", "slurm/train.sbatch")
 
 
-def submit_by_hand(cluster: Cluster, *options: str) -> RunDir:
+def submit_by_hand(cluster: Cluster, *options: str, **more: str) -> RunDir:
     """A run of slurm/train.sbatch, whose log is the slurm-ID.out of its folder unless the options say otherwise."""
-    env = {**cluster.env, **SMALL, "MAX_STEPS": "600", "HOLDFAST_SITE": "lab", "HOLDFAST_PYTHON": sys.executable}
+    env = {**cluster.env, **SMALL, "MAX_STEPS": "600", "HOLDFAST_SITE": "lab", "HOLDFAST_PYTHON": sys.executable, **more}
     job = subprocess.run(
         ["sbatch", "--parsable", *options, *BY_HAND], cwd=REPOSITORY, env=env, capture_output=True, text=True, check=True, timeout=90
     ).stdout.strip()
