@@ -514,9 +514,9 @@ def test_accounting_keeps_every_attempt(room: Path) -> None:
 AS_SOMEBODY = """
 import json, sys
 from pathlib import Path
-from slurm import lab, lab_host
+from slurm.devcluster import host_info, lab
 if sys.argv[2] == "none":
-    lab_host.pick_isolation = lambda: "none"
+    host_info.pick_isolation = lambda: "none"
 cluster = lab.start(Path(sys.argv[1]), lab.LabConfig(nodes=2, kill_wait_s=3))
 print(json.dumps([cluster.isolation, lab.find(cluster.root) == cluster]))
 """

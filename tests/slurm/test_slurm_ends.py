@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from jobs.run.rundir import RunDir
 from launcher.local.executor import pid_of_rank
 from slurm.client import Slurm
 from slurm.devcluster import lab
+from slurm.devcluster.prefix import VARIABLE
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -219,6 +224,58 @@ def test_scancel_of_a_job_submitted_by_hand_is_no_requeue(cluster: Cluster, log:
     until(lambda: event_log.attempts(event_log.read(run.ledger))[0].cause, 30, lambda: f"the end\n{cluster.logs(run)}")
     until(lambda: not cluster.slurm("squeue", "-h", "-j", job), 30, "the job to leave")
     assert ended(run) == ["cancelled"], cluster.logs(run)
+
+
+LAB_OF_USER = """import json, sys
+from pathlib import Path
+from slurm.devcluster import lab
+from slurm.devcluster.prefix import VARIABLE
+root = Path(sys.argv[1])
+print(json.dumps(lab.start(root, lab.LabConfig(nodes=1)).env()) if sys.argv[2] == "start" else lab.load(root).stop())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+def test_scancel_by_root_of_another_users_run_is_no_requeue() -> None:
+    """The cluster and the run belong to an ordinary user."""
+    user, packages = "games", sysconfig.get_path("purelib")
+    room = Path(tempfile.mkdtemp(prefix="hf-", dir="/tmp"))
+    room.chmod(0o755)
+    with suppress(LookupError):
+        shutil.chown(room, user, user)
+    env = {
+        "PATH": os.environ["PATH"], "HOME": str(room), "PYTHONPATH": f"{REPOSITORY}:{packages}", "PYTHONDONTWRITEBYTECODE": "1", "RUNS_DIR": f"{room}/runs",
+        "HOLDFAST_SITE": "lab", VARIABLE: os.environ.get(VARIABLE, ""), "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*",
+    }  # fmt: skip
+
+    def call(*command: str, **more: str) -> subprocess.CompletedProcess[str]:
+        # `env`, since the first program after setpriv is still looked up with root's capabilities.
+        become = ("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "env")
+        return subprocess.run([*become, *command], cwd=REPOSITORY, env={**env, **more}, capture_output=True, text=True, timeout=120)
+
+    # An interpreter below /root cannot be started by others.
+    python = next((python for python in (sys.executable, "/usr/bin/python3") if call(python, "-c", "import launcher.cli.app, torch").returncode == 0), None)
+    if python is None:
+        shutil.rmtree(room)
+        pytest.skip(f"no Python here that user {user} can start and that has the libraries")
+    try:
+        client = json.loads(call(python, "-c", LAB_OF_USER, f"{room}/lab", "start").stdout)
+        script = REPOSITORY / "tests" / "support" / "scripts" / "until_stopped.py"
+        words = (f"ENTRY={script}", "NODES=1", "GPUS_PER_NODE=1", f"NODE_ENV=PYTHONPATH={packages}", "REQUEUE_CONFIRM_S=0")
+        submitted = call(python, "-m", "launcher.cli.app", "submit", "--json", *words, **client)
+        assert submitted.returncode == 0, submitted.stderr
+        run, job = RunDir(Path(json.loads(submitted.stdout)["path"])), json.loads(submitted.stdout)["job_id"]
+        until((run.path / "running.1").exists, 60, lambda: "the script\n" + "\n".join(path.read_text() for path in run.logs.glob("*")))
+        here = {**os.environ, **client}
+        assert f"UserId={user}(" in subprocess.run(["scontrol", "show", "job", job], env=here, capture_output=True, text=True).stdout
+        subprocess.run(["scancel", job], env=here, check=True, timeout=60)
+        until(lambda: event_log.attempts(event_log.read(run.ledger))[0].cause, 30, "the end")
+        until(lambda: (info := Slurm(here).job(job)) and info.state == "CANCELLED", 30, "the job to leave")
+        info = Slurm(here).job(job)
+        assert info is not None and info.restarts == 0 and ended(run) == ["cancelled"]
+    finally:
+        call(python, "-c", LAB_OF_USER, f"{room}/lab", "stop")
+        shutil.rmtree(room, ignore_errors=True)
 
 
 def test_a_preemption_of_a_job_submitted_by_hand_is_recorded_as_one(cluster: Cluster) -> None:
