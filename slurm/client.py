@@ -192,7 +192,7 @@ class Queue(dict[str, tuple[str, str, str]]):
 
 
 class Slurm:
-    """The Slurm clients of this machine. Every call raises SubmitError with Slurm's own words when it fails."""
+    """The Slurm clients of this machine. Every call raises SubmitError with Slurm's error message when it fails."""
 
     def __init__(self, environ: Mapping[str, str] | None = None):
         self.environ = clean_environment(os.environ if environ is None else environ)
@@ -210,8 +210,8 @@ class Slurm:
         except subprocess.TimeoutExpired:
             raise SubmitError(f"{command[0]} did not answer within {CALL_TIMEOUT_S:.0f} s; is slurmctld running? (scontrol ping)") from None
         if done.returncode:
-            said = " ".join(done.stderr.split()) or " ".join(done.stdout.split()) or f"exit code {done.returncode}"
-            raise SubmitError(explain(command[0], said))
+            message = " ".join(done.stderr.split()) or " ".join(done.stdout.split()) or f"exit code {done.returncode}"
+            raise SubmitError(explain(command[0], message))
         return done.stdout
 
     def test_only(self, script: str) -> str:
@@ -222,10 +222,10 @@ class Slurm:
             raise SubmitError("sbatch is not on this machine; is this a login node of the cluster? `holdfast submit --local` needs no Slurm") from None
         except subprocess.TimeoutExpired:
             raise SubmitError(f"sbatch did not answer within {CALL_TIMEOUT_S:.0f} s; is slurmctld running? (scontrol ping)") from None
-        said = " ".join(done.stderr.split())
+        message = " ".join(done.stderr.split())
         if done.returncode:
-            raise SubmitError(explain("sbatch", said))
-        return said
+            raise SubmitError(explain("sbatch", message))
+        return message
 
     def job(self, job_id: str) -> JobInfo | None:
         """A job that slurmctld still knows; None when it says that there is no such job."""
@@ -346,8 +346,8 @@ class Slurm:
                 if job_id not in (shown, plain) and (array_index is None or shown.endswith(f"_{array_index}")):
                     return shown, False
             extra = [] if array_index is None else [f"--array={array_index}"]
-            said = job_number(self.run("sbatch", "--parsable", f"--dependency=afterany:{job_id}", *extra, str(script)))
-            return (said if array_index is None else f"{said}_{array_index}"), True
+            number = job_number(self.run("sbatch", "--parsable", f"--dependency=afterany:{job_id}", *extra, str(script)))
+            return (number if array_index is None else f"{number}_{array_index}"), True
 
         return self.patiently(once, patience_s)
 
@@ -393,10 +393,10 @@ def unreachable(err: SubmitError) -> bool:
     return bool(_UNREACHABLE.search(str(err)))
 
 
-def explain(program: str, said: str) -> str:
-    """Slurm's own words, and what to do where they are known to be puzzling."""
-    if "Could not establish a configuration source" in said:
+def explain(program: str, message: str) -> str:
+    """Slurm's error message, with what to do where the message alone does not tell."""
+    if "Could not establish a configuration source" in message:
         return f"{program}: Slurm's commands are here, but no cluster is configured: there is no slurm.conf, neither where SLURM_CONF says nor in /etc/slurm."
-    if "Unable to contact slurm controller" in said or "Connection refused" in said or "Unable to establish" in said:
-        return f"{program}: {said}. slurmctld cannot be reached; `scontrol ping` shows whether it runs."
-    return f"{program}: {said}"
+    if "Unable to contact slurm controller" in message or "Connection refused" in message or "Unable to establish" in message:
+        return f"{program}: {message}. slurmctld cannot be reached; `scontrol ping` shows whether it runs."
+    return f"{program}: {message}"

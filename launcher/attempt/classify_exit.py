@@ -26,6 +26,8 @@ _DAEMON_REASON = {
 }
 _NODE_FAILURE = re.compile(r"srun: error: Node failure on (\S+)")
 _SRUN_ERROR = re.compile(r"^srun: error: (.+)$", re.M)
+# srun's last error where no task was started (src/srun/libsrun/launch.c and allocate.c, 22.05 to 26.05), as in the first seconds of a new slurmctld.
+_NOT_STARTED = re.compile(r"Unable to (?:create step|confirm allocation) for job")
 # What a rank says when it is another rank that is gone.
 _PEER_LOST = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket Timeout|NCCL.*remote|connectFullMesh|Timed out waiting|recvValue failed"
@@ -139,7 +141,7 @@ def classify(seen: Evidence) -> tuple[Cause, str]:
         rank, code = seen.failed_rank
         if 0 < code <= 128:
             return Cause.CODE_ERROR, f"srun task {rank} of your script ended with {code}; tasks still running after PEER_EXIT_WAIT_S were killed"
-    if seen.own_script and 0 < seen.code <= 128:
+    if seen.own_script and 0 < seen.code <= 128 and not _NOT_STARTED.match((_SRUN_ERROR.findall(seen.log) or [""])[-1]):
         return Cause.CODE_ERROR, f"your script ended with {seen.code}"
     if seen.put_back and missing:
         return Cause.NODE_FAILURE, f"Slurm had taken the job back by itself, and rank {_numbers(missing)} left no marker"

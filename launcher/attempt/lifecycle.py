@@ -198,23 +198,23 @@ def end(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, code: int,
 
 def _turn_away(run: RunDir, job: Job, number: int, job_id: str, restarts: int, bad: Mapping[str, str], slurm: Slurm | None, environ: Mapping[str, str]) -> None:
     """Ends an attempt whose nodes did not pass their checks. Raises RunOwnedError (go on later) or HoldfastError (over)."""
-    said = "; ".join(f"{node}: {fault}" for node, fault in bad.items())
+    faults = "; ".join(f"{node}: {fault}" if node else fault for node, fault in bad.items())
     is_disk = "" in bad
     cause = Cause.STORAGE if is_disk else Cause.NODE_FAILURE
     for node, fault in bad.items():
         if node:
             event_log.append(run.ledger, Event.BAD_NODE, attempt=number, job_id=job_id, node=node, reason=fault)
-    write_end(run, number, job_id, cause, f"before the start: {said.removeprefix(': ')}", None, elapsed(run, number, environ))
+    write_end(run, number, job_id, cause, f"before the start: {faults}", None, elapsed(run, number, environ))
     verdict = judge(event_log.read(run.ledger), budgets_of(job))
     if not verdict.again:
-        _notify(run, job, verdict, cause, said.removeprefix(": "), environ)
-        raise HoldfastError(f"run {run.id}: {said}. Over: {verdict.reason}.")
+        _notify(run, job, verdict, cause, faults, environ)
+        raise HoldfastError(f"run {run.id}: {faults}. Over: {verdict.reason}.")
     later = f"holdfast resume {run.id} tries again"
     if slurm is not None and send_back(run, job, number, job_id, restarts, slurm):
         later = "It goes back into the queue"
     elif not (verdict := judge(event_log.read(run.ledger), budgets_of(job))).again:
-        raise HoldfastError(f"run {run.id} does not start here: {said.removeprefix(': ')}. Not requeued: {verdict.reason}. {later}.")
-    raise RunOwnedError(f"run {run.id} does not start here: {said.removeprefix(': ')}. {later} ({verdict.reason}).")
+        raise HoldfastError(f"run {run.id} does not start here: {faults}. Not requeued: {verdict.reason}. {later}.")
+    raise RunOwnedError(f"run {run.id} does not start here: {faults}. {later} ({verdict.reason}).")
 
 
 def _notify(run: RunDir, job: Job, verdict: Verdict, cause: Cause, evidence: str, environ: Mapping[str, str]) -> None:

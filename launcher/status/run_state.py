@@ -18,14 +18,14 @@ def newest_job(events: list[dict[str, Any]]) -> str:
     """The job that the ledger has last: submitted, begun, or submitted by the one before as its successor. Empty before the first."""
     job_id, number, begun = "", 0, set()
     for event in events:
-        said = str(event["job_id"])
+        event_job = str(event["job_id"])
         if event["event"] == Event.START:
             number = max(number, event["attempt"])
-            begun.add(said)
+            begun.add(event_job)
             # A local submission trains in a child of the process that the person was told of.
-            job_id = job_id if said.startswith(LOCAL) and job_id.startswith(LOCAL) else said
-        elif event["event"] == Event.SUBMITTED and said not in begun:  # a quick job begins before its submission is written down
-            job_id = said
+            job_id = job_id if event_job.startswith(LOCAL) and job_id.startswith(LOCAL) else event_job
+        elif event["event"] == Event.SUBMITTED and event_job not in begun:  # a quick job begins before its submission is written down
+            job_id = event_job
         elif event["event"] == Event.REQUEUE and event.get("successor") and event["attempt"] >= number:
             job_id = str(event["successor"])
     return job_id
@@ -59,13 +59,13 @@ def state_of(
     verdict = judge(events, budgets_of(job))
     if ended_as == "CANCELLED" and (last is None or last.cause is None or verdict.again):
         return "cancelled", f"scancel of job {job_id}; holdfast resume {run.id} goes on"
-    # A module that is not there, a setup script that fails: the batch log has its words.
-    said = not attempts and bool(job_id) and run.log(job_id, "batch").exists()
+    # A missing module, a setup script that fails: the batch log has the error message.
+    has_log = not attempts and bool(job_id) and run.log(job_id, "batch").exists()
     gone = (
         (
             "stopped",
             f"job {job_id} ended before its attempt began (holdfast logs {run.id}); holdfast resume {run.id}"
-            if said
+            if has_log
             else f"job {job_id} is gone from the queue; holdfast resume {run.id}",
         )
         if verdict.reason != "cancelled"

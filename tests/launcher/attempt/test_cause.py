@@ -204,6 +204,19 @@ TABLE: dict[str, tuple[dict[str, object], Cause]] = {
         Cause.HANG,
     ),
     # a person's own script, which leaves no markers
+    "own script, srun starts no task": (
+        {"code": 1, "own_script": True, "job": job(), "log": "srun: error: Unable to create step for job 6: Invalid generic resource (gres) specification\n"},
+        Cause.UNKNOWN,
+    ),
+    "own script, fails in a step that srun made in the end": (
+        {
+            "code": 1,
+            "own_script": True,
+            "job": job(),
+            "log": "srun: error: Unable to create step for job 6: Nodes busy\nsrun: error: node1: task 0: Exited with exit code 1\n",
+        },
+        Cause.CODE_ERROR,
+    ),
     "own script, done": ({"code": 0, "own_script": True}, Cause.FINISHED),
     "own script, ends with 0 after a preemption": ({"code": 0, "own_script": True, "signals": ["TERM"], "log": PREEMPTION}, Cause.PREEMPTED),
     "own script, ends with 0 in the grace": (
