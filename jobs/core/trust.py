@@ -1,4 +1,4 @@
-"""Ownership checks for files whose content is executed; so far those of a lab.
+"""Ownership checks for files whose content is executed: those of labs, runs and caches.
 
 A path is trusted when the effective user owns it, neither group nor others can write to it, and it is a directory or a regular file
 itself: symbolic links are never followed. Reading needs no trust.
@@ -13,17 +13,24 @@ Kind = Literal["directory", "file"]
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-def find_problem(path: Path, kind: Kind) -> str:
-    """Return why `path` is not trusted, as the end of a sentence about it; empty if it is trusted. Raises OSError if it is absent."""
-    return _problem_of(os.lstat(path), kind)
+def find_problem(path: Path, kind: Kind, *, allow_root: bool = False) -> str:
+    """Return why `path` is not trusted, as the end of a sentence about it; empty if it is trusted. Raises OSError if it is absent.
+
+    `allow_root`: it may belong to root too."""
+    return _problem_of(os.lstat(path), kind, allow_root)
 
 
-def _problem_of(facts: os.stat_result, kind: Kind) -> str:
+def is_owner(facts: os.stat_result) -> bool:
+    """Return whether this user, or root, owns what `facts` describe."""
+    return facts.st_uid in (0, os.geteuid())
+
+
+def _problem_of(facts: os.stat_result, kind: Kind, allow_root: bool = False) -> str:
     if stat.S_ISLNK(facts.st_mode):
         return "is a symbolic link"
     if not (stat.S_ISDIR if kind == "directory" else stat.S_ISREG)(facts.st_mode):
         return f"is not a {'directory' if kind == 'directory' else 'regular file'}"
-    if facts.st_uid != os.geteuid():
+    if not (facts.st_uid == os.geteuid() or (allow_root and is_owner(facts))):
         return f"belongs to {user_name(facts.st_uid)}, not to you"
     if facts.st_mode & _OTHERS_WRITE:
         return f"can be written by {'everybody' if facts.st_mode & stat.S_IWOTH else 'its group'} (mode {stat.S_IMODE(facts.st_mode):04o})"

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from jobs.core.errors import NotFoundError, SettingError
+from jobs.run import permissions
 from jobs.run.rundir import RunDir
 
 _ID_LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"
@@ -30,6 +31,7 @@ def stage(final: RunDir) -> RunDir:
     staging = final.path.parent / f"{STAGING}{final.path.name}-{secrets.token_hex(4)}"
     try:
         staging.mkdir(parents=True)
+        permissions.close_new_directory(staging)
     except OSError as err:
         raise SettingError(f"RUNS_DIR {str(final.path.parent)!r} cannot be written: {err.strerror}. Choose another with RUNS_DIR=...") from err
     return RunDir(staging)

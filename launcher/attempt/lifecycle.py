@@ -59,6 +59,7 @@ def begin(run: RunDir, environ: Mapping[str, str], slurm: Slurm | None, stop: St
 
     Raises RunOwnedError when another job is training this run or a node did not pass its checks, HoldfastError when the run
     is over."""
+    permissions.check_run(run, "its attempt", trees=False)
     from slurm.script.render import pattern  # brings the template engine with it, which `end` has no time for
 
     if run.is_member and not run.job_yaml.exists():
@@ -239,10 +240,11 @@ def _ask(slurm: Slurm | None, job_id: str, patience_s: float = 0.0) -> tuple[Job
 def adopt(environ: Mapping[str, str], cwd: Path) -> Path:
     """The script of the run that belongs to this Slurm job, which is made at its first attempt.
 
-    Later attempts look for it first: whatever became of job file and working tree meanwhile, the run is the same."""
+    Later attempts look for it first: whatever became of job file and working tree meanwhile, the run is the same. The script is executed by
+    the caller: raises SettingError if another user controls the run."""
     known = _made_before(environ, cwd / (environ.get(f"{PREFIX}RUNS_DIR") or environ.get("RUNS_DIR") or Job.model_fields["runs_dir"].default))
     if known is not None:
-        return known.script
+        return permissions.script_to_submit(known)
     from launcher.submission.create_run import prepare, resolve_here  # git and hashing: only a first attempt needs them
 
     allocation: dict[str, object] = {"run_id": f"j{_word_of(environ)}", "nodes": int(environ.get("SLURM_JOB_NUM_NODES", "1"))}
@@ -258,11 +260,11 @@ def adopt(environ: Mapping[str, str], cwd: Path) -> Path:
     # Where the job file or the site says RUNS_DIR; its name may be another one by now.
     known = _made_before(environ, cwd / resolved.job.runs_dir)
     if known is not None:
-        return known.script
+        return permissions.script_to_submit(known)
     run, made = prepare(resolved, cwd, sys.executable)
     if made:
         event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id_of(environ), by="sbatch", cluster=environ.get("SLURM_CLUSTER_NAME", ""))
-    return run.script
+    return permissions.script_to_submit(run)
 
 
 def _word_of(environ: Mapping[str, str]) -> str:
@@ -270,11 +272,16 @@ def _word_of(environ: Mapping[str, str]) -> str:
 
 
 def _made_before(environ: Mapping[str, str], runs_dir: Path) -> RunDir | None:
-    """The run that an earlier attempt of this very job made in a folder. Ids come again, in other clusters and after years: the newest."""
+    """The run that an earlier attempt of this very job made in a folder. Ids come again, in other clusters and after years: the newest.
+
+    What another user put there under such a name is none, and is reported."""
     if not restarts_of(environ):
         return None
     found = []
     for run in (RunDir(path.absolute()) for path in runs_dir.glob(f"*-j{_word_of(environ)}") if (path / "job.yaml").exists()):
+        if not permissions.is_owned(run.path):
+            print(f"holdfast: {run.path} is a link or belongs to another user, and is not the run of this job", file=sys.stderr, flush=True)
+            continue
         clusters = {event.get("cluster") for event in event_log.read(run.ledger) if event.get("event") == Event.SUBMITTED} - {None, ""}
         if not clusters or environ.get("SLURM_CLUSTER_NAME", "") in {"", *clusters}:
             found.append(run)

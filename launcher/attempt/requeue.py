@@ -8,8 +8,8 @@ from enum import Enum, auto
 
 from jobs.config.settings import Job
 from jobs.core.contract import Cause, Event
-from jobs.core.errors import SubmitError
-from jobs.run import event_log
+from jobs.core.errors import SettingError, SubmitError
+from jobs.run import event_log, permissions
 from jobs.run.rundir import RunDir
 from launcher.attempt.classify_exit import is_ended_for_good
 from launcher.attempt.node_exclusion import avoided
@@ -83,10 +83,10 @@ def _ask_back(run: RunDir, job_id: str, restarts: int, slurm: Slurm, why: str) -
         return _Request(slurm.requeue(job_id, restarts, _REQUEUE_PATIENCE_S) + why, job_id)
     except SubmitError as refused:
         try:
-            successor, new = slurm.successor(run.script, job_id, run.script.parent.name, run.path.name if run.is_member else None)
+            successor, new = slurm.successor(permissions.script_to_submit(run), job_id, run.script.parent.name, run.path.name if run.is_member else None)
             state = "was submitted and starts" if new else "is queued already and starts"
             return _Request(f"job {successor} {state} when this one is over; requeue was not possible: {refused}{why}", successor)
-        except SubmitError as err:
+        except (SubmitError, SettingError) as err:
             return _Request(f"could not be requeued: {refused}; and no successor could be submitted: {err}{why}", None)
 
 

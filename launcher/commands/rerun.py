@@ -11,7 +11,7 @@ from jobs.config.resolver import Resolved, amend, given_values, load
 from jobs.core import safe_read
 from jobs.core.contract import LOCAL, Event, Exit
 from jobs.core.errors import DamagedFileError, HoldfastError, SettingError, SubmissionUnknownError
-from jobs.run import event_log, rundir, store
+from jobs.run import event_log, permissions, rundir, store
 from jobs.run.rundir import RunDir
 from launcher.commands import diff
 from launcher.local.executor import run_attempts
@@ -22,6 +22,7 @@ from slurm.script.render import script_for
 
 def rerun(source: RunDir, words: Sequence[str], cwd: Path, *, current_code: bool, local: bool, as_json: bool) -> int:
     """Makes the new run, says how it differs, and starts it where the old one ran. Returns the exit code."""
+    permissions.check_run(source, "holdfast rerun")
     if source.has_members:
         raise SettingError(lookup.name_a_task(source))
     resolved = resolved_again(source, words, cwd)

@@ -103,7 +103,7 @@ def run_here(words: Sequence[str], cwd: Path) -> int:
 
 def resume_run(run: RunDir, local: bool, words: Sequence[str] = (), allow: bool = False) -> int:
     """Starts a run again. Its settings are those that were frozen, with `words` over them; its budgets and a wish to stop are forgotten."""
-    permissions.refuse_foreign(run.path, "holdfast resume")
+    permissions.check_run(run, "holdfast resume")
     refuse_array(run)
     refuse_without_code(run)
     events = event_log.read(run.ledger)

@@ -28,7 +28,7 @@ from jobs.core.atomic_write import replace_file
 from jobs.core.contract import Event, Exit
 from jobs.core.errors import HoldfastError, ImpossibleJobError, NotFoundError, SettingError, SubmissionUnknownError, SubmitError
 from jobs.core.imports import nearest
-from jobs.run import event_log, store
+from jobs.run import event_log, permissions, store
 from jobs.run.rundir import RunDir
 from jobs.sweep import parser, search_space
 from launcher.cluster.doctor import said_at_submit
@@ -216,6 +216,7 @@ def _with_some_point(sweep: search_space.Sweep, words: Sequence[str], cwd: Path,
 def resume(naming: Sequence[str], cwd: Path, *, trials: int | None, parallel: str | None, local: bool, wait: bool, as_json: bool) -> int:
     """Starts the trials of a sweep that are missing or were stopped, and adds new ones up to `trials`. Returns the exit code."""
     run = find(naming, cwd)
+    permissions.check_run(run, "holdfast sweep --resume")
     sweep = search_space.load(run.sweep)
     if trials is not None and trials != sweep.trials:
         if sweep.sampler == "grid":
@@ -254,6 +255,7 @@ def resume(naming: Sequence[str], cwd: Path, *, trials: int | None, parallel: st
             else f"sweep {run.id}: every trial is over, waits or runs; nothing was submitted (--trials N adds more)"
         )
         return Exit.DONE
+    permissions.check_run(run, "holdfast sweep --resume", [row.number for row in open_ones], trees=False)
     for row in open_ones:
         run.member(row.number).stop_file.unlink(missing_ok=True)
     numbers = [row.number for row in open_ones]

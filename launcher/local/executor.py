@@ -26,7 +26,8 @@ _POLL_S = 0.05
 def run_attempts(run: RunDir, environ: Mapping[str, str], *, foreground: bool = False) -> Exit:
     """Starts attempts until the run is over or this process is asked to stop. Returns how it ended.
 
-    In the foreground rank 0 writes to the terminal as well as to its log."""
+    In the foreground rank 0 writes to the terminal as well as to its log. Raises SettingError if another user controls the run."""
+    permissions.check_run(run, "its attempt")
     job = load(run.job_yaml)
     environ = {**clean_environment(environ), **job.node_env, RankEnv.RUN_DIR: str(run.path)}
     asked: list[int] = []

@@ -13,7 +13,7 @@ from jobs.config.resolver import Resolved, resolve, resolve_each
 from jobs.config.settings import Job
 from jobs.config.yaml_io import dump_yaml
 from jobs.core.errors import HoldfastError, SettingError
-from jobs.run import store
+from jobs.run import permissions, store
 from jobs.run.rundir import RunDir
 from launcher.submission import snapshot
 from slurm import site_file
@@ -61,6 +61,7 @@ def prepare(
     if final.path.exists():
         if not final.job_yaml.exists():
             raise SettingError(f"RUN_ID: {final.path} exists and is no run directory.")
+        permissions.check_run(final, f"RUN_ID={job.run_id}")
         return final, False
 
     def fill(staging: RunDir) -> None:

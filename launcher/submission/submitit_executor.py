@@ -38,7 +38,7 @@ class ScriptExecutor(submitit.SlurmExecutor):
 
     def __init__(self, run: RunDir, job: Job):
         super().__init__(folder=run.submitit)
-        self._script = safe_read.read_text(run.script)
+        self._script = safe_read.read_text(permissions.script_to_submit(run))
         # submitit counts the tasks of a job from these; the script says the same to Slurm.
         self.update_parameters(nodes=job.nodes, ntasks_per_node=job.gpus_per_node, time=job.time_limit)
 
@@ -69,6 +69,7 @@ def train_run(run_dir: str) -> int:
 def to_slurm(run: RunDir, job: Job, environ: Mapping[str, str], members: int = 0) -> str:
     """Submits a run (or the array in its directory). Returns Slurm's job id. Raises SubmitError with sbatch's own words."""
     _refuse_tags(run)
+    permissions.check_run(run, "its job", trees=False)
     if shutil.which("srun") is None or shutil.which("sbatch") is None:
         raise SubmitError("sbatch and srun are not on this machine; is this a login node of the cluster? `holdfast submit --local` needs no Slurm")
     if job.run_id is not None and not members:
@@ -107,7 +108,7 @@ def to_local(run: RunDir, job: Job) -> "submitit.Job[int]":
     """Starts a run on this machine by submitit's local executor, in the background."""
     _refuse_tags(run)
     # submitit's own process loads the pickle that is written here.
-    permissions.refuse_foreign(run.path, "holdfast submit --local")
+    permissions.check_run(run, "holdfast submit --local")
     executor = submitit.LocalExecutor(folder=run.submitit, python=sys.executable)
     # The time limit is that of the job; a local run has no queue behind it, so the warning is one minute at most.
     executor.update_parameters(
@@ -123,7 +124,7 @@ def to_local(run: RunDir, job: Job) -> "submitit.Job[int]":
 def resubmit(run: RunDir, job: Job, environ: Mapping[str, str]) -> str:
     """Submits the script of a run that exists once more; of an array only this task. Returns Slurm's job id."""
     if run.is_member:
-        job_id = f"{job_number(Slurm(environ).run('sbatch', '--parsable', f'--array={run.path.name}', str(run.script)))}_{run.path.name}"
+        job_id = f"{job_number(Slurm(environ).run('sbatch', '--parsable', f'--array={run.path.name}', str(permissions.script_to_submit(run))))}_{run.path.name}"
         event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=job_id, by="resume")
         return job_id
     return to_slurm(run, job, environ)

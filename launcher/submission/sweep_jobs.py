@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jobs.core.contract import Event
 from jobs.core.errors import SubmissionUnknownError, SubmitError
-from jobs.run import event_log
+from jobs.run import event_log, permissions
 from jobs.run.rundir import RunDir
 from slurm.client import Slurm
 from slurm.job_number import job_number
@@ -28,9 +28,10 @@ def taken_over(run: RunDir, slurm: Slurm) -> set[str]:
 def submit(run: RunDir, numbers: Sequence[int], parallel: int, slurm: Slurm) -> str:
     """Submits trials of a sweep once more, and returns the job's id; also that of a job that sbatch made although it reported
     a lost connection. Raises SubmitError."""
+    script = permissions.script_to_submit(run, numbers)
     known, tasks = _queued(run, slurm), ranges(numbers)
     try:
-        job_id = job_number(slurm.run("sbatch", "--parsable", f"--array={tasks}%{parallel}", str(run.script)))
+        job_id = job_number(slurm.run("sbatch", "--parsable", f"--array={tasks}%{parallel}", str(script)))
     except SubmitError as err:
         made = slurm.patiently(lambda: _queued(run, slurm) - known, _PATIENCE_S) if slurm.unsure(err) or isinstance(err, SubmissionUnknownError) else set()
         if not made:

@@ -273,6 +273,31 @@ def test_the_scan_sees_imports_of_every_kind(tmp_path: Path, monkeypatch: pytest
     assert seen == {("torch.nn", False), ("slurm", False), ("importlib", True), ("optuna", True), ("sklearn.datasets", True), ("yaml", False)}
 
 
+# What reads or writes the batch script of a run; everything else gets it from `permissions.script_to_submit`, which checks who controls it.
+USES_SCRIPT = {
+    "jobs/run/permissions.py",
+    "launcher/attempt/requeue.py",  # its folder's name
+    "launcher/commands/clean.py",
+    "launcher/commands/rerun.py",  # the Python in it, of a run that was checked
+    "launcher/submission/create_run.py",
+    "launcher/submission/reconfigure.py",
+}
+
+
+def test_only_checked_scripts_are_submitted() -> None:
+    uses = set()
+    for package in ("jobs", "launcher", "slurm", "train"):
+        for file in (REPO / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Attribute) and node.attr == "script" and isinstance(node.value, ast.Name | ast.Attribute):
+                    names = {part.id for part in ast.walk(node.value) if isinstance(part, ast.Name)} | {
+                        part.attr for part in ast.walk(node.value) if isinstance(part, ast.Attribute)
+                    }
+                    if names & {"run", "staging", "source", "array", "member", "known", "final"}:
+                        uses.add(file.relative_to(REPO).as_posix())
+    assert uses == USES_SCRIPT
+
+
 # -- what a command loads ----------------------------------------------------------------------------------------------
 
 HEAVY = ("torch", "accelerate", "submitit", "numpy", "matplotlib", "optuna", "transformers", "safetensors")

@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
+import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from colleague import COLLEAGUE, OWNER, Users, needs_two_users, two_users
+from colleague import COLLEAGUE, OWNER, REPOSITORY, Users, needs_two_users, two_users
 
 from slurm.devcluster import lab
 from slurm.devcluster.lab import Lab, LabConfig
@@ -93,3 +96,230 @@ def test_lab_planted_by_another_user_is_refused(users: Users, command: str, way:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "SLURM_CONF" not in done.stdout and str(parent) in done.stderr and "Traceback" not in done.stderr
     assert "daemon" in done.stderr or "can be written" in done.stderr
+
+
+# -- runs ---------------------------------------------------------------------------------------------------------------
+
+_PREPARE = """
+import os, sys
+from pathlib import Path
+from jobs.run import permissions
+from launcher.submission.create_run import prepare, resolve_here
+permissions.keep_to_oneself()
+run, _ = prepare(resolve_here(sys.argv[1:], os.environ, Path.cwd()), Path.cwd(), sys.executable)
+print(run.path)
+"""
+_PLAIN = ("ENTRY=fit.py", "DEVICE=cpu", "NODES=1", "GPUS_PER_NODE=1")
+
+
+@pytest.fixture
+def mine() -> Iterator[Users]:
+    """The owner is the user of the tests: nobody else may be able to execute this Python."""
+    with two_users(owner=os.geteuid()) as made:
+        yield made
+
+
+@pytest.fixture
+def victim(mine: Users) -> Path:
+    """What code of the colleague creates if the owner executes it; the colleague cannot create it."""
+    return mine.private / "EXECUTED"
+
+
+def _project(folder: Path, script: str) -> Path:
+    folder.mkdir()
+    (folder / "fit.py").write_text(script)
+    return folder
+
+
+def _touches(path: Path) -> str:
+    return f"import pathlib\npathlib.Path({str(path)!r}).touch()\n"
+
+
+@pytest.fixture
+def template(mine: Users, victim: Path) -> Path:
+    """A run whose script creates the victim, for the colleague to copy. Its batch script creates it at once."""
+    made = mine.owner(
+        sys.executable, "-c", _PREPARE, *_PLAIN, "RUN_ID=t1", "RUNS_DIR=../colleague-runs", cwd=_project(mine.home / "template", _touches(victim))
+    )
+    assert made.returncode == 0, made.stderr
+    run = Path(made.stdout.strip())
+    (run / "submit.sbatch").write_text(f"#!/bin/sh\ntouch {victim}\n")
+    return run
+
+
+def _own_run(mine: Users, *words: str, runs: Path | None = None) -> Path:
+    """A run of the owner whose script created `own` and failed, so that it can be resumed; `own` is removed again."""
+    own = mine.private / "own"
+    project = _project(mine.private / "project", _touches(own) + "raise SystemExit(3)\n")
+    runs = runs or mine.private / "runs"
+    done = mine.holdfast("run", *_PLAIN, "JOB_NAME=own", "RUN_ID=r1", f"RUNS_DIR={runs}", *words, cwd=project)
+    assert own.exists(), done.stdout + done.stderr
+    own.unlink()
+    return runs / "own-r1"
+
+
+def _assert_refused(done: "subprocess.CompletedProcess[str]", *said: str) -> None:
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    for words in said:
+        assert words in done.stderr, done.stderr
+
+
+def test_run_id_of_another_user_is_not_executed(mine: Users, template: Path, victim: Path) -> None:
+    mine.plant('cp -r "$T" "$S/base-m1"', T=template, S=mine.shared)
+    project = _project(mine.private / "project", "")
+    done = mine.holdfast("run", *_PLAIN, "JOB_NAME=base", "RUN_ID=m1", f"RUNS_DIR={mine.shared}", cwd=project)
+    assert not victim.exists(), "the colleague's code was executed"
+    _assert_refused(done, f"{mine.shared}/base-m1 belongs to daemon, not to you", "cp -r")
+
+
+@pytest.mark.parametrize("command", [("rerun", "--local"), ("resume", "--local"), ("rerun", "--local", "--with-current-code")], ids=" ".join)
+def test_run_of_another_user_is_not_started_again(mine: Users, template: Path, victim: Path, command: tuple[str, ...]) -> None:
+    mine.plant('cp -r "$T" "$S/base-m1"', T=template, S=mine.shared)
+    done = mine.holdfast(*command, f"{mine.shared}/base-m1", cwd=_project(mine.private / "project", ""))
+    assert not victim.exists(), "the colleague's code was executed"
+    _assert_refused(done, "belongs to daemon, not to you")
+    assert mine.holdfast("status", f"{mine.shared}/base-m1").returncode == 0
+
+
+def test_copy_of_a_run_of_another_user_is_executed(mine: Users, template: Path, victim: Path) -> None:
+    """What the refusal advises, for those who trust the colleague."""
+    mine.plant('cp -r "$T" "$S/base-m1"', T=template, S=mine.shared)
+    shutil.copytree(mine.shared / "base-m1", mine.private / "COPY")
+    done = mine.holdfast("rerun", "--local", str(mine.private / "COPY"))
+    assert victim.exists(), done.stdout + done.stderr
+
+
+def test_sweep_of_another_user_is_not_resumed(mine: Users, victim: Path) -> None:
+    project = _project(mine.home / "template", _touches(victim))
+    done = mine.holdfast("sweep", "--local", *_PLAIN, "--over", "SEED=1,2", "RUNS_DIR=../made", "RUN_ID=s1", cwd=project)
+    made = next((mine.home / "made").glob("*-s1"), None)
+    assert made and victim.exists(), done.stdout + done.stderr
+    victim.unlink()
+    shutil.rmtree(made / "tasks" / "1")
+    mine.plant('cp -r "$M" "$S/"; mkdir -p "$S/$(basename "$M")/tasks/1/logs"', M=made, S=mine.shared)
+    done = mine.holdfast("sweep", "--resume", str(mine.shared / made.name), "--local")
+    assert not victim.exists(), "the colleague's code was executed"
+    _assert_refused(done, "belongs to daemon, not to you")
+
+
+@pytest.mark.parametrize("way", ["directory", "link", "same name"])
+def test_job_adopts_no_run_of_another_user(mine: Users, template: Path, victim: Path, way: str) -> None:
+    """slurm/train.sbatch executes the batch script of the run that `adopt` names."""
+    name = "own-j77" if way == "same name" else "zz-j77"
+    mine.plant('cp -r "$T" "$C/run"; if [ "$W" = link ]; then ln -s "$C/run" "$N"; else mv "$C/run" "$N"; fi',
+               T=template, C=mine.home / "colleague", N=mine.shared / name, W=Path(way))  # fmt: skip
+    project = _project(mine.private / "project", "")
+    job = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_RESTART_COUNT": "1",
+        "RUNS_DIR": str(mine.shared),
+        "ENTRY": "fit.py",
+        "JOB_NAME": "own",
+        "HOLDFAST_PYTHON": sys.executable,
+    }
+    (mine.private / "srun").write_text("#!/bin/sh\nexit 1\n")
+    done = mine.owner("bash", str(REPOSITORY / "slurm" / "train.sbatch"), cwd=project, env={**job, "SLURM_CONF": "/nonexistent", "DEVICE": "cpu"})
+    assert not victim.exists(), "the colleague's code was executed"
+    assert done.returncode != 0 and "daemon" in done.stderr or "another user" in done.stderr, done.stdout + done.stderr
+
+
+def test_array_of_another_user_around_an_own_run_is_not_executed(mine: Users, template: Path, victim: Path) -> None:
+    own = _own_run(mine)
+    mine.plant('cp -r "$T" "$S/arr-x1"; mkdir "$S/arr-x1/tasks"; ln -s "$O" "$S/arr-x1/tasks/0"', T=template, S=mine.shared, O=own)
+    done = mine.holdfast("resume", "--local", f"{mine.shared}/arr-x1/tasks/0")
+    assert not victim.exists(), "the colleague's code was executed"
+    _assert_refused(done, "arr-x1 belongs to daemon, not to you")
+
+
+@pytest.mark.parametrize("part", ["code", "code/fit.py", "submit.sbatch", "job.yaml", "origins.json", "tasks/0"])
+def test_part_of_a_run_that_is_a_link_is_refused(mine: Users, victim: Path, part: str) -> None:
+    """Of a run directory that was open to the colleague for a time."""
+    own = _own_run(mine)
+    run = own
+    path = own / part
+    if part == "tasks/0":
+        run = mine.private / "runs" / "arr-x1" / "tasks" / "0"
+        run.parent.mkdir(parents=True)
+        for name in ("code", "job.yaml", "origins.json", "submit.sbatch", "code.json"):
+            (shutil.copytree if name == "code" else shutil.copy)(own / name, run.parent.parent / name)
+        path = run
+        run.symlink_to(own)
+    else:
+        if part == "code":
+            mine.plant('mkdir "$S/there"; printf "import pathlib; pathlib.Path(\'%s\').touch()\n" "$V" >"$S/there/fit.py"', S=mine.shared, V=victim)
+        else:
+            shutil.copy(path, mine.shared / "there")
+        path.rename(own.parent / "before")
+        path.symlink_to(mine.shared / "there")
+    done = mine.holdfast("resume", "--local", str(run))
+    assert not victim.exists() and not (mine.private / "own").exists(), "code was executed"
+    _assert_refused(done, f"{path} is a symbolic link", "without links")
+
+
+def test_part_of_a_run_that_others_can_write_is_refused(mine: Users) -> None:
+    own = _own_run(mine)
+    for part in (".", "code", "code/fit.py", "code/jobs", "submit.sbatch", "job.yaml", "attempts"):
+        path, mode = own / part, 0o002 if part == "code/jobs" else 0o020
+        path.chmod(path.stat().st_mode | mode)
+        done = mine.holdfast("resume", "--local", str(own))
+        assert not (mine.private / "own").exists(), f"code was executed, with {part} open to others"
+        _assert_refused(done, f"{path} can be written by {'its group' if mode == 0o020 else 'everybody'}", f"chmod -R go-w {path}")
+        path.chmod(path.stat().st_mode & ~mode)
+    done = mine.holdfast("resume", "--local", str(own))
+    assert (mine.private / "own").exists(), done.stdout + done.stderr
+
+
+def _default_acl(folder: Path) -> None:
+    """rwx for group and others on all that is made in a folder, whatever the umask."""
+    entries = ((0x01, 7), (0x04, 7), (0x20, 7))
+    os.setxattr(folder, "system.posix_acl_default", struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry, 0xFFFFFFFF) for entry in entries))
+
+
+@pytest.mark.parametrize("kind", ["group folder", "access list"])
+def test_own_run_in_a_group_folder_starts(mine: Users, template: Path, victim: Path, kind: str) -> None:
+    if kind == "access list":
+        try:
+            _default_acl(mine.shared)
+        except OSError as err:
+            pytest.skip(f"no access lists in {mine.shared}: {err.strerror}")
+    before = os.umask(0o002)
+    try:
+        own = _own_run(mine, runs=mine.shared)
+        done = mine.holdfast("resume", "--local", str(own))
+    finally:
+        os.umask(before)
+    assert (mine.private / "own").exists(), done.stdout + done.stderr
+    assert own.stat().st_gid == mine.shared.stat().st_gid
+    open_to_others = [path for path in (own, *own.rglob("*")) if not path.is_symlink() and path.stat().st_mode & 0o022]
+    assert not open_to_others
+    done = mine.colleague("/bin/sh", "-c", f"cp -r {template}/code/fit.py {own}/code/; mkdir {own}/attempts/9")
+    assert done.returncode != 0 and not (own / "attempts" / "9").exists()
+    # The entry itself can be replaced, since the folder is the group's.
+    mine.plant('mv "$O" "$S/away"; cp -r "$T" "$O"', O=own, S=mine.shared, T=template)
+    _assert_refused(mine.holdfast("resume", "--local", str(own)), "belongs to daemon, not to you")
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize("way", ["directory", "link"])
+def test_batch_script_executes_no_run_of_another_user(mine: Users, template: Path, victim: Path, way: str) -> None:
+    """Slurm keeps the text of a job; the directory that it enters may have been replaced since."""
+    own = _own_run(mine, runs=mine.shared)
+    script = (own / "submit.sbatch").read_text()
+    mine.plant('mv "$O" "$S/away"; cp -r "$T" "$C/run"; mkdir "$C/run/code/launcher/attempt" -p; '
+               'printf "import pathlib; pathlib.Path(\'%s\').touch()\n" "$V" >"$C/run/code/launcher/attempt/__main__.py"; '
+               'if [ "$W" = link ]; then ln -s "$C/run" "$O"; else mv "$C/run" "$O"; fi',
+               O=own, S=mine.shared, T=template, C=mine.home / "colleague", V=victim, W=Path(way))  # fmt: skip
+    done = mine.owner("bash", "-c", script, env={"SLURM_CONF": "/nonexistent"})
+    assert not victim.exists(), "the colleague's code was executed"
+    assert done.returncode == 2 and "belongs to another user" in done.stderr, done.stdout + done.stderr
+
+
+def test_script_of_a_moved_run_is_not_submitted(mine: Users) -> None:
+    """It would execute what another user has put at the old place meanwhile."""
+    own = _own_run(mine, runs=mine.shared)
+    moved = own.rename(mine.private / "own-r1")
+    check = "import sys; from pathlib import Path; from jobs.run import permissions; from jobs.run.rundir import RunDir; permissions.script_to_submit(RunDir(Path(sys.argv[1])))"
+    done = mine.owner(sys.executable, "-c", check, str(moved))
+    assert done.returncode != 0 and f"starts the run in {own}, not in {moved}" in done.stderr
+    done = mine.holdfast("resume", "--local", str(moved))
+    assert (mine.private / "own").exists(), done.stdout + done.stderr
