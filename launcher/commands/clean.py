@@ -4,20 +4,20 @@ Only a directory that is certainly a run of this user, and certainly over, is to
 nobody finds half of it under its name. Everything else is left, and the reason said.
 """
 
+import contextlib
 import json
 import os
 import re
 import secrets
-import shutil
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jobs.checkpoint import directory
 from jobs.config.resolver import load
-from jobs.core import safe_read
+from jobs.core import remove_tree, safe_read
 from jobs.core.contract import Event, Exit
 from jobs.core.errors import DamagedFileError, HoldfastError, SettingError
 from jobs.run import claim, event_log, store
@@ -161,6 +161,8 @@ def not_ours(run: RunDir) -> str:
         return "it is a symbolic link"
     if run.is_member:
         return f"it is one task of an array; name the array, {run.path.parent.parent.name}"
+    if link := _link_in(run):
+        return f"{link} is a symbolic link, or belongs to somebody else"
     if not stat.S_ISREG(job.st_mode):
         return f"its job.yaml is no regular file, so it may be something else ({run.job_yaml})"
     if not run.logs.is_dir():
@@ -182,6 +184,20 @@ def _why_damaged_left(one: Candidate, named: bool) -> str:
         return f"it is damaged: {one.damage}; name it to remove it"
     # A job of it may be at work, whose id the files do not tell.
     return f"it is damaged ({one.damage}) and was written to {run_status.ago(one.touched)}" if time.time() - one.touched < _FRESH_S else ""
+
+
+def _link_in(run: RunDir) -> str:
+    """The first of the directories of an array, relative to it, that is not itself a directory of this user; empty where there is none."""
+    try:
+        entries = [run.members, *sorted(run.members.iterdir())] if os.path.lexists(run.members) else []
+        for path in entries:
+            found = os.lstat(path)
+            # A file between the tasks is none of them.
+            if stat.S_ISLNK(found.st_mode) or (stat.S_ISDIR(found.st_mode) and found.st_uid != os.geteuid()):
+                return str(path.relative_to(run.path))
+    except OSError as err:
+        return f"{err.filename} ({err.strerror})"
+    return ""
 
 
 def _why_left(one: Candidate, age_s: float | None, failed: bool, chosen: bool, needed: dict[str, str]) -> str:
@@ -235,71 +251,68 @@ def _frees(run: RunDir, keep_checkpoints: bool) -> int:
     """Bytes that go when a run or an array does."""
     if not _keeps(run, keep_checkpoints):
         return size_of(run.path)
-    return sum(size_of(path) if path.is_dir() else path.lstat().st_blocks * 512 for one in (run, *store.members_of(run)) for path in _doomed(one))
+    return sum(_size_of_entry(one.path / name) for one in (run, *store.members_of(run)) for name in _doomed(one, os.listdir(one.path)))
+
+
+def _size_of_entry(path: Path) -> int:
+    found = os.lstat(path)
+    return size_of(path) if stat.S_ISDIR(found.st_mode) else found.st_blocks * 512
 
 
 def _remove(run: RunDir, keep_checkpoints: bool) -> list[str]:
-    """Takes a run or an array away, or all of it but what `ckpt`, `diff` and `sweep show` need. Returns what went wrong."""
-    members = store.members_of(run)
-    if not _keeps(run, keep_checkpoints):
-        return _away(run.path)
-    # The tasks that have no checkpoint keep their records too: without them a sweep would take its failed trials for missing ones.
-    return [problem for one in (run, *members) for problem in _strip(one)]
+    """Takes a run or an array away, or all of it but what `ckpt`, `diff` and `sweep show` need. Returns what went wrong.
+
+    Everything is renamed and deleted relative to directories that were opened without following links."""
+    keeps = _keeps(run, keep_checkpoints)
+    try:
+        with remove_tree.opened(run.path.parent, follow=True) as runs_dir, remove_tree.opened(run.path.name, runs_dir) as opened:
+            if os.fstat(opened).st_uid != os.geteuid():
+                return [f"{run.path}: it belongs to somebody else"]
+            if not keeps:
+                return _away(runs_dir, run.path.name, run.path, os.fstat(opened))
+            problems = _strip(run, opened)
+            if run.members.name in os.listdir(opened):
+                with remove_tree.opened(run.members.name, opened) as members:
+                    # The tasks that have no checkpoint keep their records too: without them a sweep would take its failed trials for missing ones.
+                    for member in store.members_of(run):
+                        with remove_tree.opened(member.path.name, members) as folder:
+                            problems += _strip(member, folder)
+            return problems
+    except OSError as err:
+        return [f"{run.path}: {err.filename or ''} {err.strerror}; a link or something else is in its place"]
 
 
-def _doomed(run: RunDir) -> list[Path]:
+def _doomed(run: RunDir, entries: Iterable[str]) -> list[str]:
     """All of one run but its checkpoints and its records; of an array its tasks stay."""
     records = (run.job_yaml, run.origins, run.snapshot, run.diff, run.code_sums, run.ledger, run.metrics, run.script, run.sweep, run.study, run.trial)
     kept = {path.name for path in (run.checkpoints, run.members, *records)}
-    return sorted(path for path in run.path.iterdir() if path.name not in kept)
+    return sorted(name for name in entries if name not in kept)
 
 
-def _strip(run: RunDir) -> list[str]:
-    problems = [problem for path in _doomed(run) for problem in _away(path)]
+def _strip(run: RunDir, folder: int) -> list[str]:
+    problems = [problem for name in _doomed(run, os.listdir(folder)) for problem in _away(folder, name, run.path / name)]
     # Without its logs it would no longer be known for a run directory.
-    run.logs.mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(run.logs.name, dir_fd=folder)
     return problems
 
 
-def _away(path: Path) -> list[str]:
-    """Renames, then deletes. What could not be deleted stays aside and is tried again the next time."""
-    doomed = path.parent / f"{store.TRASH}{path.name.lstrip('.')}-{secrets.token_hex(4)}"
-    try:
-        os.rename(path, doomed)
-    except OSError as err:
-        return [f"{path}: {err.strerror}"]
-    return _delete(doomed)
-
-
-def _delete(path: Path) -> list[str]:
-    problems: list[str] = []
-
-    def remember(function: object, where: str, error: object) -> None:
-        err = error[1] if isinstance(error, tuple) else error
-        problems.append(f"{where}: {getattr(err, 'strerror', err)}")
-
-    if path.is_symlink() or not path.is_dir():
-        try:
-            path.unlink()
-        except OSError as err:
-            problems.append(f"{path}: {err.strerror}")
-    else:
-        shutil.rmtree(path, onerror=remember)
-    return problems
+def _away(parent: int, name: str, shown: Path, expected: os.stat_result | None = None) -> list[str]:
+    return remove_tree.rename_and_remove(parent, name, f"{store.TRASH}{name.lstrip('.')}-{secrets.token_hex(4)}", shown, expected)
 
 
 def _clear_leftovers(folder: Path) -> list[str]:
     """What commands that were killed have left aside, where it is old enough to be nobody's work in progress."""
-    problems = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        found = os.lstat(path)
-        if (
-            path.name.startswith((store.TRASH, store.STAGING))
-            and stat.S_ISDIR(found.st_mode)
-            and found.st_uid == os.geteuid()
-            and time.time() - found.st_mtime > _LEFTOVER_S
-        ):
-            problems += _delete(path)
+    problems: list[str] = []
+    if not folder.is_dir():
+        return problems
+    with remove_tree.opened(folder, follow=True) as opened:
+        for name in sorted(os.listdir(opened)):
+            if not name.startswith((store.TRASH, store.STAGING)):
+                continue
+            found = os.lstat(name, dir_fd=opened)
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and time.time() - found.st_mtime > _LEFTOVER_S:
+                problems += remove_tree.remove_entry(opened, name, folder / name)
     return problems
 
 

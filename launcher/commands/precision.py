@@ -23,6 +23,7 @@ from rich.text import Text
 from jobs.config import precision_cache
 from jobs.config.settings import Job
 from jobs.config.yaml_io import dump_yaml
+from jobs.core.atomic_write import replace_file, replacing
 from jobs.core.contract import Exit
 from jobs.core.errors import HoldfastError, SettingError
 from jobs.specs.gpu_peaks import peak_of
@@ -98,7 +99,7 @@ def compare(words: Sequence[str], environ: Mapping[str, str], cwd: Path, *, step
     # A measurement of some modes only must not hide a faster one from PRECISION=auto.
     if chosen and not only:
         precision_cache.keep(path, report)
-        path.with_suffix(".md").write_text(markdown(job, report, rows))
+        replace_file(path.with_suffix(".md"), markdown(job, report, rows))
         plot = _plot(rows, path.with_suffix(".png"), f"{job.model} on {hardware['device']}")
     if as_json:
         print(json.dumps(report, indent=1))
@@ -365,8 +366,7 @@ def _plot(rows: Sequence[Row], path: Path, title: str) -> bool:
         axes.locator_params(axis="x", nbins=5)
     figure.suptitle(title)
     figure.tight_layout()
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    figure.savefig(aside, format="png", dpi=120)
-    os.replace(aside, path)
+    with replacing(path, flush=False) as file:
+        figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
     return True

@@ -215,8 +215,7 @@ def _with_some_point(sweep: search_space.Sweep, words: Sequence[str], cwd: Path,
 
 def resume(naming: Sequence[str], cwd: Path, *, trials: int | None, parallel: str | None, local: bool, wait: bool, as_json: bool) -> int:
     """Starts the trials of a sweep that are missing or were stopped, and adds new ones up to `trials`. Returns the exit code."""
-    run = find(naming, cwd)
-    permissions.check_run(run, "holdfast sweep --resume")
+    permissions.check_run(run := find(naming, cwd), "holdfast sweep --resume")
     sweep = search_space.load(run.sweep)
     if trials is not None and trials != sweep.trials:
         if sweep.sampler == "grid":
@@ -255,10 +254,9 @@ def resume(naming: Sequence[str], cwd: Path, *, trials: int | None, parallel: st
             else f"sweep {run.id}: every trial is over, waits or runs; nothing was submitted (--trials N adds more)"
         )
         return Exit.DONE
-    permissions.check_run(run, "holdfast sweep --resume", [row.number for row in open_ones], trees=False)
-    for row in open_ones:
-        run.member(row.number).stop_file.unlink(missing_ok=True)
-    numbers = [row.number for row in open_ones]
+    permissions.check_run(run, "holdfast sweep --resume", numbers := [row.number for row in open_ones], trees=False)
+    for number in numbers:
+        run.member(number).stop_file.unlink(missing_ok=True)
     if local:
         return _run_here(run, sweep, numbers, as_json)
     job_id = sweep_jobs.submit(run, numbers, sweep.parallel, slurm)

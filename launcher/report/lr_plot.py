@@ -1,11 +1,11 @@
 """The learning rate over the steps of a run, before it is submitted: in the terminal, or as a picture."""
 
 import json
-import os
 from pathlib import Path
 
 from jobs.config.settings import Job
 from jobs.config.validation import schedule_of
+from jobs.core.atomic_write import replacing
 from jobs.core.errors import SettingError
 from jobs.specs.lr_schedule import Schedule, describe, lr_at
 from jobs.specs.lr_schedule import curve as points_of
@@ -88,11 +88,8 @@ def draw(s: Schedule, picture: Path, title: str) -> None:
     axes.set_title(f"{title}: {s.kind}")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    aside = picture.with_name(f".{picture.name}.{os.getpid()}.tmp")
     try:
-        figure.savefig(aside, format=picture.suffix.lower().lstrip("."))
-        os.replace(aside, picture)
+        with replacing(picture, flush=False) as file:
+            figure.savefig(file, format=picture.suffix.lower().lstrip("."))
     except OSError as err:
         raise SettingError(f"--curve: {str(picture)!r} cannot be written: {err.strerror}") from err
-    finally:
-        aside.unlink(missing_ok=True)

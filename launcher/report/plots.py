@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from jobs.core.atomic_write import replacing
 from jobs.run import event_log, metrics_log
 from jobs.run.rundir import RunDir
 
@@ -34,5 +35,6 @@ def draw(run: RunDir) -> Path | None:
     axes.set_title(run.id)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(run.loss_curve)
+    with replacing(run.loss_curve, flush=False) as file:
+        figure.savefig(file, format="png")
     return run.loss_curve

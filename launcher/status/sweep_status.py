@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.config.resolver import load
+from jobs.core.atomic_write import replacing
 from jobs.core.contract import Cause, Event
 from jobs.core.errors import DamagedFileError, HoldfastError, SettingError
 from jobs.run import event_log
@@ -292,7 +293,8 @@ def draw(run: RunDir, sweep: search_space.Sweep, rows: Sequence[Trial]) -> Path 
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.suptitle(headline(run, sweep, rows), fontsize=10)
-    figure.savefig(run.sweep_plot)
+    with replacing(run.sweep_plot, flush=False) as file:
+        figure.savefig(file, format="png")
     return run.sweep_plot
 
 

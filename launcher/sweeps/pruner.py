@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.core import safe_read
+from jobs.core.atomic_write import create_file
 from jobs.core.contract import PRUNED_WORD, Cause, RankEnv
 from jobs.run import event_log
 from jobs.run.claim import alive
@@ -100,14 +101,7 @@ class Judge:
 
 def give_up(run: RunDir, reason: str) -> None:
     """Makes the stop file, unless there is one."""
-    aside = run.stop_file.with_name(f".stop.{os.getpid()}")
-    aside.write_text(reason + "\n")
-    try:
-        os.link(aside, run.stop_file)
-    except FileExistsError:
-        pass
-    finally:
-        aside.unlink()
+    create_file(run.stop_file, reason + "\n")
 
 
 def main() -> int:

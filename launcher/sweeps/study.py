@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.config.resolver import load
 from jobs.core import safe_read
+from jobs.core.atomic_write import replacing_by_path
 from jobs.core.contract import Cause
 from jobs.core.errors import HoldfastError, SettingError
 from jobs.run import event_log, metrics_log
@@ -166,12 +167,10 @@ def _ended_well_since(trials: "Sequence[optuna.trial.FrozenTrial]", sweep_dir: R
 def _written_anew(sweep_dir: RunDir, sweep: Sweep, number: int, why: str, what: str) -> "optuna.Study":
     """The study as the run directories tell it, in place of its journal, which is set aside."""
     aside = sweep_dir.study.with_name(f"{sweep_dir.study.name}.{what}-{time.time():.0f}-{os.getpid()}")
-    fresh = sweep_dir.study.with_name(f".{sweep_dir.study.name}.{os.getpid()}")
-    fresh.unlink(missing_ok=True)
-    replay(_study(fresh, sweep), sweep_dir, sweep)
-    with suppress(FileNotFoundError):
-        os.rename(sweep_dir.study, aside)
-    os.rename(fresh, sweep_dir.study)
+    with replacing_by_path(sweep_dir.study) as fresh:
+        replay(_study(fresh, sweep), sweep_dir, sweep)
+        with suppress(FileNotFoundError):
+            os.rename(sweep_dir.study, aside)
     print(
         f"holdfast: {sweep_dir.study} {why}; it was written anew from the runs" + (f", and the old one is kept as {aside.name}" if aside.exists() else ""),
         file=sys.stderr,

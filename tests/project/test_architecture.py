@@ -187,7 +187,7 @@ LONGER = {
     "holdfast.py": 410,  # one file, since a person's script imports it alone
     "jobs/config/settings.py": 360,
     "train/trainer.py": 340,  # one function of the training loop
-    "launcher/commands/clean.py": 360,
+    "launcher/commands/clean.py": 380,
     "launcher/cluster/doctor.py": 380,
     "launcher/commands/precision.py": 380,
     "launcher/attempt/watchdog.py": 370,
@@ -296,6 +296,55 @@ def test_only_checked_scripts_are_submitted() -> None:
                     if names & {"run", "staging", "source", "array", "member", "known", "final"}:
                         uses.add(file.relative_to(REPO).as_posix())
     assert uses == USES_SCRIPT
+
+
+# Renames that replace no file through a temporary one, each with what it is instead. Only jobs/core/atomic_write.py writes a temporary file.
+RENAMES = {
+    "jobs/core/atomic_write.py": 3,
+    "jobs/checkpoint/directory.py": 2,  # a damaged checkpoint is set aside; a folder goes to the trash
+    "jobs/checkpoint/user_checkpoint.py": 2,  # the commit: one folder takes its final name; a folder goes to the trash
+    "jobs/core/remove_tree.py": 2,  # what is deleted goes to the trash, and back
+    "jobs/run/claim.py": 1,  # an attempt: the rename of a folder fails where the name is taken
+    "jobs/run/store.py": 2,  # a staged run directory gets its name; a run goes to the trash
+    "launcher/sweeps/study.py": 1,  # a damaged journal is set aside
+    "train/checkpoint/commit.py": 5,  # the commit: one folder takes its final name; folders go to the trash or are set aside
+    "train/checkpoint/export.py": 1,  # a folder of random name takes its final one
+    "train/data/build.py": 1,  # the same
+    "benchmarks/hardware.py": 1,  # checkpoints of one run as those of another
+}
+
+
+def renames_in(text: str) -> int:
+    """Calls that rename a path, or link a file to a second name."""
+    found = 0
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        module = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+        name = node.func.attr
+        # str.replace takes two arguments or more, dataclasses.replace and datetime.replace take names.
+        is_path_method = module not in ("os", "shutil", "dataclasses") and name in ("rename", "replace") and len(node.args) == 1 and not node.keywords
+        is_two_paths = name == "rename" and len(node.args) == 2
+        found += is_path_method or is_two_paths or (module, name) in (("os", "replace"), ("os", "renames"), ("os", "link"), ("shutil", "move"))
+    return found
+
+
+def test_one_module_writes_files_atomically() -> None:
+    folders = ("jobs", "slurm", "launcher", "train", "tools", "benchmarks", "examples")
+    files = [REPO / "holdfast.py", *(file for folder in folders for file in (REPO / folder).rglob("*.py"))]
+    found = {file.relative_to(REPO).as_posix(): count for file in files if (count := renames_in(file.read_text()))}
+    assert found == RENAMES
+    made = {
+        file.relative_to(REPO).as_posix()
+        for file in files
+        if any(isinstance(node, ast.Attribute) and node.attr in ("mkstemp", "NamedTemporaryFile") for node in ast.walk(ast.parse(file.read_text())))
+    }
+    assert made == set(), "temporary files are made by jobs/core/atomic_write.py"
+
+
+def test_the_search_for_renames_finds_them() -> None:
+    assert renames_in("import os, shutil\nos.replace(a, b)\nos.rename(a, b)\nshutil.move(a, b)\nPath(a).replace(b)\nx.rename(b)\ndisk.rename(a, b)\n") == 6
+    assert renames_in("'a'.replace('b', 'c')\ndataclasses.replace(a, b=1)\nreplace(a)\nd.replace(year=1)\n") == 0
 
 
 # -- what a command loads ----------------------------------------------------------------------------------------------

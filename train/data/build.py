@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -95,7 +96,7 @@ def build(
         raise SettingError(f"--out: {str(out)!r} exists; name another folder, or remove it")
     sources = sources_of(inputs)
     encoder = open_encoder(tokenizer, eos)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    aside = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     try:
         aside.mkdir(parents=True)
         writers, dealer, empty = _deal(sources, aside, encoder, column, val_share, {}, say)

@@ -9,7 +9,6 @@ import hashlib
 import os
 import platform
 import sysconfig
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from jobs.core.atomic_write import replacing
 from jobs.core.errors import SettingError
 
 BYTE_VOCAB = 256
@@ -132,16 +132,10 @@ def _read(root: Path, paths: list[str]) -> NDArray[np.uint8]:
 
 
 def write_npy(path: Path, array: NDArray[np.generic]) -> None:
-    """Save aside, then rename: processes of a node may build the same file, and a reader never sees half of one."""
+    """Save an array atomically: processes of a node may build the same file, and a reader never sees half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, array, allow_pickle=False)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        np.save(file, array, allow_pickle=False)
 
 
 def byte_entropy(array: NDArray[np.integer]) -> float:

@@ -5,13 +5,13 @@ Two formats. `.bin`: raw little-endian uint16 or uint32, described by a small JS
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jobs.core.atomic_write import replace_file, replacing
 from jobs.core.errors import SettingError
 from jobs.core.imports import nearest
 from train.data.corpus import write_npy
@@ -37,9 +37,8 @@ def write_tokens(path: Path, array: NDArray[np.integer], vocab_size: int) -> Non
         write_npy(path, stored)
     elif path.suffix == ".bin":
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        stored.tofile(aside)
-        os.replace(aside, path)
+        with replacing(path) as file:
+            stored.tofile(file)
     else:
         raise SettingError(f"{path}: a token file ends in .bin or .npy")
     # The description comes last: without it a .bin cannot be opened, so one that can is whole.
@@ -55,9 +54,7 @@ def write_note(path: Path, *, count: int, vocab_size: int, **more: Any) -> None:
     """Describes a token file beside it; `more` is for people, nothing reads it."""
     kind = next(name for name, dtype in _DTYPES.items() if dtype == dtype_for(vocab_size))
     note = {"format": FORMAT, "dtype": kind, "count": count, "vocab_size": int(vocab_size), **more}
-    aside = path.with_name(f".{path.name}.json.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(note) + "\n")
-    os.replace(aside, sidecar(path))
+    replace_file(sidecar(path), json.dumps(note) + "\n")
 
 
 def read_tokens(path: Path) -> tuple[NDArray[np.integer], int | None]:

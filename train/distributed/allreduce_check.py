@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from jobs.core.atomic_write import replace_file
 from jobs.core.contract import RankEnv
 from jobs.run.rundir import RunDir
 
@@ -36,9 +37,7 @@ def main() -> int:
     attempt = RunDir(Path(os.environ[RankEnv.RUN_DIR])).attempt(int(os.environ[RankEnv.ATTEMPT]))
     result = measure(rank, world, local, node, args.seconds, args.floor, args.device, lambda: attempt.joined(node).touch())
     if rank == 0:
-        aside = attempt.allreduce.with_suffix(".tmp")
-        aside.write_text(json.dumps(result))
-        os.replace(aside, attempt.allreduce)
+        replace_file(attempt.allreduce, json.dumps(result))
     os._exit(0)
 
 

@@ -13,6 +13,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from jobs.core.atomic_write import replace_file
 from jobs.core.contract import STACKS_SIGNAL
 
 
@@ -33,9 +34,7 @@ def _listen(heard: int, place: Path) -> None:
             text = last_collectives()
             if text:
                 with suppress(OSError):
-                    aside = place.with_suffix(".tmp")
-                    aside.write_bytes(text)
-                    os.replace(aside, place)
+                    replace_file(place, text, flush=False)
 
 
 def last_collectives() -> bytes:

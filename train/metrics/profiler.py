@@ -1,6 +1,5 @@
 """A trace of some steps by torch's profiler (setting profile_steps), for chrome://tracing or Perfetto."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from jobs.config.settings import Job
 from jobs.config.types import step_range
+from jobs.core.atomic_write import replacing_by_path
 
 
 class Tracer:
@@ -41,16 +41,12 @@ class Tracer:
         if self._profile is None:
             return
         recorded, self._profile, self._range = self._profile, None, None
-        # The profiler packs what ends in .gz.
-        aside = self._path.with_name(f".{os.getpid()}.{self._path.name}")
         try:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             recorded.stop()
-            recorded.export_chrome_trace(str(aside))
-            os.replace(aside, self._path)
+            with replacing_by_path(self._path) as path:
+                recorded.export_chrome_trace(str(path))  # packed, since the name ends in .gz
             self._say(f"  profile written to {self._path}; open it in chrome://tracing or ui.perfetto.dev")
         except (OSError, RuntimeError) as err:
             self._say(f"  WARNING: the profile could not be written: {err}")
-        finally:
-            aside.unlink(missing_ok=True)

@@ -323,3 +323,65 @@ def test_script_of_a_moved_run_is_not_submitted(mine: Users) -> None:
     assert done.returncode != 0 and f"starts the run in {own}, not in {moved}" in done.stderr
     done = mine.holdfast("resume", "--local", str(moved))
     assert (mine.private / "own").exists(), done.stdout + done.stderr
+
+
+# -- clean --------------------------------------------------------------------------------------------------------------
+
+
+def _array(folder: Path) -> Path:
+    """An array that is over, with two tasks and a checkpoint in one of them."""
+    from test_clean import made
+
+    array = made(folder, "arr-x1")
+    for index in "01":
+        made(array.members, index)
+    return array.path
+
+
+@pytest.mark.parametrize("options", [(), ("--keep-checkpoints",)], ids=" ".join)
+@pytest.mark.parametrize("planted", ["tasks/0", "tasks", "attempts", "logs/x"])
+def test_clean_follows_no_link(mine: Users, options: tuple[str, ...], planted: str) -> None:
+    """Of an array that was open to the colleague for a time."""
+    from test_clean import made
+
+    # As a directory of runs, and as a run that is over: so that it could be taken for what it takes the place of.
+    thesis = made(mine.private, "thesis").path
+    for folder in (thesis, *(made(thesis, name).path for name in ("0", "1"))):
+        (folder / "chapter.tex").write_text("years of work")
+    before = sorted(thesis.rglob("*"))
+    array = _array(mine.shared)
+    for name, _, _ in os.walk(array):
+        os.chmod(name, 0o777)
+    mine.plant('rm -rf "$A/$P"; ln -s "$T" "$A/$P"', A=array, P=Path(planted), T=thesis)
+    done = mine.holdfast("clean", "--yes", *options, "arr-x1", f"RUNS_DIR={mine.shared}")
+    assert sorted(thesis.rglob("*")) == before, done.stdout
+    assert "Traceback" not in done.stderr, done.stderr
+    if planted.startswith("tasks"):
+        assert f"left: {planted} is a symbolic link" in done.stdout and (array / planted).is_symlink()
+    else:
+        assert done.returncode == 0 and not (array / planted).is_symlink()
+
+
+def test_clean_deletes_nothing_that_replaces_a_run_meanwhile(mine: Users, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between look and deletion another directory of the same user gets the name of the run."""
+    from jobs.run.rundir import RunDir
+    from launcher.commands import clean
+
+    array = RunDir(_array(mine.shared))
+    thesis = mine.shared / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter.tex").write_text("years of work")
+    real = clean._away
+
+    def swapped(parent: int, name: str, *more: object) -> list[str]:
+        mine.plant('mv "$A" "$S/away"; mv "$T" "$A"', A=array.path, S=mine.shared, T=thesis)
+        return real(parent, name, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(clean, "_away", swapped)
+    said = clean._remove(array, False)
+    assert (array.path / "chapter.tex").exists() and "another directory has taken its place" in said[0]
+    monkeypatch.setattr(clean, "_away", real)
+    (array.path / "chapter.tex").rename(mine.private / "chapter.tex")
+    array.path.rmdir()
+    array.path.symlink_to(mine.private)
+    assert clean._remove(array, False) and clean._remove(array, True) and (mine.private / "chapter.tex").exists()
