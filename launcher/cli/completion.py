@@ -68,7 +68,7 @@ _VALUES = {"--rank": ("0", "batch", "all"), "--attempt": ("all",), "--form": ("h
 
 def script(shell: str) -> str:
     """The text to source. It calls the holdfast that printed it, wherever it lies."""
-    return SHELLS[shell].replace("@COMMAND@", f"{shlex.quote(sys.executable)} -m launcher.cli.app")
+    return SHELLS[shell].replace("@COMMAND@", f"{shlex.quote(sys.executable)} -P -m launcher.cli.app")
 
 
 def candidates(root: Any, line: str, environ: Mapping[str, str], cwd: Path) -> list[Word]:

@@ -251,6 +251,7 @@ def ask_a_node(slurm: Slurm, job: Job, executable: str, wait_s: int = _NODE_WAIT
         *where,
         *gpus,
         job.node_python or executable,
+        "-P",
         "-c",
         text,
     ]

@@ -239,7 +239,7 @@ def _ask(arguments: list[str], cwd: Path) -> dict[str, Any]:
         out = Path(folder) / "out.json"
         try:
             done = subprocess.run(
-                subprocesses.command("train.bench", *arguments, "--out", str(out)),
+                subprocesses.command("train.bench", *arguments, "--out", str(out), user_code=True),
                 cwd=cwd,
                 capture_output=True,
                 text=True,

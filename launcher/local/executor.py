@@ -17,6 +17,7 @@ from jobs.run import permissions
 from jobs.run.rundir import RunDir
 from launcher.attempt.lifecycle import begin, end
 from launcher.attempt.watchdog import Watchdog, of_attempt
+from launcher.subprocesses import without_safe_path
 from launcher.sweeps import pruner
 from slurm.environment import clean_environment
 
@@ -29,7 +30,7 @@ def run_attempts(run: RunDir, environ: Mapping[str, str], *, foreground: bool = 
     In the foreground rank 0 writes to the terminal as well as to its log. Raises SettingError if another user controls the run."""
     permissions.check_run(run, "its attempt")
     job = load(run.job_yaml)
-    environ = {**clean_environment(environ), **job.node_env, RankEnv.RUN_DIR: str(run.path)}
+    environ = {**without_safe_path(clean_environment(environ)), **job.node_env, RankEnv.RUN_DIR: str(run.path)}
     asked: list[int] = []
     ranks: list[subprocess.Popen[bytes]] = []
 

@@ -115,7 +115,8 @@ def to_local(run: RunDir, job: Job) -> "submitit.Job[int]":
         timeout_min=job.time_limit, tasks_per_node=1, signal_delay_s=min(job.stop_lead_s, 60), gpus_per_node=0 if job.device == "cpu" else job.gpus_per_node
     )
     run.submitit.mkdir(exist_ok=True)
-    with _detached(run.submitit / "controller.out"):
+    # `python -m` of submitit looks for modules in its working directory first: the frozen code, and not whatever folder this is.
+    with _detached(run.submitit / "controller.out"), contextlib.chdir(run.code):
         local: submitit.Job[int] = executor.submit(train_run, str(run.path))
     event_log.append(run.ledger, Event.SUBMITTED, attempt=0, job_id=f"local-{local.job_id}", by="submitit, local")
     return local

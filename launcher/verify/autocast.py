@@ -35,6 +35,7 @@ def verify_autocast(model: str | None, words: Sequence[str], cwd: Path, *, steps
             str(steps),
             "--out",
             str(out),
+            user_code=True,
         )
         done = subprocess.run(command, cwd=cwd, stderr=subprocess.PIPE, text=True)
         if not out.exists():
