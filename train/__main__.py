@@ -17,6 +17,7 @@ from jobs.core.gc_pause import without_collections
 from jobs.rank.stop_flag import StopFlag, leave_marker, name_of
 from jobs.run import permissions
 from jobs.run.rundir import AttemptDir, RunDir
+from train.compilation.cache_directory import use_private_caches
 from train.distributed.flight_recorder import answer_when_asked
 from train.metrics.goodput_timer import Clock
 
@@ -42,6 +43,7 @@ def main() -> int:
         job = load(run.job_yaml)
         # OpenMP reads this once, when torch is loaded. On a CPU the number of threads is part of the arithmetic.
         os.environ["OMP_NUM_THREADS"] = str(job.cpu_threads)
+        use_private_caches(lambda text: print(text, flush=True))
         with without_collections():
             from train.trainer import train
 

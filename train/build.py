@@ -16,6 +16,7 @@ from jobs.core.errors import SettingError
 from jobs.specs.precision import Precision
 from train import optim
 from train.checkpoint.state_dict import refuse_unsavable
+from train.compilation.cache_directory import use_private_caches
 from train.compilation.toolchain import require_compiler
 from train.data.sources import Dataset, open_data
 from train.distributed.parallel import shard as shard_model
@@ -36,6 +37,7 @@ def build(
 
     `say` is told what became of each layer under fp8. `drawn` false: a checkpoint will be loaded, so the built-in model need not have
     its weights drawn, which takes a processor 15 s for a billion. Raises SettingError and ImpossibleJobError."""
+    use_private_caches(say)
     if job.compile:
         require_compiler(rt.device)
     options = dict(job.model_options)

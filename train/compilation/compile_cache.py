@@ -1,6 +1,6 @@
 """What torch.compile made, kept in the run's folder: a requeued attempt on another node does not compile again.
 
-torch keeps its own caches in the node's temporary folder, where they are quick and where the next attempt may not be. Rank 0 writes
+torch keeps its own caches in the node's temporary folder (train/compilation/cache_directory.py), where they are quick and where the next attempt may not be. Rank 0 writes
 all that the first step made into one file (shared file systems dislike thousands of small ones), and every rank of a later attempt
 puts it into the cache of its node before it compiles. Kernels that are not torch's are a second file (train/compilation/kernel_cache.py).
 A file that does not fit, or that another user wrote, costs a compilation and never an attempt.
@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from jobs.config.settings import Job
-from jobs.core import safe_read
+from jobs.core import safe_read, trust
 from jobs.core.atomic_write import replace_file
 from jobs.run.rundir import RunDir
+from train.compilation.cache_directory import use_private_caches
 from train.compilation.kernel_cache import KernelCache
 from train.distributed.runtime import Runtime
 
@@ -36,6 +37,7 @@ class CompileCache:
         self._known: set[tuple[str, str]] = set()
         self._found = False
         self._kernels: KernelCache | None = None
+        use_private_caches(say)
         if self._wanted and rt.device.type == "cuda":
             with suppress(ImportError):  # a torch that has it elsewhere
                 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
@@ -54,14 +56,14 @@ class CompileCache:
                 self._say(f"  WARNING: {self._kernels_path} cannot be used ({err}); kernels are compiled anew")
 
     def _may_be_read(self, path: Path) -> bool:
-        """Whether it is there and ours: what is in it is run."""
+        """Whether it is there and nobody else can write it: what is in it is run."""
         try:
-            owner = path.stat().st_uid
+            problem = trust.find_problem(path.parent, "directory") or trust.find_problem(path, "file")
         except OSError:
             return False
-        if owner != os.getuid():
-            self._say(f"  WARNING: {path} belongs to another user and is not read; everything is compiled anew")
-        return owner == os.getuid()
+        if problem:
+            self._say(f"  WARNING: {path} belongs to another user or can be changed by one ({problem}), and is not read; everything is compiled anew")
+        return not problem
 
     def _load_compiled(self) -> None:
         try:

@@ -18,6 +18,7 @@ from torch import nn
 from jobs.config.settings import Job
 from jobs.core.errors import HoldfastError, ImpossibleJobError
 from jobs.specs.precision import MODES, Precision, runs_on
+from train.compilation.cache_directory import use_private_caches
 from train.models.contract import read_loss
 from train.models.convnet import ConvNet
 from train.models.registry import build_model
@@ -49,6 +50,7 @@ def examine(
 ) -> list[Finding]:
     """Findings for fp32 and every other precision of this machine, in the order of the table of modes."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    use_private_caches(lambda text: print(text, file=sys.stderr))
     arch = None
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

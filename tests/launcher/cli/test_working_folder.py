@@ -81,9 +81,9 @@ def test_local_submission_imports_nothing_from_the_working_folder(mine: Users, v
 
 def test_completion_imports_nothing_from_the_working_folder(mine: Users, victim: Path) -> None:
     script = _run(mine, HOLDFAST, "completion", "bash").stdout
-    line = next(line for line in script.splitlines() if "launcher.cli.entry" in line)
+    line = next(line for line in script.splitlines() if "launcher.cli.app" in line)
     command = shlex.split(line[line.index(sys.executable) :])
-    done = _run(mine, *command[: command.index("launcher.cli.entry") + 1], "completion", "--line", "holdfast ")
+    done = _run(mine, *command[: command.index("launcher.cli.app") + 1], "completion", "--line", "holdfast ")
     assert not victim.exists(), "a planted module was executed"
     assert "No module named" not in done.stderr, done.stderr
 
