@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from jobs.config.settings import Job
-from train.data.loader import Feed
+from train.data.loader import TrainLoader
 from train.data.sources import Dataset, open_data
 from train.data.tokens import write_tokens
 
@@ -36,11 +36,11 @@ def rate(data: Dataset, *, seq_len: int, batch: int, workers: int, steps: int) -
         precision="fp32",
         num_workers=workers,
     )
-    feed = Feed(job, SimpleNamespace(rank=0, world=1, attempt=1, device=torch.device("cpu")), data)  # type: ignore[arg-type]
+    feed = TrainLoader(job, SimpleNamespace(rank=0, world_size=1, attempt=1, device=torch.device("cpu")), data)  # type: ignore[arg-type]
     times = []
     for step in range(steps + 1):
         begun = time.perf_counter()
-        for one in feed.of_step(step):
+        for one in feed.take(step):
             assert one["tokens"].shape == (batch, seq_len)
         times.append(time.perf_counter() - begun)
     feed.close()

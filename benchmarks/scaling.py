@@ -69,26 +69,26 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
     from launcher.submission.create_run import resolve_here
     from train import optim, perf_flags
     from train.build import build, open_split
-    from train.data.loader import Feed
+    from train.data.loader import TrainLoader
     from train.distributed import runtime
     from train.distributed.parallel import ddp_options, is_sharded
-    from train.precision.numerics import LossScale
+    from train.precision.numerics import GradScaler
     from train.rng import seed_everything
-    from train.train_step import Stepper
+    from train.train_step import TrainStep
 
     shape = SHAPES[args.shape]
     shape = replace(shape, batch=args.batch or shape.batch)
     job = resolve_here([*words_of(shape, args.words, args.folder, args.gpus), "DATA=synthetic", "MAX_STEPS=1000"], os.environ, Path.cwd()).job
-    rt = runtime.start(job)
+    rt = runtime.init(job)
     gpu = rt.device.type == "cuda"
     seed_everything(job.seed, step=0)
     data = open_split(job, "train")
     inner, context = build(job, data, rt, lambda text: None)
     perf_flags.apply(job, inner, data, rt.device)
     optimizer = optim.build(job, inner)
-    feed = Feed(job, rt, data)
+    feed = TrainLoader(job, rt, data)
     inner.train()
-    batch = feed.first(0)
+    batch = feed.peek(0)
     step = 0
 
     def group(variant: Variant) -> Any:
@@ -100,19 +100,19 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
             options.config.max_ctas = variant.ctas
         return dist.new_group(backend="nccl", pg_options=options)
 
-    def timed(model: Any, settle: bool = True) -> dict[str, Any]:
+    def timed(model: Any, warm_up: bool = True) -> dict[str, Any]:
         """step_ms; on a GPU what torch had allocated and reserved at most by then, of both ranks this one's."""
         nonlocal step
         if gpu:
             torch.cuda.reset_peak_memory_stats()
-        stepper = Stepper(job, rt, model, inner, optimizer, context, LossScale.of(job))
-        if settle:
-            stepper.settle(batch)
+        stepper = TrainStep(job, rt, model, inner, optimizer, context, GradScaler.from_job(job))
+        if warm_up:
+            stepper.warm_up(batch)
         events, begun = [], time.perf_counter()
         for number in range(_WARM_UP + args.steps):
             begun = time.perf_counter() if number == _WARM_UP else begun
             optim.set_lr(optimizer, 1e-5)
-            stepper.run(feed.of_step(step))
+            stepper(feed.take(step))
             step += 1
             if gpu:
                 events.append(torch.cuda.Event(enable_timing=True))
@@ -141,7 +141,7 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
         kinds = [torch.profiler.ProfilerActivity.CUDA] if gpu else None
         with torch.profiler.profile(activities=kinds) as profile:
             for _ in range(_TRACED):
-                stepper.run(feed.of_step(step))
+                stepper(feed.take(step))
                 step += 1
             if gpu:
                 torch.cuda.synchronize()
@@ -167,7 +167,7 @@ def ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
                 inner, device_ids=[rt.device.index] if gpu else None, process_group=group(variant), static_graph=variant.static,
                 **(ddp_options(job, inner) | ({"bucket_cap_mb": variant.bucket_mb} if variant.bucket_mb else {})),
             )  # fmt: skip
-            row = {"variant": variant.name} | timed(wrapped, settle=not variant.static)
+            row = {"variant": variant.name} | timed(wrapped, warm_up=not variant.static)
             del wrapped
             gc.collect()
             if gpu:

@@ -19,7 +19,7 @@ from jobs.run import permissions
 from jobs.run.rundir import AttemptDir, RunDir
 from train.compilation.cache_directory import use_private_caches
 from train.distributed.flight_recorder import answer_when_asked
-from train.metrics.goodput_timer import Clock
+from train.metrics.goodput_timer import GoodputTimer
 
 
 def main() -> int:
@@ -35,9 +35,9 @@ def main() -> int:
     rank = int(os.environ.get(RankEnv.RANK, "0"))
     attempt = run.attempt(int(os.environ.get(RankEnv.ATTEMPT, "0")))
     attempt.path.mkdir(parents=True, exist_ok=True)
-    clock = Clock.of_rank(attempt.clock, rank)
+    timer = GoodputTimer.of_rank(attempt.clock, rank)
     answer_when_asked(attempt.stacks(rank), attempt.collectives(rank))
-    flag.leave_unless_busy(lambda number: _leave(attempt, rank, clock, number))
+    flag.leave_unless_busy(lambda number: _leave(attempt, rank, timer, number))
     try:
         ahead = directory.Ahead(run.checkpoints) if rank == 0 else None
         job = load(run.job_yaml)
@@ -45,18 +45,18 @@ def main() -> int:
         os.environ["OMP_NUM_THREADS"] = str(job.cpu_threads)
         use_private_caches(lambda text: print(text, flush=True))
         with without_collections():
-            from train.trainer import train
+            from train.startup import build_trainer
 
-        outcome = train(job, run, flag, clock, ahead)
+        outcome = build_trainer(job, run, flag, timer, ahead).train()
     except BaseException as err:  # whatever it is, the attempt's end must be able to read why this rank left
-        clock.stop(failed=True)
+        timer.stop(failed=True)
         return _failed(attempt, rank, err)
     leave_marker(attempt, rank, reason="stopped" if outcome.stopped_by else "finished", step=outcome.step, signal=outcome.stopped_by)
     return Exit.REQUEUE if outcome.stopped_by else Exit.DONE
 
 
-def _leave(attempt: AttemptDir, rank: int, clock: Clock, number: int) -> None:
-    clock.stop()
+def _leave(attempt: AttemptDir, rank: int, timer: GoodputTimer, number: int) -> None:
+    timer.stop()
     print(f"stopped by {name_of(number)} before the first step was done; nothing is lost", flush=True)
     leave_marker(attempt, rank, reason="stopped", step=None, signal=name_of(number))
     os._exit(Exit.REQUEUE)

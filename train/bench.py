@@ -26,13 +26,13 @@ from jobs.core.errors import HoldfastError, ImpossibleJobError
 from train import optim, perf_flags
 from train.batch_size_finder import expected_to_fit, largest_micro_batch
 from train.build import build, open_split
-from train.data.loader import Feed
+from train.data.loader import TrainLoader
 from train.distributed import runtime
-from train.distributed.runtime import Runtime
+from train.distributed.runtime import Distributed
 from train.metrics.flops import flops_per_sample
-from train.precision.numerics import LossScale, first_bad
+from train.precision.numerics import GradScaler, first_nonfinite_grad
 from train.rng import seed_everything
-from train.train_step import Stepper, shape_targets
+from train.train_step import TrainStep, shape_targets
 
 # Entries of the first gradient that are kept for comparison: enough for a cosine to four digits, small enough to send about.
 _GRADIENT_ENTRIES = 1_000_000
@@ -72,7 +72,7 @@ def measure(job: Job, steps: int, warm_up: int, window: int = 0) -> tuple[Measur
     the GPU is waited for each time, as a line of metrics does.
 
     Raises ImpossibleJobError where this machine, or the model, cannot do the precision."""
-    rt = runtime.start(job)
+    rt = runtime.init(job)
     on_gpu = rt.device.type == "cuda"
     seed_everything(job.seed, step=0)
     data = open_split(job, "train")
@@ -82,11 +82,11 @@ def measure(job: Job, steps: int, warm_up: int, window: int = 0) -> tuple[Measur
     model, context = build(job, data, rt, said.append)
     perf_flags.apply(job, model, data, rt.device)
     optimizer = optim.build(job, model)
-    scale = LossScale.of(job)
-    stepper = Stepper(job, rt, model, model, optimizer, context, scale)
-    feed = Feed(job, rt, data)
+    scale = GradScaler.from_job(job)
+    stepper = TrainStep(job, rt, model, model, optimizer, context, scale)
+    feed = TrainLoader(job, rt, data)
     model.train()
-    batch = feed.first(0)
+    batch = feed.peek(0)
     found = Measurement(
         precision=str(job.precision),
         device=torch.cuda.get_device_name(rt.device) if on_gpu else "CPU",
@@ -104,11 +104,11 @@ def measure(job: Job, steps: int, warm_up: int, window: int = 0) -> tuple[Measur
         optim.set_lr(optimizer, job.lr * min(1.0, (step + 1) / max(steps // 5, 1)))
         seed_everything(job.seed, step, rt.rank)
         clock.start()
-        done = stepper.run(feed.of_step(step))
+        done = stepper(feed.take(step))
         clock.stop()
         if done.overflow:
             found.overflows += 1
-            found.culprit = first_bad(model)
+            found.culprit = first_nonfinite_grad(model)
             assert scale is not None
             scale.update(overflow=True)
             if found.overflows > _MAX_OVERFLOWS:
@@ -191,7 +191,7 @@ def cosine(a: "np.ndarray[Any, Any]", b: "np.ndarray[Any, Any]") -> float | None
 class _Clock:
     """Times of steps: by events on a GPU, which is not waited for, by the wall clock elsewhere."""
 
-    def __init__(self, rt: Runtime):
+    def __init__(self, rt: Distributed):
         self._gpu = rt.device.type == "cuda"
         self._pairs: list[tuple[Any, Any]] = []
 

@@ -20,18 +20,18 @@ from train.compilation.cache_directory import use_private_caches
 from train.compilation.toolchain import require_compiler
 from train.data.sources import Dataset, open_data
 from train.distributed.parallel import shard as shard_model
-from train.distributed.runtime import Runtime
+from train.distributed.runtime import Distributed
 from train.kernels import usable
 from train.models.gpt import GPT
 from train.models.hf import HFCausalLM
 from train.models.hf_equality import accelerate
 from train.models.registry import PRESETS, build_model
 from train.precision.fp8 import Recomputing, convert
-from train.precision.numerics import forward_context
+from train.precision.numerics import autocast_context
 
 
 def build(
-    job: Job, data: Dataset, rt: Runtime, say: Callable[[str], None], *, drawn: bool = True
+    job: Job, data: Dataset, rt: Distributed, say: Callable[[str], None], *, drawn: bool = True
 ) -> tuple[nn.Module, Callable[[], AbstractContextManager[object]]]:
     """The model on its device, and the context of its forward passes: precision, recomputation, sharding, compilation.
 
@@ -76,12 +76,12 @@ def build(
         elif rt.device.type == "cuda":
             say(f"  warning: FUSED_KERNELS has no effect: {reason}")
     refuse_unsavable(model, job.model)
-    if job.parallel == "fsdp" and rt.world > 1:
+    if job.parallel == "fsdp" and rt.world_size > 1:
         shard_model(model, job, rt)
     if job.compile:
         regions = getattr(model, "compile_regions", model.compile)
         regions()
-    return model, forward_context(job.precision, rt.device, fp8)
+    return model, autocast_context(job.precision, rt.device, fp8)
 
 
 def weights_to_fp32(model: nn.Module) -> int:
@@ -99,7 +99,7 @@ def weights_to_fp32(model: nn.Module) -> int:
     return count
 
 
-def _accelerate(model: HFCausalLM, job: Job, rt: Runtime, say: Callable[[str], None]) -> None:
+def _accelerate(model: HFCausalLM, job: Job, rt: Distributed, say: Callable[[str], None]) -> None:
     """Gives a causal language model of transformers the fused forward pass, where all ranks find that it computes the same."""
     kernels = job.fused_kernels and usable(rt.device) is None
     if kernels:
@@ -110,7 +110,7 @@ def _accelerate(model: HFCausalLM, job: Job, rt: Runtime, say: Callable[[str], N
         say("  hf: transformers' own forward pass: HF_FAST=off")
         return
     line = accelerate(model, seq_len=job.seq_len, kernels=kernels)
-    if rt.world > 1:
+    if rt.world_size > 1:
         everywhere = torch.tensor(float(model.fused is not None), device=rt.device)
         torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
         if model.fused is not None and not bool(everywhere):

@@ -8,7 +8,7 @@ from torch import nn
 from jobs.config.settings import Job
 from jobs.specs.precision import MODES
 from train.data.sources import Dataset
-from train.distributed.runtime import Runtime
+from train.distributed.runtime import Distributed
 from train.models.contract import MeanLossModel, find_count_rule
 
 # Samples of the check: enough that two halves differ in their numbers of targets.
@@ -17,11 +17,11 @@ _LEAST_SAMPLES, _MOST_SAMPLES = 4, 16
 _TOLERANCE_FP32, _TOLERANCE_16_BIT = 1e-5, 5e-3
 
 
-def check_count_rule(model: nn.Module, job: Job, data: Dataset, rt: Runtime, say: Callable[[str], None]) -> None:
+def check_count_rule(model: nn.Module, job: Job, data: Dataset, rt: Distributed, say: Callable[[str], None]) -> None:
     """Chooses `model.count_rule` from samples of the data, the same on every rank; only where the batch is cut.
 
     Does nothing for models that return sums. Raises SettingError when no rule fits."""
-    is_cut = rt.world > 1 or job.batch_size > (job.micro_batch_size or job.batch_size)
+    is_cut = rt.world_size > 1 or job.batch_size > (job.micro_batch_size or job.batch_size)
     if not isinstance(model, MeanLossModel) or job.check_model == "off" or not is_cut:
         return
     # Twice a micro-batch without gradients needs less memory than one with them.

@@ -9,7 +9,7 @@ from torch import nn
 
 from jobs.config.settings import Job
 from train import optim
-from train.precision.numerics import GradientOverflow, first_bad
+from train.precision.numerics import GradientOverflow, first_nonfinite_grad
 from train.train_step import NO_FAULT, NO_TARGET, WRONG_LOSS
 
 
@@ -36,7 +36,7 @@ def raise_on_fault(known: list[int], job: Job, model: nn.Module, step: int) -> N
     if kind == WRONG_LOSS:
         raise GradientOverflow(f"at step {at} the loss is not finite, though the gradient is. Look for an infinite sample or a division by zero in the loss.")
     names = optim.parameters_with_gradient(model)
-    first = first_bad(model) if at == step else names[kind] if kind < len(names) else "a parameter of another rank"
+    first = first_nonfinite_grad(model) if at == step else names[kind] if kind < len(names) else "a parameter of another rank"
     raise GradientOverflow(
         f"at step {at} the gradient is not finite, first in {first}. A lower LR or more warm-up may help, or a sample holds NaN; DEBUG=true finds the operation."
     )

@@ -10,16 +10,16 @@ from torch import nn
 from jobs.config.settings import Job
 from train import optim
 from train.distributed.parallel import accumulating, saved_buffers, send_buffers
-from train.distributed.runtime import Runtime
+from train.distributed.runtime import Distributed
 from train.models.contract import read_loss, targets_of
-from train.precision.numerics import LossScale
+from train.precision.numerics import GradScaler
 
 Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves for the log, on the device: nothing here has waited for it.
+    """Results of one step as device tensors; making them has not waited for the device, except for `overflow`.
 
     loss_sum, targets: of this rank. norm: of the whole gradient, before clipping, without loss scale.
     overflow: whether the update was skipped; known only where there is a loss scale, else False.
@@ -36,32 +36,49 @@ class StepResult:
 NO_FAULT, NO_TARGET, WRONG_LOSS = -1, -2, -3
 
 
+@dataclass(frozen=True)
+class _Gradients:
+    """What the backward passes of a step left: sums of this rank, as device tensors, and the constant that each loss was divided by."""
+
+    loss_sum: torch.Tensor
+    targets: torch.Tensor
+    divisor: int
+
+
 @dataclass
-class Stepper:
-    """The arithmetic of a step. `model` is what forward goes through (DDP or the module itself), `inner` the module."""
+class TrainStep:
+    """The arithmetic of one optimizer step. `model` is what forward goes through (DDP or the module itself), `inner` the module.
+
+    `scale` and `context` change when training falls back to bf16 (train/overflow_policy.py)."""
 
     job: Job
-    rt: Runtime
+    rt: Distributed
     model: nn.Module
     inner: nn.Module
     optimizer: torch.optim.Optimizer
     context: Callable[[], AbstractContextManager[object]]
-    scale: LossScale | None
+    scale: GradScaler | None
     _buffers: list[torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self._buffers = saved_buffers(self.inner)
 
-    def run(self, batches: Iterable[Batch]) -> StepResult:
-        """Trains on the micro-batches of one step. The optimizer's lr is already set."""
+    def __call__(self, batches: Iterable[Batch]) -> StepResult:
+        """Train on the micro-batches of one step, with the learning rate that the optimizer has. Collective.
+
+        Where there is a loss scale this waits for the device, to know whether to skip the update; else it does not."""
+        # Each rank's forward passes leave other buffers, and a checkpoint has those of rank 0: each step begins with these.
+        if self.rt.world_size > 1:
+            send_buffers(self._buffers, self.rt)
+        # An overflow leaves no trace in running statistics: the step is tried again, and counts once.
+        before = [buffer.clone() for buffer in self._buffers] if self.scale is not None else []
+        scale = self.scale.scale if self.scale else 1.0
+        return self._update(self._backward(batches, scale), scale, before)
+
+    def _backward(self, batches: Iterable[Batch], scale: float) -> _Gradients:
+        """Forward and backward of every micro-batch. Gradients are reduced over the ranks in the last one."""
         job, rt = self.job, self.rt
         assert job.grad_accum_steps is not None
-        scale = self.scale.scale if self.scale else 1.0
-        # Each rank's forward passes leave others behind, and a checkpoint has those of rank 0: a step that reads them begins with these.
-        if rt.world > 1:
-            send_buffers(self._buffers, rt)
-        # A step that is tried again counts once in running statistics, and what overflowed not at all.
-        before = [buffer.clone() for buffer in self._buffers] if self.scale is not None else []
         loss_total = torch.zeros((), device=rt.device)
         targets_total = torch.zeros((), dtype=torch.float64, device=rt.device)
         nominal = 0
@@ -69,42 +86,47 @@ class Stepper:
         self.inner.zero_grad(set_to_none=True)
         for index, batch in enumerate(batches):
             # A number of targets that every rank knows beforehand, to keep 16-bit gradients in range. Ranks with batches of other
-            # lengths must not scale by their own: the mean over ranks would weigh them differently. What counted is divided by at the end.
+            # lengths must not scale by their own: the mean over ranks would weigh them differently. `_update` divides by what counted.
             nominal = nominal or job.batch_size * nominal_targets(batch, job.seq_len)
             with accumulating(self.model, rt, last=index == job.grad_accum_steps - 1):
                 with self.context():
                     loss_sum, targets = read_loss(self.model(**batch), batch)
                 # The mean over ranks that DDP and FSDP take, times their number, is the sum.
-                (loss_sum * (rt.world * scale / nominal)).backward()
+                (loss_sum * (rt.world_size * scale / nominal)).backward()
             loss_total += loss_sum.detach()
             targets_total += targets
-        # One division by the targets of the whole global batch: short windows and padding weigh what they weigh.
-        everyone, broken = rt.total(torch.stack([targets_total, (~torch.isfinite(loss_total)).double()]))
+        return _Gradients(loss_total, targets_total, nominal)
+
+    def _update(self, done: _Gradients, scale: float, buffers_before: list[torch.Tensor]) -> StepResult:
+        """One division by the targets of the whole global batch, one clip and one update; with a scale none after an overflow."""
+        job = self.job
+        # One division for all ranks: short windows and padding count as what they are.
+        everyone, broken = self.rt.all_reduce_sum(torch.stack([done.targets, (~torch.isfinite(done.loss_sum)).double()]))
         empty = everyone == 0
         everyone = torch.where(empty, torch.ones_like(everyone), everyone)
         optim.gradients_to_masters(self.optimizer, self.inner)
-        factor = (nominal / (everyone * scale)).float()
+        factor = (done.divisor / (everyone * scale)).float()
         norm = optim.global_norm(optim.gradients_of(self.inner)) * factor
         bad = (~torch.isfinite(norm)).float()
         wrong_loss = (broken > 0) & (bad == 0)
         overflow = self.scale is not None and bool(bad)
-        found = torch.where(bad.bool(), optim.first_nonfinite(self.inner), torch.full_like(targets_total, NO_FAULT, dtype=torch.int64))
+        fault = torch.where(bad.bool(), optim.first_nonfinite(self.inner), torch.full_like(done.targets, NO_FAULT, dtype=torch.int64))
         if overflow:
-            for buffer, kept in zip(self._buffers, before, strict=True):
-                buffer.copy_(kept)
+            for buffer, saved in zip(self._buffers, buffers_before, strict=True):
+                buffer.copy_(saved)
         else:
             clipped = factor * torch.clamp(job.grad_clip / (norm + 1e-6), max=1.0) if job.grad_clip > 0 else factor
             optim.scale_and_step(self.optimizer, self.inner, clipped, bad)
-        for condition, fault in ((wrong_loss, WRONG_LOSS), (empty, NO_TARGET)):
-            found = torch.where(condition, torch.full_like(found, fault), found)
-        return StepResult(loss_total, targets_total, norm, overflow, found)
+        for condition, kind in ((wrong_loss, WRONG_LOSS), (empty, NO_TARGET)):
+            fault = torch.where(condition, torch.full_like(fault, kind), fault)
+        return StepResult(done.loss_sum, done.targets, norm, overflow, fault)
 
-    def settle(self, batch: Batch) -> None:
-        """One backward pass whose gradients are thrown away, before the first step of an attempt.
+    def warm_up(self, batch: Batch) -> None:
+        """Do one backward pass whose gradients are discarded, before the first step of an attempt.
 
-        DDP lays its gradient buckets out anew after the first backward of a process. The layout decides in which order the
-        ranks' gradients are added up, so a resumed run would differ in the last bits from one that was never interrupted."""
-        if self.rt.world == 1 or self.model is self.inner:
+        DDP rebuilds its gradient buckets after the first backward pass of a process. The layout decides in which order the
+        gradients of the ranks are summed, so a resumed run would differ in the last bits from one that was never interrupted."""
+        if self.rt.world_size == 1 or self.model is self.inner:
             return
         buffers = {name: tensor.clone() for name, tensor in self.inner.named_buffers()}
         with self.context():

@@ -1,50 +1,38 @@
-"""The training loop, and what surrounds it: build, resume, step, validate, log, save, stop."""
+"""The training loop. train/startup.py builds what it works with."""
 
 import gc
 import math
-import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from jobs.checkpoint import directory
-from jobs.checkpoint.directory import complete, val_loss_of
 from jobs.config.settings import Job
-from jobs.config.validation import schedule_of
 from jobs.core.contract import Event
-from jobs.rank.stop_flag import StopFlag, name_of
+from jobs.rank.stop_flag import StopFlag
 from jobs.run import event_log
 from jobs.run.goodput import Part
 from jobs.run.progress import Progress
-from jobs.run.rundir import RunDir, origins
-from jobs.specs.lr_schedule import describe, lr_at
-from train import optim, perf_flags
-from train.build import build, open_split
-from train.checkpoint import state_dict
-from train.checkpoint.interval import Rhythm
-from train.checkpoint.manager import Saver
-from train.checkpoint.restore import initialise, resume
+from jobs.run.rundir import RunDir
+from jobs.specs.lr_schedule import LRSchedule
+from train import optim
+from train.checkpoint.manager import CheckpointManager
 from train.compilation.compile_cache import CompileCache
-from train.data.loader import LISTEN_S, Feed, ValidationFeed
-from train.data.sources import content_of
-from train.distributed import runtime
-from train.distributed.parallel import is_sharded, prepare
-from train.metrics.flops import flops_per_sample
-from train.metrics.goodput_timer import Clock
-from train.metrics.logger import MetricsLog
-from train.metrics.profiler import Tracer
-from train.metrics.throughput import Live, progress_text
-from train.metrics.tracking import Trackers
-from train.model_check import check_count_rule
-from train.overflow_policy import after_overflow, as_saved, scale_to_save
-from train.precision.numerics import GradientOverflow, LossScale, OverflowGuard, first_bad
+from train.data.loader import POLL_S, Batch, TrainLoader
+from train.data.sources import Dataset
+from train.distributed.runtime import Distributed
+from train.distributed.stop_agreement import StopAgreement
+from train.metrics.goodput_timer import GoodputTimer
+from train.metrics.logger import Metrics, MetricsLogger
+from train.metrics.profiler import StepProfiler
+from train.metrics.step_totals import StepTotals
+from train.overflow_policy import handle_overflow, scaler_state
+from train.precision.numerics import GradientOverflow, OverflowPolicy, first_nonfinite_grad
 from train.rng import seed_everything
-from train.step_faults import first_fault, no_fault, raise_on_fault
-from train.train_step import Stepper
-from train.validation import evaluate
+from train.train_state import TrainState
+from train.train_step import StepResult, TrainStep
+from train.validation import Validator
 
 
 @dataclass(frozen=True)
@@ -55,284 +43,212 @@ class Outcome:
     stopped_by: str | None
 
 
-def train(job: Job, run: RunDir, flag: StopFlag, clock: Clock, ahead: directory.Ahead | None = None) -> Outcome:
-    """Trains until `max_steps` or until all ranks agree to stop. `ahead`, of rank 0: the newest checkpoint, already being verified.
-    Raises the errors of jobs.core.errors."""
-    rt = runtime.start(job)
-    say = _Speaker(rt.is_main)
-    say(f"attempt {rt.attempt} of run {run.id}")
-    say("  " + runtime.describe(job, rt, origins(run).get("precision", "default")))
+@dataclass
+class Trainer:
+    """One training process. `state`, weights and optimizer are what a checkpoint holds; everything else is rebuilt from the job.
 
-    schedule = schedule_of(job)
-    for text in describe(schedule):
-        say("  " + text)
-    # A backward function that makes a NaN is then named with the line of its forward; far too slow to leave on.
-    torch.autograd.set_detect_anomaly(job.debug, check_nan=True)
-    seed_everything(job.seed, step=0)
-    data, val_data = open_split(job, "train"), open_split(job, "val")
-    # Rank 0 looks for all: on a shared file system each node may see another listing.
-    begins = rt.broadcast(not any(complete(run.checkpoints)) if rt.is_main else None)
-    compiled = CompileCache(job, run, rt, say)
-    compiled.load()
-    inner, context = build(job, data, rt, say, drawn=begins)
-    for text in perf_flags.apply(job, inner, data, rt.device):
-        say("  " + text)
-    optimizer = optim.build(job, inner)
-    scale = LossScale.of(job)
-    with clock.during(Part.RESTORE):
-        loaded = resume(job, run, rt, inner, optimizer, data, say, ahead)
-        if loaded is None and not begins:
-            # Every checkpoint was damaged: from the first step after all, with the weights that the first attempt drew.
-            seed_everything(job.seed, step=0)
-            inner, context = build(job, data, rt, _Speaker(enabled=False))
-            optimizer = optim.build(job, inner)
-        if loaded is None and job.init_from:
-            say("  " + initialise(Path(job.init_from), inner, rt))
-    resumed, pending = (loaded.step, loaded.pending) if loaded else (None, None)
-    prepared = prepare(inner, job, rt)
-    if sum(p.requires_grad for p in inner.parameters()):
-        say(
-            f"  model {job.model}: {sum(p.numel() for p in inner.parameters()):,} parameters · data {data.name}: {len(data):,} samples · batch {job.batch_size} = {rt.world} x {job.micro_batch_size} x {job.grad_accum_steps}"
-        )
+    All ranks call the same methods in the same order: `next_batches`, `train_step`, `validate`, `save` and `shut_down` are collective."""
 
-    metrics = MetricsLog(run.metrics, resumed or 0, again=pending is not None) if rt.is_main else None
-    progress = Progress(run.attempt(rt.attempt), rt.is_main)
-    progress.set(resumed or 0)
-    progress.enter("first_step")
-    clock.enter(Part.FIRST_STEP)
-    stop_file: Path | None = run.stop_file if rt.is_main else None
-    flag.successor = run.attempt(rt.attempt + 1).path if rt.is_main and rt.attempt else None
-    feed = Feed(job, rt, data, run.attempt(rt.attempt).samples(rt.rank) if job.log_samples else None)
-    guard = OverflowGuard(job, scale)
-    stepper = as_saved(Stepper(job, rt, prepared, inner, optimizer, context, scale), guard, loaded, job, say)
-    val_feed = ValidationFeed(job, val_data)
-    first_batch = feed.first(resumed or 0)
-    live = Live(job, rt, flops_per_sample(inner, first_batch), clock)
-    for text in live.lines():
-        say("  " + text)
-    tracer = Tracer(job, run.attempt(rt.attempt).trace, say, enabled=rt.is_main)
-    stepper.settle(first_batch)
-    check_count_rule(inner, job, data, rt, say)
-    live.restart()
-    # After the reading processes are forked, which inherit no thread but might inherit a lock that one holds.
-    trackers = Trackers(job, run, (resumed or 0) - (pending is not None), say) if rt.is_main else None
-    saver = Saver(run, job, rt, say, sharded=is_sharded(inner), saved=resumed)
-    rhythm = Rhythm(job, event_log.read(run.ledger), say)
-    step, tokens = resumed or 0, loaded.tokens if loaded else 0
-    tokens_of_line = tokens
-    # Targets of this rank since `tokens` was counted, on the device: counting them for all would wait for each step.
-    uncounted = torch.zeros((), dtype=torch.float64, device=rt.device)
-    fault = no_fault(rt.device)
-    stopped_by = 0
-    log_every = 1 if job.debug else job.log_every
+    job: Job
+    run: RunDir
+    dist: Distributed
+    flag: StopFlag
+    agreement: StopAgreement
+    timer: GoodputTimer
+    progress: Progress
+    say: Callable[[str], None]
+    schedule: LRSchedule
+    data: Dataset
+    loader: TrainLoader
+    step: TrainStep
+    overflow_policy: OverflowPolicy
+    totals: StepTotals
+    validator: Validator
+    checkpoints: CheckpointManager
+    metrics: MetricsLogger
+    profiler: StepProfiler
+    compile_cache: CompileCache
+    state: TrainState
 
-    def agree(*said: bool) -> tuple[bool, ...]:
-        """Whether the ranks stop, and for each of these whether any of them says so."""
-        nonlocal stopped_by
-        stopped_by, *any_said = rt.maxima(stopped_by or flag.code(stop_file), *map(int, said))
-        return stopped_by != 0, *map(bool, any_said)
+    def __post_init__(self) -> None:
+        self._first_step = self.state.step + 1
 
-    def go_on() -> bool:
-        """Waits until every rank has its samples of the next step; a stop is heard in the meantime, and a save may be due."""
+    def train(self) -> Outcome:
+        """Train until `max_steps`, or until the ranks agree to stop. Raises the errors of jobs.core.errors."""
+        self.step.model.train()
+        if self.state.step == self.job.max_steps:
+            self.flag.busy()
+        if self.state.pending_metrics is not None:
+            self.finish_pending_validation()
+        while self.state.step < self.job.max_steps and not self.agreement.stop_code:
+            batches = self.next_batches()
+            if batches is None or not self.train_step(batches):
+                break
+        return self.shut_down()
+
+    def next_batches(self) -> Iterator[Batch] | None:
+        """Wait until every rank has the micro-batches of the next step; save when the interval is over. None: the ranks agreed to stop."""
         while True:
-            with clock.during(Part.DATA_WAIT):
-                waiting = not feed.ready(step, wait_s=LISTEN_S)
-            asked = clock.now()
-            due = rt.is_main and not saver.busy and rhythm.due(step, saver)
-            stop, waiting_any, due_any = agree(waiting, due)
-            if waiting_any:
-                clock.count(Part.DATA_WAIT, since=asked)
-            if stop:
-                return False
-            if due_any:
-                save()
-            if not waiting_any:
-                return True
+            with self.timer.during(Part.DATA_WAIT):
+                is_waiting = not self.loader.ready(self.state.step, wait_s=POLL_S)
+            asked = self.timer.now()
+            any_waiting, save_due = self.agreement.sync(is_waiting, self.checkpoints.is_due(self.state.step))
+            if any_waiting:
+                self.timer.count(Part.DATA_WAIT, since=asked)
+            if self.agreement.stop_code:
+                return None
+            if save_due:
+                self.save()
+            if not any_waiting:
+                return self.loader.take(self.state.step)
 
-    def totals(*sums: torch.Tensor) -> list[float]:
-        """Over all ranks: these, and `tokens`. Waits for the steps."""
-        nonlocal tokens
-        raise_on_fault(fault.tolist(), job, inner, step)
-        *found, more = rt.total(torch.stack([*sums, uncounted])).tolist()
-        uncounted.zero_()
-        tokens += int(more)
-        return found
+    def train_step(self, batches: Iterator[Batch]) -> bool:
+        """Do one optimizer step, with its log line, validation and checkpoint. False: stopped during the validation.
 
-    def flushed() -> bool:
-        """Whether the metrics are on disk, which a checkpoint must not be newer than."""
-        try:
-            if metrics is not None:
-                metrics.sync()
-        except OSError as err:
-            say(f"  WARNING: metrics could not be flushed to disk: {err.strerror}")
-            return False
+        After an overflow the step is not counted, and `next_batches` gives the same batches again: neither the schedule nor the data order changes."""
+        lr = self.schedule(self.state.step)
+        optim.set_lr(self.step.optimizer, lr)
+        seed_everything(self.job.seed, self.state.step, self.dist.rank)
+        self.profiler.before(self.state.step + 1)
+        result = self.step(batches)
+        if result.overflow:
+            handle_overflow(self.step, self.overflow_policy, self.run, self.state.step, self.say)
+            return True
+        self.finish_step(result)
+        is_best = False
+        if self.should_log():
+            line = self.collect_metrics(result, lr)
+            if self.should_validate():
+                values = self.validate()
+                if values is None:
+                    self.save_pending(line)
+                    return False
+                line |= values
+                is_best = self.finish_validation(values["val_loss"])
+            self.metrics.log(line)
+        if self.should_save(is_best):
+            self.save(blocking=self.is_last_step())
         return True
 
-    def save(pending_line: dict[str, Any] | None = None, *, must: bool = False) -> None:
-        flushed()
-        # The copy waits for the steps that are queued on the device anyway; waited for here, that time counts as theirs.
-        totals()
-        state = state_dict.State(
-            step=step,
-            tokens=tokens,
-            seed=job.seed,
-            max_steps=job.max_steps,
-            batch_size=job.batch_size,
-            data=data.name,
-            samples=len(data),
-            content=content_of(data),
-            precision=str(job.precision),
-            world=rt.world,
-            parallel=job.parallel,
-            val_loss=validated[1] if validated and validated[0] == step and math.isfinite(validated[1]) else None,
-            pending=pending_line,
-            scaler=scale_to_save(stepper),
-            versions=state_dict.versions(),
-        )
-        before = progress.enter("save")
-        clock.saving(step)
-        with clock.during(Part.SAVE_STALL):
-            saver.save(state, inner, optimizer, must=must)
-        progress.enter(before)
-        rhythm.saved()
-
-    def log(line: dict[str, Any]) -> None:
-        if metrics is not None:
-            metrics.write(**line)
-        if trackers is not None:
-            trackers.log(line)
-        say(progress_text(line, job.max_steps))
-
-    def validate() -> dict[str, float] | None:
-        assert job.micro_batch_size is not None
-        before = progress.enter("evaluation")
-        begun = clock.now()
-        with clock.during(Part.EVALUATION):
-            result = evaluate(inner, stepper.context, val_data, val_feed, rt, samples=job.eval_samples, micro_batch=job.micro_batch_size, agree=agree)
-            if result is None:
-                clock.count(Part.LOST, since=begun)
-        progress.enter(before)
-        return result.metrics(val_data) if result else None
-
-    validated: tuple[int, float] | None = None
-    best = min((loss for path in complete(run.checkpoints) if (loss := val_loss_of(path)) is not None), default=None)
-    best = rt.broadcast(best)
-
-    def better(loss: float) -> bool:
-        """Whether this is the best so far, and from now on the one to beat. NaN never is."""
-        nonlocal best
-        found = math.isfinite(loss) and (best is None or loss < best)
-        best = loss if found else best
-        return found
-
-    prepared.train()
-    if resumed == job.max_steps:
-        flag.busy()
-    if pending is not None:
-        # The attempt before was stopped while it validated: that is done first, so that no line of metrics is missing.
-        values = validate()
-        if values is not None:
-            log({**pending, **values})
-            if flushed():
-                saver.validated(step, values["val_loss"] if math.isfinite(values["val_loss"]) else None)
-            better(values["val_loss"])
-
-    while step < job.max_steps and not stopped_by and go_on():
-        lr = lr_at(schedule, step)
-        optim.set_lr(optimizer, lr)
-        seed_everything(job.seed, step, rt.rank)
-        tracer.before(step + 1)
-        done = stepper.run(feed.of_step(step))
-        if done.overflow:
-            # The same step again, with a smaller scale or in bf16: schedule and data order do not notice.
-            stepper = after_overflow(stepper, guard, run, step, say)
-            continue
-        guard.good()
-        step += 1
-        progress.set(step)
-        clock.finished_step()
-        progress.enter("step")
-        tracer.after(step)
-        uncounted += done.targets
-        fault = first_fault(fault, step, done.fault)
-        live.step()
-        saver.poll()
-        if step == (resumed or 0) + 1:
-            flag.busy()
-            saver.reserve(inner, optimizer)
-            compiled.keep(validated=False)
-            # What imports and compilation made stays: a full collection of 400,000 objects stops this thread, which feeds the GPU, for
-            # a quarter of a second.
+    def finish_step(self, result: StepResult) -> None:
+        """Count a step whose update is queued on the device. Nothing here waits for the device."""
+        self.overflow_policy.record_success()
+        self.state.advance()
+        self.progress.set(self.state.step)
+        self.timer.finished_step()
+        self.progress.enter("step")
+        self.profiler.after(self.state.step)
+        self.totals.add(self.state.step, result)
+        self.metrics.throughput.step()
+        self.checkpoints.poll()
+        if self.state.step == self._first_step:
+            self.flag.busy()
+            self.checkpoints.preallocate(self.step.inner, self.step.optimizer)
+            self.compile_cache.keep(validated=False)
+            # Objects made by imports and compilation stay: a full collection of 400,000 objects stops this thread, which feeds the GPU,
+            # for a quarter of a second.
             gc.freeze()
 
-        due_eval = step == job.max_steps or (job.eval_every > 0 and step % job.eval_every == 0)
-        if due_eval or step % log_every == 0 or step == 1:
-            total, targets = totals(done.loss_sum.double(), done.targets)
-            loss = total / (targets or 1)
-            line: dict[str, Any] = {
-                "step": step,
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": done.norm.item(),
-                "tokens": tokens,
-                **live.values(tokens - tokens_of_line),
-                "attempt": rt.attempt,
-                "time": round(time.time(), 3),
-            }
-            tokens_of_line = tokens
-            if stepper.scale is not None:
-                line |= {"loss_scale": stepper.scale.scale, "growth_tracker": stepper.scale.good_steps}
-            if not math.isfinite(total) or not math.isfinite(line["grad_norm"]):
-                raise GradientOverflow(
-                    f"at step {step} the loss is {loss} and the gradient norm {line['grad_norm']}, first in {first_bad(inner)}. A lower LR or more warm-up may help; DEBUG=true finds the operation."
-                )
-            if due_eval:
-                values = validate()
-                if values is None:
-                    clock.stop()
-                    save(line, must=True)
-                    break
-                line |= values
-                validated = (step, values["val_loss"])
-                compiled.keep(validated=True)
-                live.restart()
-            log(line)
-        new_best = validated is not None and validated[0] == step and better(validated[1])
-        due_save = (job.checkpoint_every != "auto" and step % job.checkpoint_every == 0) or (job.keep_every > 0 and step % job.keep_every == 0)
-        if step == job.max_steps or (new_best and job.keep_best > 0) or due_save:
-            save(must=step == job.max_steps)
+    def should_validate(self) -> bool:
+        return self.is_last_step() or (self.job.eval_every > 0 and self.state.step % self.job.eval_every == 0)
 
-    progress.enter("save")
-    clock.stop()
-    if stopped_by:
-        if rt.is_main:
+    def should_log(self) -> bool:
+        """Each `log_every` steps, the first step of the run, and each step that is validated."""
+        log_every = 1 if self.job.debug else self.job.log_every
+        return self.should_validate() or self.state.step % log_every == 0 or self.state.step == 1
+
+    def should_save(self, is_best: bool) -> bool:
+        """Whether the step just finished is saved by its number or its validation loss. CHECKPOINT_EVERY=auto is decided in `next_batches`."""
+        job, step = self.job, self.state.step
+        due = (job.checkpoint_every != "auto" and step % job.checkpoint_every == 0) or (job.keep_every > 0 and step % job.keep_every == 0)
+        return self.is_last_step() or (is_best and job.keep_best > 0) or due
+
+    def is_last_step(self) -> bool:
+        return self.state.step == self.job.max_steps
+
+    def reduce_totals(self, *sums: torch.Tensor) -> list[float]:
+        """Sum these over all ranks, and add the targets since the last call to `state.tokens`. Waits for the device."""
+        targets, reduced = self.totals.reduce(self.state.step, *sums)
+        self.state.tokens += targets
+        return reduced
+
+    def collect_metrics(self, result: StepResult, lr: float) -> Metrics:
+        """Return the log line of the step just finished. Raises GradientOverflow when the loss or the gradient is not finite."""
+        total, targets = self.reduce_totals(result.loss_sum.double(), result.targets)
+        loss, norm = total / (targets or 1), result.norm.item()
+        line = self.metrics.line(self.state, loss, lr, norm)
+        if self.step.scale is not None:
+            line |= {"loss_scale": self.step.scale.scale, "growth_tracker": self.step.scale.good_steps}
+        if not math.isfinite(total) or not math.isfinite(norm):
+            raise GradientOverflow(
+                f"at step {self.state.step} the loss is {loss} and the gradient norm {norm}, first in {first_nonfinite_grad(self.step.inner)}."
+                " A lower LR or more warm-up may help; DEBUG=true finds the operation."
+            )
+        return line
+
+    def validate(self) -> dict[str, float] | None:
+        """Return the values of a validation for the log line; None when the ranks agreed to stop in the middle of it."""
+        return self.validator.run(self.step.context)
+
+    def finish_validation(self, loss: float) -> bool:
+        """Record the validation loss of this step. Returns whether it is the best so far."""
+        self.compile_cache.keep(validated=True)
+        self.metrics.throughput.restart()
+        return self.state.record_validation(loss)
+
+    def finish_pending_validation(self) -> None:
+        """Validate the step at which the previous attempt was stopped, so that no log line is missing. A second stop leaves it pending."""
+        values = self.validate()
+        if values is None:
+            return
+        self.metrics.log({**(self.state.pending_metrics or {}), **values})
+        self.state.pending_metrics = None
+        if self.metrics.sync():
+            self.checkpoints.amend_val_loss(self.state.step, values["val_loss"] if math.isfinite(values["val_loss"]) else None)
+        self.state.record_validation(values["val_loss"])
+
+    def save_pending(self, line: Metrics) -> None:
+        """Save at a stop during a validation: the next attempt finishes it and logs this line."""
+        self.timer.stop()
+        self.state.pending_metrics = line
+        self.save(blocking=True)
+
+    def save(self, *, blocking: bool = False) -> None:
+        """Save a checkpoint of this step. Returns when the state is in host memory; with `blocking`, when the checkpoint is committed."""
+        self.metrics.sync()
+        # The copy waits for the steps that are queued on the device; waited for here, that time counts as theirs.
+        self.reduce_totals()
+        record = self.state.to_record(self.job, self.data, self.dist.world_size, scaler_state(self.step))
+        before = self.progress.enter("save")
+        self.timer.saving(self.state.step)
+        with self.timer.during(Part.SAVE_STALL):
+            self.checkpoints.save(record, self.step.inner, self.step.optimizer, blocking=blocking)
+        self.progress.enter(before)
+        self.checkpoints.restart_interval()
+
+    def shut_down(self) -> Outcome:
+        """Save where the ranks agreed to stop, finish the save in flight, and close everything."""
+        self.progress.enter("save")
+        self.timer.stop()
+        stopped_by = self.agreement.stopped_by
+        if stopped_by:
+            self.save_at_stop(stopped_by)
+        self.checkpoints.join()
+        self.profiler.close()
+        self.loader.close()
+        self.validator.close()
+        # No rank leaves before rank 0 has saved: its exit could otherwise end the Slurm step while rank 0 still writes.
+        self.dist.barrier()
+        self.metrics.close(stopped=bool(stopped_by))
+        return Outcome(self.state.step, stopped_by)
+
+    def save_at_stop(self, stopped_by: str) -> None:
+        """Write the STOP event, and save this step unless its checkpoint is committed already."""
+        step = self.state.step
+        if self.dist.is_main:
             with suppress(OSError):  # the save matters more
-                event_log.append(run.ledger, Event.STOP, attempt=rt.attempt, job_id=rt.job_id, step=step, signal=name_of(stopped_by))
-        saver.join()
-        if saver.saved is None or saver.saved < step:
-            save(must=True)
-        say(f"stopped by {name_of(stopped_by)} at step {step:,}; saved, nothing is lost")
-    saver.join()
-    tracer.close()
-    feed.close()
-    val_feed.close()
-    # No rank leaves before rank 0 has saved: its exit could otherwise end the step while rank 0 still writes.
-    rt.barrier()
-    if metrics is not None:
-        metrics.close()
-    if trackers is not None:
-        trackers.close(stopped=bool(stopped_by))
-    return Outcome(step, name_of(stopped_by) if stopped_by else None)
-
-
-class _Speaker:
-    """Prints on rank 0."""
-
-    def __init__(self, enabled: bool):
-        self.enabled = enabled
-
-    def __call__(self, text: str) -> None:
-        if self.enabled:
-            # The log lies on the disk that may be full: no word is worth the training.
-            with suppress(OSError):
-                print(text, flush=True)
+                event_log.append(self.run.ledger, Event.STOP, attempt=self.dist.attempt, job_id=self.dist.job_id, step=step, signal=stopped_by)
+        self.checkpoints.join()
+        if self.checkpoints.saved is None or self.checkpoints.saved < step:
+            self.save(blocking=True)
+        self.say(f"stopped by {stopped_by} at step {step:,}; saved, nothing is lost")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# Fields of jobs.specs.lr_schedule.Schedule that a job gives by lr_scheduler_params; warmup_steps is a setting as well.
+# Fields of jobs.specs.lr_schedule.LRSchedule that a job gives by lr_scheduler_params; warmup_steps is a setting as well.
 PARAMS = ("total_iters", "T_0", "T_max", "T_mult", "eta_min", "min_lr", "num_cycles", "decay_steps", "decay_pct")
 _SETTINGS = ("warmup_steps", "warmup_pct", "lr_scheduler")
 

@@ -7,7 +7,7 @@ from jobs.config.settings import Job
 from jobs.config.types import step_range
 from jobs.core.errors import SettingError
 from jobs.core.imports import check_form
-from jobs.specs.lr_schedule import Schedule, warmup_steps_from_pct
+from jobs.specs.lr_schedule import LRSchedule, warmup_steps_from_pct
 from jobs.specs.model_presets import DATA_SPECS, MODEL_SPECS
 from jobs.specs.precision import FP8_RECIPES, MODES, MXFP8_ARCH, Precision, arch_number, nearest_that_runs, runs_on
 
@@ -84,12 +84,12 @@ def _names(job: Job, origins: Mapping[str, str]) -> None:
         raise SettingError("\n".join(faults))
 
 
-def schedule_of(job: Job) -> Schedule:
+def schedule_of(job: Job) -> LRSchedule:
     """The learning-rate curve of a job. Raises SettingError for parameters that describe no curve."""
     params = dict(job.lr_scheduler_params)
     warmup = job.warmup_steps if job.warmup_steps is not None else warmup_steps_from_pct(job.max_steps, job.warmup_pct or 0.0)
     params.setdefault("warmup_steps", warmup)
-    return Schedule.from_params(job.lr_scheduler, job.lr, job.max_steps, params)
+    return LRSchedule.from_params(job.lr_scheduler, job.lr, job.max_steps, params)
 
 
 def _batch(job: Job, said: Any) -> tuple[list[str], dict[str, Any]]:

@@ -40,7 +40,7 @@ _USED_BY = {
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LRSchedule:
     """What the curve depends on, and nothing else. Lengths are optimizer steps.
 
     kind: one of KINDS.                     base_lr: the peak, reached at step `warmup_steps`.
@@ -98,7 +98,7 @@ class Schedule:
             )
 
     @classmethod
-    def from_params(cls, kind: str, base_lr: float, total_steps: int, params: Mapping[str, Any]) -> "Schedule":
+    def from_params(cls, kind: str, base_lr: float, total_steps: int, params: Mapping[str, Any]) -> "LRSchedule":
         """The schedule for a mapping such as `lr_scheduler_params`; `eta_min` is min_lr, unknown names are refused."""
         allowed = [f.name for f in fields(cls) if f.name not in ("kind", "base_lr", "total_steps", "min_lr")]
         for name in params:
@@ -138,25 +138,23 @@ class Schedule:
             return self.main_steps
         return self.main_steps / float(sum(self.T_mult**i for i in range(self.num_cycles)))
 
-
-def lr_at(schedule: Schedule, step: int) -> float:
-    """The rate that optimizer step `step` (from 0) trains at; steps past the end of the run keep its last value."""
-    if step < 0:
-        raise ValueError(f"step {step} is before the start of the run")
-    s = schedule
-    if step < s.warmup_steps:
-        return s.base_lr * (WARMUP_START + (1.0 - WARMUP_START) * step / s.warmup_steps)
-    t = min(step, s.total_steps) - s.warmup_steps
-    if s.kind == "constant":
-        return s.base_lr
-    if s.kind == "linear":
-        return _linear(s, _share(t, s.main_steps))
-    if s.kind == "cosine":
-        return _cosine(s, _share(t, s.T_max or s.main_steps))
-    if s.kind == "wsd":
-        return _linear(s, _share(t - (s.main_steps - s.decay_length), s.decay_length))
-    start, length = cycle_at(s, t, ended=step >= s.total_steps)
-    return _cosine(s, _share(t - start, length))
+    def __call__(self, step: int) -> float:
+        """Return the rate of optimizer step `step`, counted from 0; steps past the end of the run keep its last value."""
+        if step < 0:
+            raise ValueError(f"step {step} is before the start of the run")
+        if step < self.warmup_steps:
+            return self.base_lr * (WARMUP_START + (1.0 - WARMUP_START) * step / self.warmup_steps)
+        t = min(step, self.total_steps) - self.warmup_steps
+        if self.kind == "constant":
+            return self.base_lr
+        if self.kind == "linear":
+            return _linear(self, _share(t, self.main_steps))
+        if self.kind == "cosine":
+            return _cosine(self, _share(t, self.T_max or self.main_steps))
+        if self.kind == "wsd":
+            return _linear(self, _share(t - (self.main_steps - self.decay_length), self.decay_length))
+        start, length = cycle_at(self, t, ended=step >= self.total_steps)
+        return _cosine(self, _share(t - start, length))
 
 
 def _share(t: float, length: float) -> float:
@@ -164,15 +162,15 @@ def _share(t: float, length: float) -> float:
     return 1.0 if length <= 0 else min(max(t / length, 0.0), 1.0)
 
 
-def _linear(s: Schedule, share: float) -> float:
+def _linear(s: LRSchedule, share: float) -> float:
     return s.min_lr + (s.base_lr - s.min_lr) * (1.0 - share)
 
 
-def _cosine(s: Schedule, share: float) -> float:
+def _cosine(s: LRSchedule, share: float) -> float:
     return s.min_lr + (s.base_lr - s.min_lr) * (1.0 + math.cos(math.pi * share)) / 2.0
 
 
-def cycle_at(s: Schedule, t: float, ended: bool) -> tuple[float, float]:
+def cycle_at(s: LRSchedule, t: float, ended: bool) -> tuple[float, float]:
     """Start and length of the cosine cycle that main-phase step `t` lies in.
 
     A boundary belongs to the new cycle, except where the curve is over (`ended`, or the last of the cycles): there it
@@ -199,19 +197,19 @@ def warmup_steps_from_pct(total_steps: int, pct: float) -> int:
     return int(total_steps * pct)
 
 
-def curve(schedule: Schedule, points: int = 200) -> list[tuple[int, float]]:
+def curve(schedule: LRSchedule, points: int = 200) -> list[tuple[int, float]]:
     """At most `points` pairs (step, rate) for drawing: evenly spaced, first and last step and the peak included."""
     last = schedule.total_steps - 1
     spaces = max(1, points - 2)
     steps = {round(i * last / spaces) for i in range(spaces + 1)}
     steps |= {last, min(schedule.warmup_steps, last)}
-    return [(step, lr_at(schedule, step)) for step in sorted(steps)]
+    return [(step, schedule(step)) for step in sorted(steps)]
 
 
-def describe(schedule: Schedule) -> list[str]:
+def describe(schedule: LRSchedule) -> list[str]:
     """The curve in words, a line per phase; then a line `warning: ...` for each thing that may not be meant."""
     s, last = schedule, schedule.total_steps - 1
-    lines = [f"{s.kind}: peak lr {s.base_lr:g}, {s.total_steps} steps, last step trains at lr {lr_at(s, last):.3g}"]
+    lines = [f"{s.kind}: peak lr {s.base_lr:g}, {s.total_steps} steps, last step trains at lr {s(last):.3g}"]
     if s.warmup_steps:
         lines.append(f"warm-up: steps 0 to {s.warmup_steps}, linear from {s.base_lr * WARMUP_START:.3g}")
     if s.kind == "cosine_with_restarts":
@@ -223,7 +221,7 @@ def describe(schedule: Schedule) -> list[str]:
     return lines + [f"warning: {text}" for text in _warnings(s)]
 
 
-def _restarts(s: Schedule) -> list[float]:
+def _restarts(s: LRSchedule) -> list[float]:
     """Steps of the run, counted from 0, at which the rate jumps back to the peak."""
     found: list[float] = []
     count = s.num_cycles or (None if s.T_0 else 1)
@@ -234,7 +232,7 @@ def _restarts(s: Schedule) -> list[float]:
     return found
 
 
-def _warnings(s: Schedule) -> list[str]:
+def _warnings(s: LRSchedule) -> list[str]:
     found = []
     if not s.warmup_steps:
         found.append("no warm-up: step 0 trains at the peak rate; AdamW's second moments are still empty then")
@@ -251,7 +249,7 @@ def _warnings(s: Schedule) -> list[str]:
     return found + _end_warnings(s)
 
 
-def _end_warnings(s: Schedule) -> list[str]:
+def _end_warnings(s: LRSchedule) -> list[str]:
     """What the end of the run does to the curve: cut it short, or leave steps at the floor."""
     if s.kind == "constant":
         return []
@@ -262,7 +260,7 @@ def _end_warnings(s: Schedule) -> list[str]:
     elif s.kind == "cosine_with_restarts":
         start, length = cycle_at(s, run, ended=True)
     end = start + length
-    final = lr_at(s, s.total_steps - 1)
+    final = s(s.total_steps - 1)
     # Half a step of slack: cycles made by num_cycles need not end on a whole step.
     if end > run + 0.5:
         part = f"{(run - start) / length:.0%} of its length"

@@ -7,7 +7,7 @@ from jobs.config.settings import Job
 from jobs.config.validation import schedule_of
 from jobs.core.atomic_write import replacing
 from jobs.core.errors import SettingError
-from jobs.specs.lr_schedule import Schedule, describe, lr_at
+from jobs.specs.lr_schedule import LRSchedule, describe
 from jobs.specs.lr_schedule import curve as points_of
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -33,7 +33,7 @@ def show(job: Job, picture: Path | None, as_json: bool) -> None:
         print("\n".join([*plot(schedule), "", *describe(schedule)]))
 
 
-def plot(s: Schedule, width: int = _WIDTH, height: int = _HEIGHT) -> list[str]:
+def plot(s: LRSchedule, width: int = _WIDTH, height: int = _HEIGHT) -> list[str]:
     """Lines of text with the curve drawn in stars: rate upwards, optimizer step to the right."""
     width = max(2, min(width, s.total_steps))
     top = max(rate for _, rate in points_of(s, 400))
@@ -62,15 +62,15 @@ def plot(s: Schedule, width: int = _WIDTH, height: int = _HEIGHT) -> list[str]:
     return lines
 
 
-def _rates_of(s: Schedule, column: int, width: int) -> list[float]:
+def _rates_of(s: LRSchedule, column: int, width: int) -> list[float]:
     """The rates of the steps that a column stands for, in order."""
     first = column * s.total_steps // width
     last = max(first, (column + 1) * s.total_steps // width - 1)
     stride = max(1, (last - first) // _SAMPLES)
-    return [lr_at(s, step) for step in sorted({*range(first, last + 1, stride), last})]
+    return [s(step) for step in sorted({*range(first, last + 1, stride), last})]
 
 
-def draw(s: Schedule, picture: Path, title: str) -> None:
+def draw(s: LRSchedule, picture: Path, title: str) -> None:
     """Writes the curve as an image, whole or not at all. Raises SettingError without matplotlib or for a folder that is not there."""
     try:
         from matplotlib.figure import Figure

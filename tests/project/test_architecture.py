@@ -198,6 +198,23 @@ LONGER = {
 }
 
 
+# The training loop is read as an algorithm: each of its functions fits a screen, and none changes the variables of another.
+MOST_LINES_OF_A_FUNCTION = 60
+MOST_LINES_OF_THE_LOOP = {"train": 20, "train_step": 40, "next_batches": 25, "shut_down": 25, "save": 20}
+LOOP_MODULES = ("train/trainer.py", "train/startup.py", "train/train_step.py", "train/train_state.py", "train/validation.py", "train/overflow_policy.py")
+
+
+@pytest.mark.parametrize("file", LOOP_MODULES)
+def test_the_training_loop_is_short_and_has_no_nonlocal(file: str) -> None:
+    tree = ast.parse((REPO / file).read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    lengths = {function.name: (function.end_lineno or 0) - function.lineno + 1 for function in functions}
+    limits = MOST_LINES_OF_THE_LOOP if file == "train/trainer.py" else {}
+    assert set(limits) <= set(lengths)
+    assert not {name: length for name, length in lengths.items() if length > limits.get(name, MOST_LINES_OF_A_FUNCTION)}
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Nonlocal)]
+
+
 def test_a_module_is_short_enough_to_read() -> None:
     lines = {path.relative_to(REPO).as_posix(): path.read_text().count("\n") for path in MODULES}
     assert not {name: count for name, count in lines.items() if count > LONGER.get(name, MOST_LINES)}

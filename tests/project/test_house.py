@@ -92,8 +92,8 @@ def test_every_file_and_function_on_the_page_exists() -> None:
 
 
 def test_the_check_of_names_finds_what_does_not_exist() -> None:
-    assert not missing("train/train_step.py:Stepper.run") and not missing("jobs/specs/precision.py:MODES")
-    assert missing("train/train_step.py:Stepper.walk") and missing("train/steps.py") and missing("jobs/run/rundir.py:run")
+    assert not missing("train/train_step.py:TrainStep.__call__") and not missing("jobs/specs/precision.py:MODES")
+    assert missing("train/train_step.py:TrainStep.walk") and missing("train/steps.py") and missing("jobs/run/rundir.py:run")
 
 
 def test_every_module_says_what_it_is_in_one_line() -> None:

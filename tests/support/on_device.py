@@ -21,16 +21,16 @@ from jobs.run.rundir import RunDir
 from jobs.specs.precision import MODES, Precision
 from train import build, optim
 from train.checkpoint import state_dict
-from train.checkpoint.manager import Saver
+from train.checkpoint.manager import CheckpointManager
 from train.compilation import toolchain
 from train.data.order import rank_slice
 from train.data.sources import open_data
 from train.distributed import runtime
 from train.distributed.parallel import prepare, whole
-from train.overflow_policy import after_overflow, as_saved, scale_to_save
-from train.precision.numerics import LossScale, OverflowGuard
+from train.overflow_policy import handle_overflow, restore_scaler, scaler_state
+from train.precision.numerics import GradScaler, OverflowPolicy
 from train.rng import seed_everything
-from train.train_step import Stepper
+from train.train_step import TrainStep
 
 HERE = Path(__file__).resolve().parent
 # Heads of 128 channels and widths that every fp8 recipe takes; 256 tokens per forward pass, for the same reason.
@@ -45,7 +45,7 @@ needs_compiler = pytest.mark.skipif(bool(_MISSING), reason=f"COMPILE=true needs 
 class One:
     """A runtime of one process: what a step needs of it, without a process group."""
 
-    rank, world, attempt, job_id, is_main = 0, 1, 1, "test", True
+    rank, world_size, attempt, job_id, is_main = 0, 1, 1, "test", True
 
     def __init__(self, device: torch.device):
         self.device, self.accelerator = device, self
@@ -53,7 +53,7 @@ class One:
     def no_sync(self, model: nn.Module) -> Any:
         return nullcontext()
 
-    def total(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
     def barrier(self) -> None: ...
@@ -85,10 +85,10 @@ class Training:
         seed_everything(self.job.seed, 0)
         self.model, context = build.build(self.job, self.data, self.rt, self.said.append)  # type: ignore[arg-type]
         self.optimizer = optim.build(self.job, self.model)
-        scale = LossScale.of(self.job)
-        self.guard = OverflowGuard(self.job, scale)
-        self.stepper = Stepper(self.job, self.rt, self.model, self.model, self.optimizer, context, scale)
-        self.saver = Saver(self.run, self.job, self.rt, self.said.append, sharded=False, saved=None)
+        scale = GradScaler.from_job(self.job)
+        self.guard = OverflowPolicy(self.job, scale)
+        self.stepper = TrainStep(self.job, self.rt, self.model, self.model, self.optimizer, context, scale)
+        self.saver = CheckpointManager(self.run, self.job, self.rt, self.said.append, sharded=False, saved=None)
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         import numpy as np
@@ -101,11 +101,11 @@ class Training:
         while self.step < end:
             optim.set_lr(self.optimizer, self.job.lr)
             seed_everything(self.job.seed, self.step)
-            done = self.stepper.run([self.batch(self.step)])
+            done = self.stepper([self.batch(self.step)])
             if done.overflow:
-                self.stepper = after_overflow(self.stepper, self.guard, self.run, self.step, self.said.append)  # type: ignore[arg-type]
+                handle_overflow(self.stepper, self.guard, self.run, self.step, self.said.append)  # type: ignore[arg-type]
                 continue
-            self.guard.good()
+            self.guard.record_success()
             self.step += 1
             self.losses.append(float(done.loss_sum / done.targets))
         return self
@@ -113,18 +113,18 @@ class Training:
     def overflows(self) -> list[dict[str, Any]]:
         return [event for event in event_log.read(self.run.ledger) if event["event"] == "overflow"]
 
-    def save(self, *, must: bool = True) -> None:
-        scaler = scale_to_save(self.stepper)
-        state = state_dict.State(
+    def save(self, *, blocking: bool = True) -> None:
+        scaler = scaler_state(self.stepper)
+        state = state_dict.TrainStateRecord(
             self.step, 0, self.job.seed, self.job.max_steps, self.job.batch_size, self.data.name, str(self.job.precision), 1, scaler=scaler
         )
-        self.saver.save(state, self.model, self.optimizer, must=must)
+        self.saver.save(state, self.model, self.optimizer, blocking=blocking)
 
     def load(self, source: "Training") -> list[str]:
         """Takes over the newest checkpoint of another one. Returns what was remarked."""
         (path,) = sorted(source.run.checkpoints.glob("step-*"))[-1:]
         state, remarks = state_dict.load(path, self.model, self.optimizer)
-        self.stepper = as_saved(self.stepper, self.guard, state, self.job, self.said.append)
+        restore_scaler(self.stepper, self.guard, state, self.job, self.said.append)
         self.step = state.step
         return remarks
 
@@ -185,7 +185,7 @@ def gradients_of(job: Job, rt: Any, case: str) -> dict[str, torch.Tensor]:
     torch.set_float32_matmul_precision(MODES[Precision.FP32].matmul_precision)
     inner, context = build.build(job, data, rt, lambda text: None)  # type: ignore[arg-type]
     model = prepare(inner, job, rt)
-    stepper = Stepper(job, rt, model, inner, optim.build(job, inner), context, None)
+    stepper = TrainStep(job, rt, model, inner, optim.build(job, inner), context, None)
     batch = global_batch(case)
     assert job.micro_batch_size is not None
     found: dict[str, torch.Tensor] = {}
@@ -194,13 +194,13 @@ def gradients_of(job: Job, rt: Any, case: str) -> dict[str, torch.Tensor]:
         found.update({name: (whole(p.grad) * factor).cpu() for name, p in model.named_parameters() if p.grad is not None})
 
     with mock.patch.object(optim, "scale_and_step", keep):
-        done = stepper.run(
+        done = stepper(
             [
                 {name: tensor[piece].to(rt.device) for name, tensor in batch.items()}
-                for piece in rank_slice(GLOBAL_BATCH, job.micro_batch_size, rt.world, rt.rank)
+                for piece in rank_slice(GLOBAL_BATCH, job.micro_batch_size, rt.world_size, rt.rank)
             ]
         )
-    assert float(rt.total(done.targets.clone())) == int((batch["targets"] != -100).sum())
+    assert float(rt.all_reduce_sum(done.targets.clone())) == int((batch["targets"] != -100).sum())
     return found
 
 
@@ -230,7 +230,7 @@ def gradients_over_ranks(world: int, device: str, folder: Path, timeout: float =
 
 def main() -> None:
     device, world, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    rt = runtime.start(gradient_job(device, world))
+    rt = runtime.init(gradient_job(device, world))
     found = {f"{parallel} {case}": gradients_of(gradient_job(device, world, parallel), rt, case) for parallel in ("ddp", "fsdp") for case in CASES}
     if rt.is_main:
         torch.save(found, folder / "gradients.pt")

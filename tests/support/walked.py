@@ -21,7 +21,7 @@ from unittest import mock
 
 REPO = Path(__file__).resolve().parents[2]
 SETTINGS = ("MODEL_OPTIONS=n_layers=1,d_model=32,n_heads=2,d_ff=64", "SEQ_LEN=32", "BATCH_SIZE=4", "MAX_STEPS=5000", "EVAL_EVERY=0", "EVAL_SAMPLES=4",
-            "LOG_EVERY=1", "CHECKPOINT_EVERY=1", "DATA=synthetic", "NODES=1", "GPUS_PER_NODE=1", "DEVICE=cpu", "GPU_REQUEST=none", "TRACKERS=none", "REQUEUE_CONFIRM_S=0")  # fmt: skip
+            "LOG_EVERY=1", "CHECKPOINT_EVERY=1000", "DATA=synthetic", "NODES=1", "GPUS_PER_NODE=1", "DEVICE=cpu", "GPU_REQUEST=none", "TRACKERS=none", "REQUEUE_CONFIRM_S=0")  # fmt: skip
 
 calls: list[str] = []
 _known: dict[Any, str] = {}

@@ -22,7 +22,7 @@ def main() -> None:
         import torch._dynamo
         import torch.utils.tensorboard  # noqa: F401
 
-        import train.trainer
+        import train.startup
 
     ended: dict[int, int] = {}
     for line in sys.stdin:

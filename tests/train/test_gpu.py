@@ -20,8 +20,8 @@ from jobs.run import metrics_log
 from jobs.specs.gpu_peaks import peak_of
 from jobs.specs.precision import MODES, Precision, runs_on
 from train import optim, perf_flags
-from train.checkpoint.host_staging import Filling
-from train.data.loader import Feed
+from train.checkpoint.host_staging import PinnedCopier
+from train.data.loader import TrainLoader
 from train.data.sources import open_data
 from train.data.synthetic import AffineTokens
 from train.distributed import runtime
@@ -132,7 +132,7 @@ _PRODUCTS = """
 import sys, torch
 from on_device import job_of
 from train.distributed import runtime
-runtime.start(job_of(sys.argv[1], "cuda"))
+runtime.init(job_of(sys.argv[1], "cuda"))
 g = torch.Generator().manual_seed(0)
 a, b = (torch.randn(512, 512, generator=g, dtype=torch.float64) for _ in range(2))
 x, w = torch.randn(4, 64, 32, 32, generator=g, dtype=torch.float64), torch.randn(64, 64, 3, 3, generator=g, dtype=torch.float64)
@@ -183,12 +183,12 @@ def test_recomputing_activations_changes_no_loss(tmp_path: Path, name: str, comp
 
 def test_a_save_in_the_background_goes_through_pinned_memory_and_holds_its_step(tmp_path: Path) -> None:
     run = training(tmp_path / "run", "bf16").train(3)
-    run.saver.reserve(run.model, run.optimizer)
+    run.saver.preallocate(run.model, run.optimizer)
     assert run.saver._reserving is not None
     run.saver._reserving.join()
     assert all(buffer.is_pinned() for buffer in run.saver._memory._buffers.values())
     before = run.weights()
-    run.save(must=False)
+    run.save(blocking=False)
     run.train(3)
     run.saver.join()
     other = training(tmp_path / "other", "bf16")
@@ -200,7 +200,7 @@ def test_tensors_of_every_kind_are_filled_through_blocks_that_are_used_again() -
     here = torch.Generator().manual_seed(0)
     sources = [torch.randn(shape, generator=here) for shape in [(), (0, 3), (1,), (255,), (257, 3), (300, 1024), (5000, 7)]]
     sources += [torch.arange(1000), torch.rand(333, generator=here) < 0.5, torch.randn(64, 32, generator=here).t()]
-    with torch.cuda.stream(torch.cuda.Stream()), Filling(threads=3, block=1024) as filling:
+    with torch.cuda.stream(torch.cuda.Stream()), PinnedCopier(threads=3, block=1024) as filling:
         filled = [filling.new(source, torch.device("cuda")) for source in sources]
         weight = torch.nn.Parameter(torch.zeros(300, 1024, dtype=torch.bfloat16, device="cuda"))
         filling.add(weight, sources[5])
@@ -215,11 +215,11 @@ def test_tensors_of_every_kind_are_filled_through_blocks_that_are_used_again() -
 @pytest.mark.parametrize("workers", [0, 1])
 def test_samples_reach_the_gpu_and_are_pinned_where_asked(pinned: bool, workers: int) -> None:
     job = job_of("bf16", "cuda", pin_memory=pinned, num_workers=workers, max_steps=3)
-    feed = Feed(job, One(GPU), open_data("synthetic", seq_len=job.seq_len, split="train", vocab_size=256))  # type: ignore[arg-type]
+    feed = TrainLoader(job, One(GPU), open_data("synthetic", seq_len=job.seq_len, split="train", vocab_size=256))  # type: ignore[arg-type]
     try:
         assert feed.ready(0, wait_s=60)
         assert all(tensor.is_pinned() == pinned for batch in feed._steps[0].result() for tensor in batch.values())
-        assert all(tensor.device.type == "cuda" for step in range(3) for batch in feed.of_step(step) for tensor in batch.values())
+        assert all(tensor.device.type == "cuda" for step in range(3) for batch in feed.take(step) for tensor in batch.values())
     finally:
         feed.close()
 
@@ -302,7 +302,7 @@ def test_memory_is_taken_in_segments_that_grow() -> None:
     """In a process of its own: this one has allocated before."""
     code = (
         "import torch; from on_device import gradient_job; from train.distributed import runtime\n"
-        "torch.empty(1000, device=runtime.start(gradient_job('cuda', 1)).device)\n"
+        "torch.empty(1000, device=runtime.init(gradient_job('cuda', 1)).device)\n"
         "print([segment['is_expandable'] for segment in torch.cuda.memory_snapshot()])"
     )
     env = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}

@@ -12,8 +12,8 @@ import torch
 from on_device import CASES, SMALL_SHAPE, One, Training, falls, gradient_job, gradients_of, gradients_over_ranks, job_of, largest_gap, needs_compiler
 
 from jobs.checkpoint import directory
-from train.checkpoint import export, manager, state_dict
-from train.checkpoint.host_staging import Filling
+from train.checkpoint import export, host_staging, state_dict
+from train.checkpoint.host_staging import PinnedCopier
 from train.precision.check import TOLERANCE
 
 CPU = torch.device("cpu")
@@ -82,9 +82,9 @@ def test_recomputing_activations_changes_no_loss_and_is_done_in_its_contexts(tmp
 
 def test_a_tensor_of_another_shape_fills_nothing() -> None:
     target = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"\(2,\) does not fit into \(3,\)"), Filling() as filling:
+    with pytest.raises(ValueError, match=r"\(2,\) does not fit into \(3,\)"), PinnedCopier() as filling:
         filling.add(target, torch.ones(2))
-    assert not target.any() and torch.equal(Filling().new(torch.ones(2), CPU), torch.ones(2))
+    assert not target.any() and torch.equal(PinnedCopier().new(torch.ones(2), CPU), torch.ones(2))
 
 
 MODES_HERE = [("fp32", {}), ("bf16", {}), ("bf16", {"amp_opt_level": "O2"}), ("fp16", {})]
@@ -108,9 +108,9 @@ def test_a_checkpoint_of_every_precision_goes_on_in_every_other(tmp_path: Path) 
 
 def test_a_save_in_the_background_holds_the_step_that_it_was_asked_at(tmp_path: Path) -> None:
     run = training(tmp_path / "run", "fp32").train(3)
-    run.saver.reserve(run.model, run.optimizer)
+    run.saver.preallocate(run.model, run.optimizer)
     before = run.weights()
-    run.save(must=False)
+    run.save(blocking=False)
     run.train(3)
     run.saver.join()
     other = training(tmp_path / "other", "fp32")
@@ -135,8 +135,8 @@ def test_what_is_large_lies_in_several_files_of_about_the_same_size(tmp_path: Pa
 
 
 def test_memory_for_saves_is_cut_from_slabs_without_gaps_and_stays_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manager, "_SLAB", 4096)
-    memory = manager.HostMemory(pinned=True)
+    monkeypatch.setattr(host_staging, "_SLAB", 4096)
+    memory = host_staging.PinnedPool(pinned=True)
     monkeypatch.setattr(memory, "_new", lambda size: torch.empty(size, dtype=torch.uint8))
     sizes = [3000, 2000, 900, 5000, 1, 0, 1700]
     taken = [memory.buffer("model.safetensors", str(n), torch.Size([size]), torch.uint8) for n, size in enumerate(sizes)]

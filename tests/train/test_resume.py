@@ -225,7 +225,7 @@ def test_data_that_changed_under_its_name_are_refused_unless_somebody_allowed_it
         patch.setattr("launcher.attempt.lifecycle.os.getpid", lambda: 3)
         assert farm.train(run) == Exit.DONE, logs(run)
     # A checkpoint of a version that did not write it down says nothing.
-    state = state_dict.State(8, 0, 7, 8, 12, AffineTokens(seq_len=8, vocab_size=16, split="train").name, "fp32", 1)
+    state = state_dict.TrainStateRecord(8, 0, 7, 8, 12, AffineTokens(seq_len=8, vocab_size=16, split="train").name, "fp32", 1)
     assert "data" not in changes(state, load(run.job_yaml), AffineTokens(seq_len=8, vocab_size=16, split="train"), 1)
 
 
@@ -356,11 +356,11 @@ def test_a_stop_is_heard_while_training_waits_for_samples_or_for_a_compilation(f
 
 
 def test_an_unfinished_validation_is_finished_by_the_next_attempt_without_a_second_line(farm: Farm, tmp_path: Path) -> None:
-    from train.metrics.logger import MetricsLog
+    from train.metrics.logger import MetricsFile
 
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10}\n{"step": 20, "val_loss": 1}\n{"step": 30}\n')
-    log = MetricsLog(path, 20, again=True)
+    log = MetricsFile(path, 20, again=True)
     log.write(step=20, val_loss=2)
     log.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 10}, {"step": 20, "val_loss": 2}]

@@ -9,13 +9,13 @@ from typing import Any
 
 from jobs.config.settings import Job
 from jobs.core.contract import Event
-from train.checkpoint.state_dict import State
+from train.checkpoint.state_dict import TrainStateRecord
 from train.data.sources import Dataset, content_of
 
 NEEDS_A_WORD = ("max_steps", "batch_size", "seed", "data")
 
 
-def changes(state: State, job: Job, data: Dataset, world: int) -> dict[str, tuple[Any, Any]]:
+def changes(state: TrainStateRecord, job: Job, data: Dataset, world: int) -> dict[str, tuple[Any, Any]]:
     """Setting -> (as it was saved, as it is now), for those that differ."""
     pairs = {
         "max_steps": (state.max_steps, job.max_steps),
@@ -29,7 +29,7 @@ def changes(state: State, job: Job, data: Dataset, world: int) -> dict[str, tupl
     return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
 
 
-def _data(state: State, data: Dataset) -> tuple[str, str]:
+def _data(state: TrainStateRecord, data: Dataset) -> tuple[str, str]:
     """The names; where these are alike and what is under them is not, with what tells them apart. An older checkpoint says less."""
     if state.data == data.name:
         if state.samples not in (None, len(data)):

@@ -21,7 +21,7 @@ from jobs.core.contract import Exit
 from jobs.core.errors import CheckpointError, HoldfastError, SettingError
 from jobs.run.rundir import RunDir
 from train.checkpoint.commit import write_file
-from train.checkpoint.state_dict import Rows, Saved, safetensors_parts
+from train.checkpoint.state_dict import CheckpointReader, TensorShard, safetensors_parts
 from train.models.gpt import GPTConfig
 from train.models.registry import PRESETS, preset_config
 
@@ -36,7 +36,7 @@ _OUTSIDE = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "mod
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
     """All weights of a checkpoint that verifies, whole. Raises CheckpointError."""
-    saved = Saved(path, directory.verify(path).of_kind(directory.MODEL))
+    saved = CheckpointReader(path, directory.verify(path).of_kind(directory.MODEL))
     return {name: saved.whole(name) for name in saved.shapes}
 
 
@@ -121,7 +121,7 @@ def export(job: Job, path: Path, out: Path, form: str) -> None:
 
 
 def _write_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    parts = safetensors_parts({name: Rows(tensor.contiguous()) for name, tensor in weights.items()}, about={"format": "pt"})
+    parts = safetensors_parts({name: TensorShard(tensor.contiguous()) for name, tensor in weights.items()}, about={"format": "pt"})
     write_file(folder / "model.safetensors", parts)
 
 

@@ -1,4 +1,4 @@
-"""How often to save, when checkpoint_every is `auto`: Young's interval from what a save costs and how often this run fails.
+"""Checkpoint interval for CHECKPOINT_EVERY=auto: Young's interval from the cost of a save and the failure rate of this run.
 
 Young 1974: T = sqrt(2 C M), where C is the time that training stands still for a save and M the mean time between stops that
 come without a usable warning. A warned stop (preemption with a signal, time limit) saves first and loses nothing, so it does not
@@ -9,13 +9,10 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from jobs.config.settings import Job
 from jobs.core.contract import Cause, Event
-
-if TYPE_CHECKING:
-    from train.checkpoint.manager import Saver
 
 # Beside the optimum by a factor of two costs less than half a percent, so the ends need not be exact.
 LEAST_S, MOST_S = 120.0, 1800.0
@@ -24,7 +21,7 @@ _UNWARNED = frozenset({Cause.KILLED, Cause.NODE_FAILURE, Cause.HANG, Cause.OUT_O
 
 @dataclass(frozen=True)
 class History:
-    """What a ledger tells of the past: hours of training, and stops that nobody announced."""
+    """Hours of training and stops without a usable warning, from the event log."""
 
     hours: float
     failures: int
@@ -43,7 +40,7 @@ def history_of(events: Iterable[Mapping[str, Any]]) -> History:
 
 
 def choose(cost_s: float | None, write_s: float | None, history: History, prior_hours: float) -> tuple[float, str]:
-    """Seconds between saves, and why. `cost_s` is None before the first save, which comes soon, to be measured."""
+    """Return the seconds between saves, and the reason. `cost_s` is None before the first save, which comes soon, to be measured."""
     mean_h = history.mean_hours(prior_hours)
     if cost_s is None or write_s is None:
         return LEAST_S, f"{LEAST_S:.0f} s until the first save, whose cost is not known yet"
@@ -56,8 +53,18 @@ def choose(cost_s: float | None, write_s: float | None, history: History, prior_
     return chosen, why
 
 
-class Rhythm:
-    """When the next save is due, by the clock. Without `auto` it never says so: steps are counted in the loop."""
+class SaveCosts(Protocol):
+    """Measurements of a CheckpointManager: the step of the newest checkpoint, and seconds of the last save, None before the first.
+
+    last_seconds: from its begin to its commit. last_blocked: that training stood still for it."""
+
+    saved: int | None
+    last_seconds: float | None
+    last_blocked: float | None
+
+
+class YoungInterval:
+    """Time-based checkpoint interval. Without `auto` no save is ever due; the loop counts steps instead."""
 
     def __init__(self, job: Job, events: Iterable[Mapping[str, Any]], say: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
         self._auto = job.checkpoint_every == "auto"
@@ -65,15 +72,15 @@ class Rhythm:
         self._prior = prior_hours(job.node_mtbf_days, job.nodes)
         self._say, self._clock = say, clock
         self._since = clock()
-        self._said: float | None = None
+        self._logged: float | None = None
 
-    def due(self, step: int, saver: "Saver") -> bool:
-        if not self._auto or step == saver.saved:
+    def due(self, step: int, costs: SaveCosts) -> bool:
+        if not self._auto or step == costs.saved:
             return False
-        seconds, why = choose(saver.last_blocked, saver.last_seconds, self._history, self._prior)
-        # Said at the start, and when it has changed by more than a measurement wavers.
-        if self._said is None or not 0.5 < seconds / self._said < 2:
-            self._said = seconds
+        seconds, why = choose(costs.last_blocked, costs.last_seconds, self._history, self._prior)
+        # Log the interval at start-up and whenever it changes by more than 2x.
+        if self._logged is None or not 0.5 < seconds / self._logged < 2:
+            self._logged = seconds
             self._say(f"  checkpoint every {seconds:.0f} s: {why}")
         return self._clock() - self._since >= seconds
 

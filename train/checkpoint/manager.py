@@ -1,11 +1,11 @@
-"""Who saves, when, and what becomes of a save that fails.
+"""Asynchronous checkpoint writer: host staging, background commit, error handling.
 
-A save copies the state to host memory, which is what training waits for, and a thread writes it down. At most one is in
-flight; the next one, a stop and the end wait for it. One process writes where each holds everything (DDP), all of them where
-each holds its rows (FSDP): they then agree over a group of their own, so that the thread never meets a collective of training.
+A save copies the state to host memory, which training waits for, and a thread writes it to disk. At most one save is in
+flight; the next one, a stop and the end wait for it. Under DDP rank 0 writes; under FSDP every rank writes its shards, and the
+writers communicate over a process group of their own, so that the thread never meets a collective of training.
 
-A disk that is full or refuses does not end training: it is said, written into the ledger, and the checkpoints before stand.
-The last save of an attempt must succeed, and any other error is raised at the next step.
+A full or failing disk does not end training: it is logged and recorded in the event log, and earlier checkpoints stay.
+The last save of an attempt must succeed; any other error is raised at the next step.
 """
 
 import errno
@@ -31,11 +31,11 @@ from jobs.run import claim, event_log
 from jobs.run.rundir import RunDir
 from train.checkpoint import state_dict
 from train.checkpoint.commit import DISK, Commit, Disk, amend, prune
-from train.checkpoint.state_dict import Rows, State
-from train.distributed.runtime import Runtime
+from train.checkpoint.host_staging import PinnedPool
+from train.checkpoint.interval import YoungInterval
+from train.checkpoint.state_dict import TensorShard, TrainStateRecord
+from train.distributed.runtime import Distributed
 
-_SLAB = 2**28
-_ALIGN = 256
 # Files that are written at a time, each with a thread that hashes beside it.
 _WRITERS = 4
 # (errno, message) of a storage error, as it travels between the ranks.
@@ -44,62 +44,37 @@ _Problem = tuple[int | None, str]
 
 @dataclass
 class _Save:
-    """One save on its way. `parts` maps a file's name to its bytes in host memory."""
+    """A save in flight. `parts` maps a file's name to its bytes in host memory."""
 
-    state: State
+    state: TrainStateRecord
     parts: dict[str, list[bytes | memoryview]]
     begun: float
     blocked: float
-    must: bool
+    blocking: bool
     writers: int
 
 
-class HostMemory:
-    """Buffers for a copy of the state, pinned where there is a GPU, and the same ones at every save."""
+class CheckpointManager:
+    """Checkpoints of one attempt. `saved` is the step of the newest checkpoint known to be committed, None before the first."""
 
-    def __init__(self, pinned: bool):
-        self._pinned = pinned
-        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
-        # What is left of each slab.
-        self._rests: list[torch.Tensor] = []
-
-    def buffer(self, file: str, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Memory for a tensor of a file, the same one each time."""
-        key = (file, name)
-        known = self._buffers.get(key)
-        if known is None or known.shape != shape or known.dtype != dtype:
-            self._buffers[key] = known = self._take(shape.numel() * dtype.itemsize).view(dtype).view(shape)
-        return known
-
-    def _take(self, size: int) -> torch.Tensor:
-        # In slabs, because torch rounds each pinned allocation up to a power of two. Small ones: whoever launches a kernel waits while
-        # one is pinned, about 0.15 s for this size.
-        place = next((n for n, rest in enumerate(self._rests) if rest.numel() >= size), None)
-        if place is None:
-            place = len(self._rests)
-            self._rests.append(self._new(max(_SLAB if self._pinned else size, size)))
-        rest = self._rests[place]
-        self._rests[place] = rest[-(-size // _ALIGN) * _ALIGN :]
-        return rest[:size]
-
-    def _new(self, size: int) -> torch.Tensor:
-        if self._pinned:
-            try:
-                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError:
-                self._pinned = False  # a limit on locked memory; ordinary memory is slower, not wrong
-        return torch.empty(size, dtype=torch.uint8)
-
-
-class Saver:
-    """Saves of one attempt. `saved` is the step of the newest checkpoint known to be complete, None before the first."""
-
-    def __init__(self, run: RunDir, job: Job, rt: Runtime, say: Callable[[str], None], *, sharded: bool, saved: int | None, disk: Disk = DISK):
+    def __init__(
+        self,
+        run: RunDir,
+        job: Job,
+        rt: Distributed,
+        say: Callable[[str], None],
+        *,
+        sharded: bool,
+        saved: int | None,
+        interval: YoungInterval | None = None,
+        disk: Disk = DISK,
+    ):
+        """`interval`: None where no save is due by the time."""
         self._run, self._job, self._rt, self._say, self._disk = run, job, rt, say, disk
-        self._sharded = sharded
+        self._sharded, self._interval = sharded, interval
         # Its own group: the thread's messages must not mix with those of training.
-        self._group = dist.new_group(backend="gloo") if sharded and rt.world > 1 else None
-        self._memory = HostMemory(pinned=rt.device.type == "cuda")
+        self._group = dist.new_group(backend="gloo") if sharded and rt.world_size > 1 else None
+        self._memory = PinnedPool(pinned=rt.device.type == "cuda")
         self._thread: threading.Thread | None = None
         self._reserving: threading.Thread | None = None
         self._wanted = threading.Event()
@@ -109,14 +84,23 @@ class Saver:
         self.last_blocked: float | None = None
         self.failures = 0
 
-    def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Takes the memory before the first save needs it, while training goes on: pinning takes about 0.6 s for a GB, and training stood
-        still meanwhile (docs/performance.md). So twice as long as each piece took is left to training, until a save wants the memory."""
+    def is_due(self, step: int) -> bool:
+        """Whether rank 0 wants a save now because of CHECKPOINT_EVERY=auto; False on the other ranks, and while a save is in flight."""
+        return self._rt.is_main and not self.busy and self._interval is not None and self._interval.due(step, self)
+
+    def restart_interval(self) -> None:
+        """A save was begun: the time until the next one counts from now."""
+        if self._interval is not None:
+            self._interval.saved()
+
+    def preallocate(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Allocate the host buffers in a thread before the first save needs them. Pinning takes about 0.6 s for a GB and blocks kernel launches
+        (docs/performance.md), so the thread pauses twice as long as each buffer took, until a save needs the memory."""
         if not self._writes:
             return
         wanted = [
             (file, name, rows.tensor.shape, state_dict.host_type(file, rows.tensor))
-            for file, tensors in state_dict.content(model, optimizer, self._rt.rank, self._writers).items()
+            for file, tensors in state_dict.local_shards(model, optimizer, self._rt.rank, self._writers).items()
             for name, rows in tensors.items()
         ]
 
@@ -130,40 +114,40 @@ class Saver:
         self._reserving = threading.Thread(target=take, name="reserve", daemon=True)
         self._reserving.start()
 
-    def save(self, state: State, model: nn.Module, optimizer: torch.optim.Optimizer, *, must: bool = False) -> None:
-        """Saves this state; in the background unless it `must` be there on return, in which case failure is an error."""
+    def save(self, state: TrainStateRecord, model: nn.Module, optimizer: torch.optim.Optimizer, *, blocking: bool = False) -> None:
+        """Save this state; in the background unless `blocking`, in which case failure raises CheckpointError."""
         begun = time.monotonic()
         self.join()
         if not self._writes:
             self.saved = state.step
             return
         parts = self._stage(model, optimizer)
-        save = _Save(state, parts, begun, time.monotonic() - begun, must, self._writers)
-        if must or not self._job.async_save:
+        save = _Save(state, parts, begun, time.monotonic() - begun, blocking, self._writers)
+        if blocking or not self._job.async_save:
             self._write(save, background=False)
             self.poll()
         else:
             self._thread = threading.Thread(target=self._write, args=(save,), kwargs={"background": True}, name="save", daemon=True)
             self._thread.start()
 
-    def validated(self, step: int, val_loss: float | None) -> None:
-        """The validation that the checkpoint of this step was saved without is done: it counts among the best from now on."""
+    def amend_val_loss(self, step: int, val_loss: float | None) -> None:
+        """Write a validation loss into a checkpoint that was saved during its validation: from now on it may be kept as one of the best."""
         if not self._rt.is_main:
             return
-        self._own()
+        self._check_claim()
         try:
             amend(directory.path_of(self._run.checkpoints, step), val_loss=val_loss, pending=None)
         except (OSError, CheckpointError) as err:
             self._say(f"  WARNING: val_loss {val_loss} could not be written into the checkpoint of step {step}: {err}")
 
     def poll(self) -> None:
-        """Raises what went wrong in the background since the last look."""
+        """Raise the error of a background save, if there was one since the last call."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def join(self) -> None:
-        """Waits for the save in flight, and raises what went wrong in it."""
+        """Wait for the save in flight, and raise its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -179,25 +163,25 @@ class Saver:
 
     @property
     def _writers(self) -> int:
-        return self._rt.world if self._sharded else 1
+        return self._rt.world_size if self._sharded else 1
 
     def _stage(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[bytes | memoryview]]:
         self._wanted.set()
         if self._reserving is not None:
             self._reserving.join()
-        parts: dict[str, dict[str, Rows]] = {}
-        for file, tensors in state_dict.content(model, optimizer, self._rt.rank, self._writers).items():
+        parts: dict[str, dict[str, TensorShard]] = {}
+        for file, tensors in state_dict.local_shards(model, optimizer, self._rt.rank, self._writers).items():
             copies = parts[file] = {}
             for name, rows in tensors.items():
                 buffer = self._memory.buffer(file, name, rows.tensor.shape, state_dict.host_type(file, rows.tensor))
                 buffer.copy_(rows.tensor, non_blocking=True)
-                copies[name] = Rows(buffer, rows.start, rows.total)
+                copies[name] = TensorShard(buffer, rows.start, rows.total)
         if self._rt.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return {name: state_dict.safetensors_parts(copies) for name, copies in parts.items()}
 
     def _write(self, save: _Save, background: bool) -> None:
-        """Runs in the thread. Nothing may leave it but through `_error`."""
+        """Body of the thread: stores every exception in `_error`."""
         step = save.state.step
         try:
             problem = self._commit(save)
@@ -206,7 +190,7 @@ class Saver:
                 return
             code, text = problem
             message = f"checkpoint of step {step} could not be written to {self._run.checkpoints}: {text}. The ones before it are untouched."
-            if save.must:
+            if save.blocking:
                 raise _with_errno(CheckpointError(message), code)
             self.failures += 1
             self._say(f"  WARNING: {message} Training goes on.")
@@ -252,7 +236,7 @@ class Saver:
         there, problem = False, None
         if self._rt.is_main:
             there, problem = self._begin(commit, save)
-        there, problem = self._tell((there, problem))
+        there, problem = self._broadcast((there, problem))
         if there or problem:
             return problem
         files: dict[str, FileEntry] = {}
@@ -266,16 +250,16 @@ class Saver:
             problem = next((said for _, said in reports if said), None)
             if problem is None:
                 try:
-                    self._own()
+                    self._check_claim()
                     commit.finish({name: entry for found, _ in reports for name, entry in found.items()}, save.state.plain())
                 except OSError as err:
                     problem = _problem(err)
             if problem:
                 commit.abandon()
-        return self._tell(problem)
+        return self._broadcast(problem)
 
     def _begin(self, commit: Commit, save: _Save) -> tuple[bool, _Problem | None]:
-        self._own()
+        self._check_claim()
         if commit.final.exists() and commit.already_there():
             return True, None
         try:
@@ -295,13 +279,13 @@ class Saver:
             keep = f" KEEP_LAST={self._job.keep_last} needs room for {self._job.keep_last + 1}." if self._job.keep_last > 1 else ""
             raise OSError(errno.ENOSPC, f"it needs {directory.size_text(need)}, the disk has {directory.size_text(free)} left.{keep}".rstrip("."))
 
-    def _own(self) -> None:
-        """Raises RunOwnedError when a later attempt has begun: this one is a ghost and must not write any more."""
+    def _check_claim(self) -> None:
+        """Raise RunOwnedError when a later attempt has claimed the run: this one is superseded and must not write."""
         if claim.superseded(self._run, self._rt.attempt):
             raise RunOwnedError(f"a later attempt has taken over this run; attempt {self._rt.attempt} writes no more checkpoints")
 
-    def _tell(self, value: Any) -> Any:
-        """Rank 0's value, for all writers."""
+    def _broadcast(self, value: Any) -> Any:
+        """Broadcast rank 0's value to all writers."""
         if self._group is None:
             return value
         box = [value]
@@ -309,10 +293,10 @@ class Saver:
         return box[0]
 
     def _gather(self, value: Any) -> list[Any]:
-        """Every writer's value, on rank 0."""
+        """Gather every writer's value on rank 0."""
         if self._group is None:
             return [value]
-        found = [None] * self._rt.world if self._rt.is_main else None
+        found = [None] * self._rt.world_size if self._rt.is_main else None
         dist.gather_object(value, found, dst=0, group=self._group)
         return found or []
 

@@ -1,4 +1,4 @@
-"""Going on from the newest checkpoint that verifies, or from the beginning where there is none; also with the weights of another run."""
+"""Restore training from the newest checkpoint that verifies, or initialise weights from another run."""
 
 import os
 import time
@@ -18,20 +18,20 @@ from jobs.specs.precision import Precision
 from train.checkpoint import state_dict
 from train.checkpoint.changes import changes, refusal
 from train.data.sources import Dataset
-from train.distributed.runtime import Runtime
+from train.distributed.runtime import Distributed
 
 
 def resume(
     job: Job,
     run: RunDir,
-    rt: Runtime,
+    rt: Distributed,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     data: Dataset,
     say: Callable[[str], None],
     ahead: directory.Ahead | None,
-) -> state_dict.State | None:
-    """Loads the newest checkpoint that verifies. Returns its state, None when there is none."""
+) -> state_dict.TrainStateRecord | None:
+    """Load the newest checkpoint that verifies. Returns its record, None when there is none."""
     chosen: str | None = None
     asked = time.monotonic()
     if rt.is_main:
@@ -44,11 +44,11 @@ def resume(
         chosen = path.name if path else None
     # Rank 0 chooses for all: on a shared file system each node may see another listing.
     chosen = rt.broadcast(chosen)
-    state: state_dict.State | None = None
+    state: state_dict.TrainStateRecord | None = None
     if chosen is not None:
         begun = time.monotonic()
         state, remarks = state_dict.load(run.checkpoints / chosen, model, optimizer)
-        changed = changes(state, job, data, rt.world)
+        changed = changes(state, job, data, rt.world_size)
         refused = rt.broadcast(refusal(changed, event_log.read(run.ledger), state.step) if rt.is_main else None)
         if refused:
             raise ImpossibleJobError(refused)
@@ -62,7 +62,7 @@ def resume(
     return state
 
 
-def initialise(source: Path, model: nn.Module, rt: Runtime | None = None) -> str:
+def initialise(source: Path, model: nn.Module, rt: Distributed | None = None) -> str:
     """Puts the weights of another run, or of one checkpoint, into a new model: fine-tuning, from step 0. Returns a remark.
 
     Raises CheckpointError when there is none there that verifies, or it does not fit."""

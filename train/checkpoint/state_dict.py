@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 from jobs.checkpoint import directory
 from jobs.checkpoint.directory import MODEL, OPTIMIZER, few, read_manifest
 from jobs.core.errors import CheckpointError, SettingError
-from train.checkpoint.host_staging import Filling
+from train.checkpoint.host_staging import PinnedCopier
 from train.optim import fp32_of, load_state_by_name, masters_to_parameters, state_by_name
 
 # As much as one processor hashes in about a second.
@@ -41,9 +41,9 @@ _TYPES = {
 
 
 @dataclass(frozen=True)
-class State:
-    """Everything beside weights and moments. `pending` is a log line whose validation is still to be done; `val_loss`
-    is there when that step was validated. `samples` and `content` are those of the data: what is under their name may change."""
+class TrainStateRecord:
+    """The state of a checkpoint besides weights and moments. `pending`: log line whose validation is still to be finished; `val_loss`:
+    set when that step was validated. `samples` and `content` describe the data: what is stored under a name may change."""
 
     step: int
     tokens: int
@@ -66,8 +66,8 @@ class State:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What one process holds of a tensor: rows [start, start + len) of `total`, or all of it when `total` is None."""
+class TensorShard:
+    """The part of a tensor that one process holds: rows [start, start + len) of `total`, or all of it when `total` is None."""
 
     tensor: torch.Tensor
     start: int = 0
@@ -82,7 +82,7 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**parameters, **buffers}
 
 
-def content(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, writers: int = 1) -> dict[str, dict[str, Rows]]:
+def local_shards(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, writers: int = 1) -> dict[str, dict[str, TensorShard]]:
     """Name of a file -> name of a tensor -> what this process, one of `writers`, has to save of it. Views: nothing is copied.
 
     A kind that is larger lies in files of about FILE_BYTES, of which each writer has the same number."""
@@ -91,7 +91,7 @@ def content(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, write
         if isinstance(module, FSDPModule):
             module.reshard()
     kinds = {MODEL: named_tensors(model), OPTIMIZER: state_by_name(optimizer, model)}
-    found: dict[str, dict[str, Rows]] = {}
+    found: dict[str, dict[str, TensorShard]] = {}
     for kind, tensors in kinds.items():
         # Sizes of whole tensors, sharded or not: all writers come to the same numbers.
         sizes = {name: tensor.numel() * host_type(kind, tensor).itemsize for name, tensor in tensors.items()}
@@ -131,13 +131,13 @@ def refuse_unsavable(model: nn.Module, name: str) -> None:
 def _is_read(dtype: torch.dtype) -> bool:
     """Whether the library reads what is written here: complex64 only from 0.7 on."""
     try:
-        safetensors.deserialize(b"".join(safetensors_parts({"one": Rows(torch.zeros(1, dtype=dtype))})))
+        safetensors.deserialize(b"".join(safetensors_parts({"one": TensorShard(torch.zeros(1, dtype=dtype))})))
     except SafetensorError:
         return False
     return True
 
 
-def safetensors_parts(tensors: Mapping[str, Rows], about: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
+def safetensors_parts(tensors: Mapping[str, TensorShard], about: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
     """A safetensors file in pieces: its header, and the bytes of contiguous CPU tensors where they lie.
 
     Written by hand, because the library's own writer makes a second copy of everything first."""
@@ -157,14 +157,14 @@ def safetensors_parts(tensors: Mapping[str, Rows], about: Mapping[str, str] | No
     return [len(text).to_bytes(8, "little") + text, *bodies]
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[State, list[str]]:
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[TrainStateRecord, list[str]]:
     """Puts a verified checkpoint into model and optimizer. Returns its state and remarks for the log.
 
     Raises CheckpointError that names missing and unknown weights."""
     try:
         manifest = read_manifest(path)
-        state = State(**{name: value for name, value in manifest.state.items() if name in State.__dataclass_fields__})
-        weights = Saved(path, manifest.of_kind(MODEL))
+        state = TrainStateRecord(**{name: value for name, value in manifest.state.items() if name in TrainStateRecord.__dataclass_fields__})
+        weights = CheckpointReader(path, manifest.of_kind(MODEL))
         tensors = named_tensors(model)
         missing, unknown = sorted(set(tensors) - set(weights.shapes)), sorted(set(weights.shapes) - set(tensors))
         if missing or unknown:
@@ -173,11 +173,11 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) 
             if tuple(tensor.shape) != weights.shapes[name]:
                 raise CheckpointError(f"{path.name}: {name} is {weights.shapes[name]}, this model has {tuple(tensor.shape)}")
         remarks = []
-        with Filling() as filling:
+        with PinnedCopier() as filling:
             for name, tensor in tensors.items():
                 filling.add(tensor.to_local() if isinstance(tensor, DTensor) else tensor, weights.rows_of(name, tensor))
             if optimizer is not None:
-                fresh, dropped = _load_moments(Saved(path, manifest.of_kind(OPTIMIZER)), model, optimizer, filling)
+                fresh, dropped = _load_moments(CheckpointReader(path, manifest.of_kind(OPTIMIZER)), model, optimizer, filling)
         with torch.no_grad():
             masters_to_parameters(model)
         if optimizer is not None:
@@ -190,7 +190,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) 
     return state, remarks
 
 
-class Saved:
+class CheckpointReader:
     """The tensors of one kind in a checkpoint, whole or by rows, whatever number of processes wrote them."""
 
     def __init__(self, path: Path, files: Iterable[str]):
@@ -240,7 +240,7 @@ class Saved:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _load_moments(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer, filling: Filling) -> tuple[list[str], list[str]]:
+def _load_moments(saved: CheckpointReader, model: nn.Module, optimizer: torch.optim.Optimizer, filling: PinnedCopier) -> tuple[list[str], list[str]]:
     """Names of parameters without moments, and of saved moments without a parameter. The moments are there when `filling` is done."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moments: dict[str, torch.Tensor] = {}
@@ -262,16 +262,16 @@ def _load_moments(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimiz
     return load_state_by_name(optimizer, model, moments), sorted({key.rpartition("/")[0] for key in dropped})
 
 
-def _mine(tensor: torch.Tensor, rank: int) -> Rows | None:
+def _mine(tensor: torch.Tensor, rank: int) -> TensorShard | None:
     """What this process saves of a tensor. What all of them hold alike is saved by rank 0."""
     if not isinstance(tensor, DTensor):
-        return Rows(tensor) if rank == 0 else None
+        return TensorShard(tensor) if rank == 0 else None
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None
     if any(at for at, placement in zip(coordinate, tensor.placements, strict=True) if not isinstance(placement, Shard)):
         return None  # a replica: the process at 0 has the same rows
     start, _ = _span(tensor)
-    return Rows(tensor.to_local(), start, tensor.shape[0])
+    return TensorShard(tensor.to_local(), start, tensor.shape[0])
 
 
 def _span(tensor: DTensor) -> tuple[int, int]:

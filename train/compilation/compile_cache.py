@@ -20,7 +20,7 @@ from jobs.core.atomic_write import replace_file
 from jobs.run.rundir import RunDir
 from train.compilation.cache_directory import use_private_caches
 from train.compilation.kernel_cache import KernelCache
-from train.distributed.runtime import Runtime
+from train.distributed.runtime import Distributed
 
 # Of torch's artifacts, which are some 10 MB for each compiled part.
 _MOST_BYTES = 8 * 2**30
@@ -29,7 +29,7 @@ _MOST_BYTES = 8 * 2**30
 class CompileCache:
     """`load` before the model is built, `keep` after the first step and after the first validation. Does nothing where COMPILE is false."""
 
-    def __init__(self, job: Job, run: RunDir, rt: Runtime, say: Callable[[str], None]):
+    def __init__(self, job: Job, run: RunDir, rt: Distributed, say: Callable[[str], None]):
         device = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "CPU"
         key = re.sub(r"[^\w.+-]+", "-", f"torch-{torch.__version__}-{device}")
         self._path, self._kernels_path = run.compiled(key), run.compiled_kernels(key)

@@ -1,8 +1,8 @@
-"""This rank's forward passes of a step: the samples of the pure data order, read ahead in a thread.
+"""Data loaders for training and validation: a thread reads the micro-batches of this rank ahead of time.
 
-A read that hangs must not make a process deaf: the loop asks `ready` and goes on listening for a stop in the meantime.
-With num_workers the thread takes the samples from processes that read further ahead; which samples these are, and in which
-order, stays the same.
+A blocked read must not prevent the rank from seeing a stop request: the loop polls `ready` and syncs the stop flag in between.
+With num_workers the thread takes the samples from worker processes that read further ahead; samples and their order stay
+the same.
 """
 
 import json
@@ -20,20 +20,20 @@ from jobs.specs.precision import MODES
 from train.data.order import rank_slice, sample_ids
 from train.data.sources import Dataset
 from train.data.workers import Portion, Workers
-from train.distributed.runtime import Runtime
+from train.distributed.runtime import Distributed
 
 Batch = dict[str, torch.Tensor]
-# While samples are missing, the ranks ask each other this often whether to stop, seconds.
-LISTEN_S = 0.2
+# Seconds between two syncs of the stop flag while samples are missing.
+POLL_S = 0.2
 
 
-class Feed:
-    """Micro-batches by step. `log` is a file that is told each sample before it is used (setting log_samples)."""
+class TrainLoader:
+    """Micro-batches of this rank by step. `log`: file that lists each sample before it is used (setting log_samples)."""
 
-    def __init__(self, job: Job, rt: Runtime, data: Dataset, log: Path | None = None):
+    def __init__(self, job: Job, rt: Distributed, data: Dataset, log: Path | None = None):
         assert job.micro_batch_size is not None
         self._job, self._rt, self._data = job, rt, data
-        self._slices = rank_slice(job.batch_size, job.micro_batch_size, rt.world, rt.rank)
+        self._slices = rank_slice(job.batch_size, job.micro_batch_size, rt.world_size, rt.rank)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="data")
         self._workers = Workers(data, job) if job.num_workers else None
         self._workers_at: int | None = None
@@ -41,38 +41,38 @@ class Feed:
         # An overflow repeats a step, so its samples stay until the next one begins.
         self._may_repeat = MODES[job.precision].loss_scaling
         self._steps: dict[int, Future[list[Batch]]] = {}
-        self._told: int | None = None
+        self._logged: int | None = None
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if log is not None else None
 
     def ready(self, step: int, wait_s: float) -> bool:
-        """Whether the samples of `step` are in memory, or came within `wait_s`. Raises what reading them raised."""
+        """Return whether the samples of `step` are in memory, after waiting for up to `wait_s`. Raises the error of reading them."""
         future = self._fetching(step)
         wait([future], timeout=wait_s)
         if future.done():
             future.result()
         return future.done()
 
-    def of_step(self, step: int) -> Iterator[Batch]:
-        """The batches of a step on this rank's device, one per forward pass; the next step's are read meanwhile.
+    def take(self, step: int) -> Iterator[Batch]:
+        """Yield the batches of a step on this rank's device, one per forward pass; those of the next step are read meanwhile.
 
-        A step that is tried again gets the same ones again."""
+        A step that is repeated after an overflow gets the same batches."""
         batches = self._fetching(step).result()
         if step + 1 < self._job.max_steps:
             self._fetching(step + 1)
         self._steps = {at: future for at, future in self._steps.items() if at > step or (at == step and self._may_repeat)}
-        if step != self._told:
-            self._tell(step)
-            self._told = step
+        if step != self._logged:
+            self._log_samples(step)
+            self._logged = step
         for batch in batches:
             yield {name: tensor.to(self._rt.device, non_blocking=True) for name, tensor in batch.items()} if self._rt.device.type == "cuda" else batch
 
-    def first(self, step: int) -> Batch:
-        """One batch to warm up with; it is not consumed."""
+    def peek(self, step: int) -> Batch:
+        """Return the first batch of a step without consuming it."""
         batch = self._fetching(step).result()[0]
         return {name: tensor.to(self._rt.device) for name, tensor in batch.items()}
 
     def close(self) -> None:
-        """Ends the reading processes. Does not wait for a read that hangs: they end with this process in any case."""
+        """End the worker processes. Does not wait for a blocked read: workers end with this process in any case."""
         if self._workers is not None:
             self._reader.submit(self._workers.close)
         self._reader.shutdown(wait=False)
@@ -88,7 +88,7 @@ class Feed:
 
     def _from(self, step: int) -> Iterator[Portion]:
         """Everything that is still to be read, beginning with `step`."""
-        # One batch more where all steps are done: the attempt that finishes what is left still warms up with one (`first`).
+        # One batch more where all steps are done: the attempt that finishes what is left still warms up with one (`peek`).
         for at in range(step, max(step + 1, self._job.max_steps)):
             yield from self._portions(at)
 
@@ -105,8 +105,8 @@ class Feed:
             batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
         return batches
 
-    def _tell(self, step: int) -> None:
-        """Before the samples are used, so that no kill can hide a use."""
+    def _log_samples(self, step: int) -> None:
+        """Log the samples before they are used, so that a kill cannot hide a use."""
         if self._log is None:
             return
         slots = [slot for piece in self._slices for slot in range(piece.start, piece.stop)]
@@ -115,7 +115,7 @@ class Feed:
         os.write(self._log, (json.dumps(line) + "\n").encode())
 
 
-class ValidationFeed:
+class ValidationLoader:
     """The samples of validations, one batch at a time, read in a thread for the same reason; not ahead of time, where no process reads:
     samples may draw from the generators that the model draws from."""
 

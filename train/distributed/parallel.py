@@ -12,17 +12,17 @@ from torch.distributed.tensor import DTensor
 from jobs.config.settings import Job
 from jobs.config.types import BUCKETS, SMALL_BUCKET_MB
 from jobs.specs.precision import MODES
-from train.distributed.runtime import Runtime
+from train.distributed.runtime import Distributed
 
 
-def shard(model: nn.Module, job: Job, rt: Runtime) -> None:
+def shard(model: nn.Module, job: Job, rt: Distributed) -> None:
     """FSDP2 over all ranks, in place: each block is a unit of its own, the rest is the root. Before the optimizer is built.
 
     Weights stay fp32 in the shards; the working copies have the dtype of the precision, gradients are reduced in fp32."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(rt.device.type, (rt.world,))
+    mesh = init_device_mesh(rt.device.type, (rt.world_size,))
     dtype_name = MODES[job.precision].autocast
     dtype = getattr(torch, dtype_name) if dtype_name and rt.device.type == "cuda" else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -38,8 +38,8 @@ def ddp_options(job: Job, model: nn.Module) -> dict[str, Any]:
 
 
 def _bucket_mb(job: Job, model: nn.Module) -> int:
-    """The setting bucket_cap_mb, with what `auto` means. While a bucket travels, NCCL's programs hold multiprocessors that the products would
-    have, and most of that time each rank only waits for the others: few large buckets cost the products less (measured on two GPUs of a node,
+    """The setting bucket_cap_mb, with what `auto` means. While a bucket is being all-reduced, NCCL kernels occupy SMs that the GEMMs could
+    use, and most of that time each rank only waits for the others: few large buckets cost the GEMMs less (measured on two GPUs of a node,
     docs/performance.md). The last one hides behind nothing, which weighs more between nodes: there torch's own size stays."""
     if job.bucket_cap_mb != "auto":
         return job.bucket_cap_mb
@@ -47,9 +47,9 @@ def _bucket_mb(job: Job, model: nn.Module) -> int:
     return max(gradients // 2**20 // BUCKETS, SMALL_BUCKET_MB) if job.nodes == 1 else SMALL_BUCKET_MB
 
 
-def prepare(model: nn.Module, job: Job, rt: Runtime) -> nn.Module:
+def prepare(model: nn.Module, job: Job, rt: Distributed) -> nn.Module:
     """What forward goes through: DDP around the model, or the model itself where it is sharded or alone."""
-    if rt.world == 1 or is_sharded(model):
+    if rt.world_size == 1 or is_sharded(model):
         return model
     rt.accelerator.ddp_handler = DistributedDataParallelKwargs(**ddp_options(job, model))
     return rt.accelerator.prepare_model(model)  # type: ignore[no-any-return]
@@ -61,7 +61,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def accumulating(model: nn.Module, rt: Runtime, last: bool) -> Iterator[None]:
+def accumulating(model: nn.Module, rt: Distributed, last: bool) -> Iterator[None]:
     """Around one micro-step: gradients travel between ranks only in the last one of a step."""
     if is_sharded(model):
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
@@ -71,20 +71,20 @@ def accumulating(model: nn.Module, rt: Runtime, last: bool) -> Iterator[None]:
         yield
 
 
-def share_buffers(model: nn.Module, rt: Runtime) -> None:
+def share_buffers(model: nn.Module, rt: Distributed) -> None:
     """Gives every rank the saved buffers of rank 0 (running statistics, a codebook): what a checkpoint holds is what is trained and
     validated with, whoever computes it, also after a resume."""
-    if rt.world > 1:
+    if rt.world_size > 1:
         send_buffers(saved_buffers(model), rt)
 
 
 def saved_buffers(model: nn.Module) -> list[torch.Tensor]:
-    """This rank's part of the buffers that a checkpoint holds, in an order in which their bytes lie well behind each other."""
+    """This rank's part of the buffers that a checkpoint holds, sorted by element size so that the packed buffer stays aligned."""
     saved = model.state_dict(keep_vars=True)
     return sorted((local(buffer.data) for name, buffer in model.named_buffers() if name in saved), key=lambda buffer: -buffer.element_size())
 
 
-def send_buffers(buffers: list[torch.Tensor], rt: Runtime) -> None:
+def send_buffers(buffers: list[torch.Tensor], rt: Distributed) -> None:
     """From rank 0 to the others, in one message."""
     if not buffers:
         return

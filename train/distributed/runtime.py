@@ -1,4 +1,4 @@
-"""The process as a member of its job: device, Accelerate, and a control channel between the ranks."""
+"""Distributed setup: device, process groups, and small CPU collectives."""
 
 import os
 import warnings
@@ -22,50 +22,50 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
-class Runtime:
-    """Who and where this process is. `control` is a gloo group on the CPU, beside whatever carries the gradients."""
+class Distributed:
+    """Rank, device and process groups of this process. `control_group` is a gloo group on the CPU, apart from the one for gradients."""
 
     accelerator: Accelerator
     device: torch.device
     rank: int
-    world: int
+    world_size: int
     attempt: int
     job_id: str
-    control: Any
+    control_group: Any
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def maxima(self, *codes: int) -> tuple[int, ...]:
-        """The largest of each of these over all ranks, for all ranks. Runs on the CPU: the GPU is not waited for."""
-        if self.world == 1:
+    def all_reduce_max(self, *codes: int) -> tuple[int, ...]:
+        """Return the maximum of each value over all ranks, on every rank. Runs on the CPU: does not wait for the GPU."""
+        if self.world_size == 1:
             return codes
         flags = torch.tensor(codes, dtype=torch.int64)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control_group)
         return tuple(flags.tolist())
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, for all ranks."""
-        if self.world == 1:
+        """Return rank 0's value, on every rank."""
+        if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        dist.broadcast_object_list(box, src=0, group=self.control_group)
         return box[0]
 
     def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier(group=self.control)
+        if self.world_size > 1:
+            dist.barrier(group=self.control_group)
 
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks of a tensor on this rank's device, in place."""
-        if self.world > 1:
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor on this rank's device over all ranks, in place, and return it."""
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
 
-def start(job: Job, environ: Mapping[str, str] = os.environ) -> Runtime:
-    """Joins the other ranks. Raises ImpossibleJobError when this machine cannot do what the job asks."""
+def init(job: Job, environ: Mapping[str, str] = os.environ) -> Distributed:
+    """Join the process group of the job. Raises ImpossibleJobError when this machine cannot do what the job asks."""
     rank, world = int(environ.get(RankEnv.RANK, "0")), int(environ.get(RankEnv.WORLD_SIZE, "1"))
     if world != job.world_size:
         raise ImpossibleJobError(
@@ -105,10 +105,10 @@ def start(job: Job, environ: Mapping[str, str] = os.environ) -> Runtime:
         raise ImpossibleJobError(f"Accelerate sees {accelerator.num_processes} processes where the job has {world}; is another launcher's environment set?")
     control = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT) if world > 1 else None
     job_id = environ.get("HOLDFAST_JOB_ID", "local")
-    return Runtime(accelerator, accelerator.device, rank, world, int(environ.get(RankEnv.ATTEMPT, "0")), job_id, control)
+    return Distributed(accelerator, accelerator.device, rank, world, int(environ.get(RankEnv.ATTEMPT, "0")), job_id, control)
 
 
-def describe(job: Job, runtime: Runtime, origin: str = "default") -> str:
+def describe(job: Job, runtime: Distributed, origin: str = "default") -> str:
     """One line: precision, who chose it, what it means for weights and loss, and the hardware it runs on."""
     mode = MODES[job.precision]
     if runtime.device.type == "cuda":
@@ -124,7 +124,7 @@ def describe(job: Job, runtime: Runtime, origin: str = "default") -> str:
         level = f" {job.amp_opt_level}"
     if job.amp_opt_level == "O2":
         weights = f"matrices {mode.autocast} with fp32 masters, vectors fp32"
-    return f"precision {mode.name}{level} ({origin}): {mode.compute}; {weights}, {scaling} · {runtime.world} x {where}"
+    return f"precision {mode.name}{level} ({origin}): {mode.compute}; {weights}, {scaling} · {runtime.world_size} x {where}"
 
 
 def _use_cpu(job: Job, environ: Mapping[str, str]) -> bool:

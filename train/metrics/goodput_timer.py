@@ -1,8 +1,8 @@
-"""Where rank 0's time goes, section by section: the parts of `jobs/run/goodput.py`, as the training process sees them.
+"""Goodput timer of rank 0: seconds per part of `jobs/run/goodput.py`, as the training process measures them.
 
-Everything is counted from the START of the attempt, by the monotonic clock, which the batch script on the same node shares.
-A thread writes the state down twice a second, so that the loop makes no system call and a kill -9 costs half a second of
-knowledge. Nothing here waits for a GPU: kernels that were queued count for the section that waits for them.
+Time counts from the START event of the attempt, by the monotonic clock, which the batch script on the same node shares.
+A thread writes the state to a file twice a second: the loop makes no system call, and a kill -9 loses half a second of
+measurement. Nothing here waits for a GPU: queued kernels count for the section that waits for them.
 """
 
 import json
@@ -25,7 +25,7 @@ _BEAT_S = 0.5
 _MARKS = 8
 
 
-class Clock:
+class GoodputTimer:
     """Seconds by part. One part is current at any time; `unfinished` is the work on a step that is not finished yet."""
 
     def __init__(self, path: Path | None = None, started: float | None = None, now: Callable[[], float] = time.monotonic):
@@ -49,8 +49,8 @@ class Clock:
                 threading.Thread(target=self._beat, name="clock", daemon=True).start()
 
     @classmethod
-    def of_rank(cls, path: Path, rank: int, environ: Mapping[str, str] = os.environ) -> "Clock":
-        """The clock of a rank; only rank 0's is written down."""
+    def of_rank(cls, path: Path, rank: int, environ: Mapping[str, str] = os.environ) -> "GoodputTimer":
+        """Return the timer of a rank; only that of rank 0 is written to a file."""
         try:
             started = float(environ[RankEnv.STARTED])
         except (KeyError, ValueError):
@@ -58,7 +58,7 @@ class Clock:
         return cls(path if rank == 0 else None, started)
 
     def enter(self, part: Part) -> Part:
-        """What comes now. Returns what was before. After `stop` nothing else comes."""
+        """Enter a part and return the previous one. After `stop` the part does not change any more."""
         with self._lock:
             self._take()
             before = self._part
@@ -78,7 +78,7 @@ class Clock:
         return self._now()
 
     def count(self, part: Part, since: float) -> None:
-        """The time from `since` (a reading of `now`) until now belongs to `part`, as one learns only now."""
+        """Assign the time from `since` (a reading of `now`) until now to `part`, in retrospect."""
         with self._lock:
             self._take()
             seconds = self._since - since
@@ -91,7 +91,7 @@ class Clock:
                 self._waited += seconds
 
     def finished_step(self) -> None:
-        """A step is done. The first one of an attempt stays in a part of its own."""
+        """Count a finished step. The first step of an attempt has a part of its own."""
         with self._lock:
             self._take()
             self._settle(Part.USEFUL)
@@ -100,13 +100,13 @@ class Clock:
             self._part = Part.USEFUL
 
     def saving(self, step: int) -> None:
-        """A save of this step begins: if it is the newest one at the end, the work from here on is lost."""
+        """Mark the begin of a save: if its checkpoint is the newest at the end of the attempt, the work from here on is lost."""
         with self._lock:
             self._take()
             self._marks.append((step, self._seconds[Part.USEFUL] + self._unfinished))
 
     def stop(self, *, failed: bool = False) -> None:
-        """The last step is over; from here on the attempt only ends. `failed`: in the middle of a step, which is lost."""
+        """End the last step; from here on time counts as STOP. `failed`: in the middle of a step, which is lost."""
         with self._lock:
             self._take()
             self._settle(Part.LOST if failed else Part.USEFUL)
@@ -114,7 +114,7 @@ class Clock:
         self.write()
 
     def record(self) -> dict[str, Any]:
-        """The state as the end of the attempt reads it; seconds since the attempt began."""
+        """Return the state in the form that the end of the attempt reads; seconds since the attempt began."""
         with self._lock:
             return {
                 "passed": round(self._now() - self._zero, 3),

@@ -11,8 +11,8 @@ from jobs.config.types import step_range
 from jobs.core.atomic_write import replacing_by_path
 
 
-class Tracer:
-    """Records the steps of the setting, on rank 0; steps are counted from 1, as in the log. Never ends a run."""
+class StepProfiler:
+    """Profiles the steps of PROFILE_STEPS on rank 0; steps count from 1, as in the log. Errors are logged and never end a run."""
 
     def __init__(self, job: Job, path: Path, say: Callable[[str], None], *, enabled: bool):
         self._range = step_range(job.profile_steps) if job.profile_steps and enabled else None
@@ -20,7 +20,7 @@ class Tracer:
         self._profile: profile | None = None
 
     def before(self, step: int) -> None:
-        """Step `step` is about to be made."""
+        """Call before step `step`: starts the profiler at the first step of the range."""
         if self._range is None or self._profile is not None or not self._range[0] <= step <= self._range[1]:
             return
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
@@ -28,7 +28,7 @@ class Tracer:
         self._profile.start()
 
     def after(self, step: int) -> None:
-        """Step `step` is done; behind the last one the trace is written."""
+        """Call after step `step`: writes the trace after the last step of the range."""
         if self._profile is None or self._range is None:
             return
         if step < self._range[1]:
@@ -37,7 +37,7 @@ class Tracer:
             self.close()
 
     def close(self) -> None:
-        """Writes what was recorded, whole or not at all: a stop may come before the last step of the range."""
+        """Write the trace recorded so far, atomically: a stop may come before the last step of the range."""
         if self._profile is None:
             return
         recorded, self._profile, self._range = self._profile, None, None

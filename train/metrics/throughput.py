@@ -1,6 +1,6 @@
-"""What a run says about its speed while it goes: model TFLOP/s, share of the peak, memory, and what it waits for.
+"""Throughput metrics: tokens/s, TFLOP/s, MFU, peak memory, data and checkpoint stalls.
 
-A line covers the time since the line before, or since a validation, whose time it leaves out."""
+A line covers the time since the previous line or validation; the time of a validation is left out."""
 
 import time
 from typing import Any
@@ -10,16 +10,16 @@ import torch
 from jobs.config.settings import Job
 from jobs.run.goodput import Part
 from jobs.specs.gpu_peaks import Peak, peak_of
-from train.distributed.runtime import Runtime
-from train.metrics.goodput_timer import Clock
+from train.distributed.runtime import Distributed
+from train.metrics.goodput_timer import GoodputTimer
 
 
-class Live:
-    """The values of a run's log lines that are about its speed."""
+class Throughput:
+    """Computes the throughput values of log lines."""
 
-    def __init__(self, job: Job, rt: Runtime, flops: tuple[float | None, str], clock: Clock):
+    def __init__(self, job: Job, rt: Distributed, flops: tuple[float | None, str], timer: GoodputTimer):
         """`flops`: of one sample, and the formula (train/metrics/flops.py)."""
-        self._rt, self._clock = rt, clock
+        self._rt, self._timer = rt, timer
         per_sample, self._formula = flops
         self._flops_per_step = per_sample * job.batch_size if per_sample else None
         name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else ""
@@ -28,7 +28,7 @@ class Live:
         self.restart()
 
     def lines(self) -> list[str]:
-        """What the figures mean, for the first lines of a run."""
+        """Return the FLOP formula and the peak that the values refer to, for the first lines of the log."""
         share = (
             f"% of {self.peak.tflops:,.0f} TFLOP/s, the {self.peak.kind} peak of {self.peak.gpu}"
             if self.peak
@@ -42,15 +42,15 @@ class Live:
         self._steps = 0
 
     def step(self) -> None:
-        """A step is done."""
+        """Count a finished step."""
         self._steps += 1
 
     def values(self, targets: int) -> dict[str, Any]:
-        """For the log line, over the time since the last call, in which `targets` were trained on. Times are those of rank 0."""
+        """Return the values since the last call, during which all ranks trained on `targets`. Times are those of rank 0."""
         seconds = max(time.monotonic() - self._begun, 1e-9)
         line: dict[str, Any] = {"tokens_per_s": round(targets / seconds, 1)}
         if self._flops_per_step:
-            tflops = self._flops_per_step * self._steps / seconds / self._rt.world / 1e12
+            tflops = self._flops_per_step * self._steps / seconds / self._rt.world_size / 1e12
             line["tflops"] = float(f"{tflops:.4g}")
             if self.peak:
                 line["peak_pct"] = round(100 * tflops / self.peak.tflops, 2)
@@ -62,12 +62,12 @@ class Live:
         return line
 
     def _waits(self) -> tuple[float, float]:
-        spent = self._clock.record()["seconds"]
+        spent = self._timer.record()["seconds"]
         return spent.get(Part.DATA_WAIT, 0.0), spent.get(Part.SAVE_STALL, 0.0)
 
 
 def progress_text(line: dict[str, Any], max_steps: int) -> str:
-    """A log line for people. What was not waited for is not said."""
+    """Format a log line as text. Stalls below 0.5 % are left out."""
     parts = [f"step {line['step']:,}/{max_steps:,}", f"loss {line['loss']:.4f}", f"lr {line['lr']:.2e}", f"{line['tokens_per_s']:,.0f} tok/s"]
     if "peak_pct" in line:
         parts.append(f"{line['tflops']:,.0f} TFLOP/s ({line['peak_pct']:.1f} % of peak)")

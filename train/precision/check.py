@@ -23,7 +23,7 @@ from train.models.contract import read_loss
 from train.models.convnet import ConvNet
 from train.models.registry import build_model
 from train.precision import fp8
-from train.precision.numerics import forward_context
+from train.precision.numerics import autocast_context
 
 # How far a loss may lie from fp32's, relative: bf16 has 8 bits of mantissa, fp16 11, fp8 4 or 3 in the products alone.
 TOLERANCE = {Precision.FP32: 0.0, Precision.TF32: 1e-2, Precision.BF16: 3e-2, Precision.FP16: 1e-2, Precision.FP8: 1e-1}
@@ -89,7 +89,7 @@ def _train(
     inner = None
     if precision is Precision.FP8:
         inner = fp8.convert(model, Job(job_name="autocast", precision=precision, micro_batch_size=batch, seq_len=seq_len)).context
-    context = forward_context(precision, device, inner)
+    context = autocast_context(precision, device, inner)
     scale = _FP16_SCALE if MODES[precision].loss_scaling else 1.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     watch = _Watch(model)

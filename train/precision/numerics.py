@@ -1,4 +1,4 @@
-"""Precision at work: what surrounds the forward pass, loss scaling, and what happens when a gradient is not finite."""
+"""Mixed precision: autocast context, dynamic loss scaling, and the policy for gradients that are not finite."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,12 +16,12 @@ _SMALLEST_SCALE = 1.0
 
 
 class GradientOverflow(HoldfastError):
-    """Training cannot go on: gradients stayed non-finite. Ends the attempt as an error of the code."""
+    """Training cannot continue: gradients stayed non-finite. Ends the attempt as a code error."""
 
 
 @dataclass
-class LossScale:
-    """Dynamic loss scaling as a small state machine on the host.
+class GradScaler:
+    """Dynamic loss scaling, as a state machine on the host.
 
     The scale is a power of the growth factor, so scaling and unscaling are exact. An overflow shrinks it and the step is
     tried again with the same batch: neither the schedule nor the data order notices."""
@@ -33,8 +33,8 @@ class LossScale:
     good_steps: int = 0
 
     @classmethod
-    def of(cls, job: Job) -> "LossScale | None":
-        """The scaler of a job, or None where its precision needs none."""
+    def from_job(cls, job: Job) -> "GradScaler | None":
+        """Return the scaler of a job, or None where its precision needs none."""
         if not MODES[job.precision].loss_scaling:
             return None
         return cls(job.grad_scaler_init, job.grad_scaler_growth, job.grad_scaler_backoff, job.grad_scaler_growth_interval)
@@ -56,25 +56,25 @@ class LossScale:
         self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])
 
 
-class OverflowGuard:
-    """Counts overflows in a row and applies the job's policy."""
+class OverflowPolicy:
+    """Counts consecutive overflows and applies ON_OVERFLOW."""
 
-    def __init__(self, job: Job, scale: LossScale | None):
+    def __init__(self, job: Job, scale: GradScaler | None):
         self.policy, self.limit, self.scale = job.on_overflow, job.max_overflows, scale
         self.in_a_row = 0
 
-    def good(self) -> None:
+    def record_success(self) -> None:
         self.in_a_row = 0
         if self.scale:
             self.scale.update(overflow=False)
 
-    def overflow(self, step: int, culprit: str) -> bool:
-        """Takes note of an overflow. True: try the step again. False: fall back to bf16. Raises when the policy says so."""
+    def record_overflow(self, step: int, first: str) -> bool:
+        """Count an overflow. True: repeat the step. False: fall back to bf16. Raises GradientOverflow where the policy ends training."""
         self.in_a_row += 1
         before = self.scale.scale if self.scale else 1.0
         if self.scale:
             self.scale.update(overflow=True)
-        said = f"gradient overflow at step {step}, first in {culprit}, loss scale {before:g}"
+        said = f"gradient overflow at step {step}, first in {first}, loss scale {before:g}"
         if self.policy == "abort":
             raise GradientOverflow(f"{said}; ON_OVERFLOW=abort")
         exhausted = self.in_a_row > self.limit or (self.scale is not None and self.scale.scale < _SMALLEST_SCALE)
@@ -90,18 +90,18 @@ class OverflowGuard:
         return True
 
 
-def first_bad(model: nn.Module) -> str:
-    """The first parameter whose gradient is not finite, in the order of the model."""
+def first_nonfinite_grad(model: nn.Module) -> str:
+    """Return the name of the first parameter whose gradient is not finite, in the order of the model."""
     for name, p in model.named_parameters():
         if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
             return name
     return "no parameter of this rank"
 
 
-def forward_context(
+def autocast_context(
     precision: Precision, device: torch.device, fp8: Callable[[], AbstractContextManager[object]] | None = None
 ) -> Callable[[], AbstractContextManager[object]]:
-    """What every forward pass, of training and of validation, runs in: autocast where the mode has it, fp8 inside."""
+    """Return the context of every forward pass of training and validation: autocast where the mode has it, fp8 inside."""
     dtype_name = MODES[precision].autocast
 
     @contextmanager

@@ -25,7 +25,7 @@ from jobs.run.rundir import RunDir
 from train.checkpoint import state_dict
 from train.checkpoint.commit import Commit
 from train.checkpoint.restore import initialise
-from train.checkpoint.state_dict import State
+from train.checkpoint.state_dict import TrainStateRecord
 
 __all__ = ["farm"]
 pytestmark = pytest.mark.timeout(900)
@@ -45,8 +45,8 @@ def small_model(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
 def write(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     commit = Commit(folder, step, 1)
     commit.begin()
-    files = {name: commit.write(name, state_dict.safetensors_parts(rows)) for name, rows in state_dict.content(model, optimizer, 0).items()}
-    commit.finish(files, State(step=step, tokens=step, seed=0, max_steps=9, batch_size=1, data="d", precision="fp32", world=1).plain())
+    files = {name: commit.write(name, state_dict.safetensors_parts(rows)) for name, rows in state_dict.local_shards(model, optimizer, 0).items()}
+    commit.finish(files, TrainStateRecord(step=step, tokens=step, seed=0, max_steps=9, batch_size=1, data="d", precision="fp32", world=1).plain())
 
 
 def damage(path: Path, rng: random.Random) -> str:
@@ -182,16 +182,16 @@ def test_rows_written_by_several_processes_come_back_whole(tmp_path: Path) -> No
     commit.begin()
     files = {}
     for rank, (start, end) in enumerate([(0, 3), (3, 6), (6, 7), (7, 7)]):
-        rows = {"w": state_dict.Rows(full[start:end].contiguous(), start, 7)} | ({"s": state_dict.Rows(scalar)} if rank == 0 else {})
+        rows = {"w": state_dict.TensorShard(full[start:end].contiguous(), start, 7)} | ({"s": state_dict.TensorShard(scalar)} if rank == 0 else {})
         name = directory.file_name("model", rank, 4)
         files[name] = commit.write(name, state_dict.safetensors_parts(rows))
     files["optimizer.safetensors"] = commit.write("optimizer.safetensors", state_dict.safetensors_parts({}))
     path = commit.finish(files, {})
-    saved = state_dict.Saved(path, directory.verify(path).of_kind("model"))
+    saved = state_dict.CheckpointReader(path, directory.verify(path).of_kind("model"))
     assert torch.equal(saved.whole("w"), full) and torch.equal(saved.whole("s"), scalar)
     assert torch.equal(saved._rows("w", 2, 7), full[2:7]) and saved._rows("w", 7, 7).shape == (0, 5)
     with pytest.raises(CheckpointError, match="rows are missing of w"):
-        state_dict.Saved(path, ["model.00000-of-00004.safetensors"])
+        state_dict.CheckpointReader(path, ["model.00000-of-00004.safetensors"])
 
 
 def test_weights_of_another_run_come_from_its_newest_checkpoint_that_verifies_and_what_was_passed_over_is_said(tmp_path: Path) -> None:
@@ -231,21 +231,22 @@ def test_every_type_comes_back_as_it_was_whole_and_by_rows(tmp_path: Path, kind:
     commit = Commit(tmp_path, 10, 1)
     commit.begin()
     files = {}
-    for name, rows in state_dict.content(model, optimizer, 0).items():
+    for name, rows in state_dict.local_shards(model, optimizer, 0).items():
         copies = {
-            key: state_dict.Rows(torch.empty(one.tensor.shape, dtype=state_dict.host_type(name, one.tensor)).copy_(one.tensor)) for key, one in rows.items()
+            key: state_dict.TensorShard(torch.empty(one.tensor.shape, dtype=state_dict.host_type(name, one.tensor)).copy_(one.tensor))
+            for key, one in rows.items()
         }
         files[name] = commit.write(name, state_dict.safetensors_parts(copies))
-    path = commit.finish(files, State(step=10, tokens=1, seed=0, max_steps=9, batch_size=1, data="d", precision="fp32", world=1).plain())
+    path = commit.finish(files, TrainStateRecord(step=10, tokens=1, seed=0, max_steps=9, batch_size=1, data="d", precision="fp32", world=1).plain())
     other, _ = small_model(1)
     for name in ("whole", "scalar", "turned"):
         other.register_buffer(name, torch.zeros_like(getattr(model, name)))
     state_dict.load(path, other, None)
     assert torch.equal(other.whole, full) and torch.equal(other.scalar, full[0, 0]) and torch.equal(other.turned, full.conj())
     for number, (start, end) in enumerate([(0, 3), (3, 7)]):
-        parts = state_dict.safetensors_parts({"w": state_dict.Rows(full[start:end].contiguous(), start, 7)})
+        parts = state_dict.safetensors_parts({"w": state_dict.TensorShard(full[start:end].contiguous(), start, 7)})
         (tmp_path / f"{number}").write_bytes(b"".join(parts))
-    saved = state_dict.Saved(tmp_path, ["0", "1"])
+    saved = state_dict.CheckpointReader(tmp_path, ["0", "1"])
     assert saved.whole("w").dtype == kind and torch.equal(saved.whole("w"), full) and torch.equal(saved._rows("w", 2, 5), full[2:5])
 
 
@@ -361,11 +362,11 @@ def test_free_space_is_asked_for_before_anything_is_written(farm: Farm, monkeypa
         _run, _job = farm.prepare(), type("Job", (), {"keep_last": 2})()
 
     save = module._Save(
-        State(step=1, tokens=0, seed=0, max_steps=1, batch_size=1, data="", precision="", world=1), {"model": [b"x" * 5_000_000]}, 0.0, 0.0, False, 1
+        TrainStateRecord(step=1, tokens=0, seed=0, max_steps=1, batch_size=1, data="", precision="", world=1), {"model": [b"x" * 5_000_000]}, 0.0, 0.0, False, 1
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 4_000_000})())
     with pytest.raises(OSError, match=r"it needs 4.9 MiB, the disk has 3.8 MiB left. KEEP_LAST=2 needs room for 3"):
-        module.Saver._check_room(Stub(), save)  # type: ignore[arg-type]
+        module.CheckpointManager._check_room(Stub(), save)  # type: ignore[arg-type]
 
 
 def test_only_the_newest_attempt_of_a_run_may_write(farm: Farm) -> None:
@@ -376,12 +377,12 @@ def test_only_the_newest_attempt_of_a_run_may_write(farm: Farm) -> None:
     run = farm.finished(MAX_STEPS="8")
 
     class Stub:
-        _run, _rt = run, type("Runtime", (), {"attempt": 1})()
+        _run, _rt = run, type("Distributed", (), {"attempt": 1})()
 
-    module.Saver._own(Stub())  # type: ignore[arg-type]
+    module.CheckpointManager._check_claim(Stub())  # type: ignore[arg-type]
     assert claim.claim(run, 2, {"job_id": "x"})
     with pytest.raises(RunOwnedError, match="attempt 1 writes no more checkpoints"):
-        module.Saver._own(Stub())  # type: ignore[arg-type]
+        module.CheckpointManager._check_claim(Stub())  # type: ignore[arg-type]
 
 
 def test_an_attempt_that_has_a_successor_takes_no_old_checkpoint_away(farm: Farm) -> None:
@@ -391,12 +392,14 @@ def test_an_attempt_that_has_a_successor_takes_no_old_checkpoint_away(farm: Farm
 
     run = farm.finished(MAX_STEPS="24", CHECKPOINT_EVERY="8", KEEP_LAST="3")
     job = load(run.job_yaml).model_copy(update={"keep_last": 2})
-    save = module._Save(State(step=24, tokens=0, seed=0, max_steps=1, batch_size=1, data="", precision="", world=1), {"model": [b"x"]}, 0.0, 0.0, False, 1)
+    save = module._Save(
+        TrainStateRecord(step=24, tokens=0, seed=0, max_steps=1, batch_size=1, data="", precision="", world=1), {"model": [b"x"]}, 0.0, 0.0, False, 1
+    )
 
     def left(attempt: int) -> list[int | None]:
         rt = SimpleNamespace(attempt=attempt, is_main=True, job_id="7")
         stub = SimpleNamespace(_run=run, _rt=rt, _job=job, _say=print, _disk=module.DISK)
-        module.Saver._acknowledge(stub, save, background=True)  # type: ignore[arg-type]
+        module.CheckpointManager._acknowledge(stub, save, background=True)  # type: ignore[arg-type]
         return [directory.step_of(path) for path in directory.complete(run.checkpoints)]
 
     assert claim.claim(run, 2, {"job_id": "x"})

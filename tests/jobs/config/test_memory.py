@@ -21,8 +21,8 @@ from jobs.config.settings import Job
 from jobs.specs.precision import MODES, Precision
 from train import optim
 from train.models.registry import PRESETS, build_model
-from train.precision.numerics import LossScale, forward_context
-from train.train_step import Stepper
+from train.precision.numerics import GradScaler, autocast_context
+from train.train_step import TrainStep
 
 CPU = torch.device("cpu")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -74,8 +74,8 @@ def test_weights_moments_and_gradients_are_exact(shape: str, precision: str, lev
     model = build_model("nano", vocab_size=256, seq_len=32, overrides=SHAPES[shape])
     if level == "O2":
         optim.use_16_bit_parameters(job, model)
-    stepper = Stepper(job, One(CPU), model, model, optim.build(job, model), forward_context(job.precision, CPU), LossScale.of(job))  # type: ignore[arg-type]
-    stepper.run([batch_of(job)])
+    stepper = TrainStep(job, One(CPU), model, model, optim.build(job, model), autocast_context(job.precision, CPU), GradScaler.from_job(job))  # type: ignore[arg-type]
+    stepper([batch_of(job)])
     found = estimate(job)
     assert found
     masters = {id(t): t for p in model.parameters() for t in (p, optim.fp32_of(p))}
@@ -99,7 +99,7 @@ def test_what_an_eager_forward_pass_keeps_is_exact(shape: str, precision: str, c
         return tensor
 
     batch = batch_of(job)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), forward_context(Precision(precision), CPU)():
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast_context(Precision(precision), CPU)():
         model(**batch)
     found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in ours)
     s, expected = Shape.of(job), estimate(job)

@@ -26,8 +26,8 @@ from train import build, optim
 from train.data.sources import open_data
 from train.models.registry import build_model
 from train.precision import fp8
-from train.precision.numerics import GradientOverflow, LossScale, OverflowGuard, first_bad, forward_context
-from train.train_step import Stepper
+from train.precision.numerics import GradientOverflow, GradScaler, OverflowPolicy, autocast_context, first_nonfinite_grad
+from train.train_step import TrainStep
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 TINY = {"n_layers": 1, "d_model": 64, "n_heads": 2, "d_ff": 128}
@@ -52,7 +52,7 @@ class Alone:
     """A runtime of one process without Accelerate: what a step needs of it."""
 
     def __init__(self) -> None:
-        self.device, self.rank, self.world = torch.device("cpu"), 0, 1
+        self.device, self.rank, self.world_size = torch.device("cpu"), 0, 1
         self.accelerator = self
 
     def no_sync(self, model: nn.Module) -> torch.no_grad:
@@ -60,7 +60,7 @@ class Alone:
 
         return nullcontext()  # type: ignore[return-value]
 
-    def total(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
 
@@ -69,16 +69,16 @@ def batch_of(job: Job, seed: int = 0) -> dict[str, torch.Tensor]:
     return {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
 
 
-def stepper_of(job: Job, model: nn.Module | None = None) -> Stepper:
+def stepper_of(job: Job, model: nn.Module | None = None) -> TrainStep:
     torch.manual_seed(0)
     model = model or build_model(job.model, vocab_size=256, seq_len=job.seq_len, overrides=job.model_options)
     if job.amp_opt_level == "O2":
         optim.use_16_bit_parameters(job, model)
     rt = Alone()
-    return Stepper(job, rt, model, model, optim.build(job, model), forward_context(job.precision, rt.device), LossScale.of(job))  # type: ignore[arg-type]
+    return TrainStep(job, rt, model, model, optim.build(job, model), autocast_context(job.precision, rt.device), GradScaler.from_job(job))  # type: ignore[arg-type]
 
 
-def gradients(stepper: Stepper) -> dict[str, torch.Tensor]:
+def gradients(stepper: TrainStep) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in stepper.inner.named_parameters() if p.grad is not None}
 
 
@@ -87,7 +87,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch() -> None:
     batch = batch_of(whole)
     pieces = [{name: tensor[i : i + 2] for name, tensor in batch.items()} for i in range(0, 8, 2)]
     first, second = stepper_of(whole), stepper_of(cut)
-    a, b = first.run([batch]), second.run(pieces)
+    a, b = first([batch]), second(pieces)
     # fp32 sums of 256 terms in another order: 1e-5 of the largest gradient is ten times what was seen.
     for name, gradient in gradients(first).items():
         torch.testing.assert_close(gradients(second)[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
@@ -102,7 +102,7 @@ def test_a_ragged_window_weighs_its_targets_and_not_its_windows() -> None:
     batch["targets"][6:, 8:] = -100
     pieces = [{name: tensor[i : i + 2] for name, tensor in batch.items()} for i in range(0, 8, 2)]
     first, second = stepper_of(job), stepper_of(cut)
-    a, b = first.run([batch]), second.run(pieces)
+    a, b = first([batch]), second(pieces)
     assert int(a.targets) == int(b.targets) == 6 * 32 + 2 * 8
     reference = build_model("nano", vocab_size=256, seq_len=32, overrides=TINY)
     reference.load_state_dict(stepper_of(job).inner.state_dict())
@@ -114,9 +114,9 @@ def test_a_ragged_window_weighs_its_targets_and_not_its_windows() -> None:
 def test_clipping_sees_the_true_norm_whatever_the_loss_scale() -> None:
     job = job_of(grad_clip=0.5)
     plain, scaled = stepper_of(job), stepper_of(job)
-    scaled.scale = LossScale(scale=1024.0)
+    scaled.scale = GradScaler(scale=1024.0)
     batch = batch_of(job)
-    a, b = plain.run([batch]), scaled.run([batch])
+    a, b = plain([batch]), scaled([batch])
     assert float(a.norm) > 0.5
     assert float(b.norm) == pytest.approx(float(a.norm), rel=1e-6)
     for p, q in zip(plain.inner.parameters(), scaled.inner.parameters(), strict=True):
@@ -141,17 +141,17 @@ def test_a_step_reads_nothing_back_where_the_kernels_update(monkeypatch: pytest.
     stepper = stepper_of(job)
     batch = batch_of(job)
     with Waits() as plain:
-        stepper.run([batch])
+        stepper([batch])
     stepper.optimizer.kernels = True  # type: ignore[attr-defined]
     with Waits() as waits:
-        stepper.run([batch])
+        stepper([batch])
     assert plain.count > 0 == waits.count
     assert {float(state["step"]) for state in stepper.optimizer.state.values()} == {2.0}
 
 
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 5))
 def test_the_loss_scale_shrinks_at_each_overflow_and_grows_after_an_interval(overflows: list[bool], interval: int) -> None:
-    scale = LossScale(65536.0, 2.0, 0.5, interval)
+    scale = GradScaler(65536.0, 2.0, 0.5, interval)
     good = 0
     expected = 65536.0
     for overflow in overflows:
@@ -160,7 +160,7 @@ def test_the_loss_scale_shrinks_at_each_overflow_and_grows_after_an_interval(ove
         expected = expected * 0.5 if overflow else expected * 2 if good == interval else expected
         good = 0 if good == interval else good
         assert scale.scale == expected
-    again = LossScale()
+    again = GradScaler()
     again.load(scale.state())
     assert again.state() == scale.state()
 
@@ -171,7 +171,7 @@ class Overflowing(nn.Module):
     def __init__(self, limit: float) -> None:
         super().__init__()
         self.inner = build_model("nano", vocab_size=256, seq_len=32, overrides=TINY)
-        self.limit, self.scale = limit, LossScale()
+        self.limit, self.scale = limit, GradScaler()
         self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
@@ -184,13 +184,13 @@ def test_an_overflow_skips_the_update_and_names_the_first_bad_parameter() -> Non
     job = job_of()
     model = Overflowing(limit=100.0)
     stepper = stepper_of(job, model)
-    stepper.scale = model.scale = LossScale(scale=400.0)
-    guard = OverflowGuard(job, stepper.scale)
+    stepper.scale = model.scale = GradScaler(scale=400.0)
+    guard = OverflowPolicy(job, stepper.scale)
     before = [p.clone() for p in model.parameters()]
     skips = 0
-    while (done := stepper.run([batch_of(job)])).overflow:
-        assert first_bad(model) == "inner.embedding.weight"
-        assert guard.overflow(0, first_bad(model))
+    while (done := stepper([batch_of(job)])).overflow:
+        assert first_nonfinite_grad(model) == "inner.embedding.weight"
+        assert guard.record_overflow(0, first_nonfinite_grad(model))
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
         skips += 1
         assert model.steps == 0
@@ -202,10 +202,10 @@ def test_an_overflow_skips_the_update_and_names_the_first_bad_parameter() -> Non
 @pytest.mark.parametrize(("policy", "outcome"), [("skip", "raises"), ("abort", "raises"), ("fallback", "falls back")])
 def test_an_overflow_that_does_not_end_meets_the_policy(policy: str, outcome: str) -> None:
     job = job_of(on_overflow=policy, max_overflows=3)
-    guard = OverflowGuard(job, LossScale(scale=65536.0))
+    guard = OverflowPolicy(job, GradScaler(scale=65536.0))
     tried = 0
     try:
-        while guard.overflow(7, "blocks.0.mlp"):
+        while guard.record_overflow(7, "blocks.0.mlp"):
             tried += 1
         assert outcome == "falls back"
     except GradientOverflow as err:
@@ -215,10 +215,10 @@ def test_an_overflow_that_does_not_end_meets_the_policy(policy: str, outcome: st
 
 
 def test_a_scale_below_one_ends_the_run_before_it_decays_for_ever() -> None:
-    guard = OverflowGuard(job_of(max_overflows=1000), LossScale(scale=4.0))
-    assert guard.overflow(1, "w") and guard.overflow(1, "w")
+    guard = OverflowPolicy(job_of(max_overflows=1000), GradScaler(scale=4.0))
+    assert guard.record_overflow(1, "w") and guard.record_overflow(1, "w")
     with pytest.raises(GradientOverflow, match="not finite"):
-        guard.overflow(1, "w")
+        guard.record_overflow(1, "w")
 
 
 def test_o2_keeps_fp32_masters_that_see_updates_too_small_for_16_bits() -> None:
@@ -230,7 +230,7 @@ def test_o2_keeps_fp32_masters_that_see_updates_too_small_for_16_bits() -> None:
     start, rounded = optim.fp32_of(weight).clone(), weight.clone()
     for seed in range(3):
         optim.set_lr(stepper.optimizer, 1e-7)
-        stepper.run([batch_of(job, seed)])
+        stepper([batch_of(job, seed)])
     moved = (optim.fp32_of(weight) != start).float().mean()
     assert moved > 0.9, "the masters moved"
     assert (weight != rounded).float().mean() < 0.5, "most 16-bit weights could not show it yet"
@@ -355,7 +355,7 @@ def test_activations_are_recomputed_inside_of_the_context_of_fp8(monkeypatch: py
         torch.manual_seed(0)
         job = job_of(**settings)
         net, context = build.build(
-            job, open_data("synthetic", seq_len=32, split="train", vocab_size=256), SimpleNamespace(device=torch.device("cpu"), world=1), lambda text: None
+            job, open_data("synthetic", seq_len=32, split="train", vocab_size=256), SimpleNamespace(device=torch.device("cpu"), world_size=1), lambda text: None
         )
         net.train()
         tokens = torch.randint(256, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -409,7 +409,7 @@ def test_torchao_conversion_trains_with_fp8_rounding_and_unchanged_names() -> No
     converted = fp8.convert(eight.inner, job, emulate=True)
     assert sum(layer.converted for layer in converted.layers) == 4
     assert [n for n, _ in eight.inner.named_parameters()] == names
-    losses = [[float(stepper.run([batch_of(job, seed)]).loss_sum) for seed in range(5)] for stepper in (plain, eight)]
+    losses = [[float(stepper([batch_of(job, seed)]).loss_sum) for seed in range(5)] for stepper in (plain, eight)]
     assert losses[0] != losses[1], "fp8 rounds"
     # fp8 has 3 mantissa bits; over five steps of a tiny model the loss of 256 targets stays within 1 %.
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler as torch_lr
 
 from jobs.core.errors import SettingError
-from jobs.specs.lr_schedule import KINDS, Schedule, curve, describe, lr_at, warmup_steps_from_pct
+from jobs.specs.lr_schedule import KINDS, LRSchedule, curve, describe, warmup_steps_from_pct
 
 BASE = 3e-3
 
 
-def torch_rates(schedule: Schedule, steps: int) -> list[float]:
+def torch_rates(schedule: LRSchedule, steps: int) -> list[float]:
     """What torch's own schedulers train with at steps 0 .. steps - 1."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=schedule.base_lr)
     warmup, rest = schedule.warmup_steps, (schedule.total_iters or schedule.total_steps) - schedule.warmup_steps
@@ -45,92 +45,92 @@ def torch_rates(schedule: Schedule, steps: int) -> list[float]:
     return rates
 
 
-def assert_same(schedule: Schedule, steps: int | None = None) -> None:
+def assert_same(schedule: LRSchedule, steps: int | None = None) -> None:
     steps = steps or schedule.total_steps
     for step, expected in enumerate(torch_rates(schedule, steps)):
         # 1e-9 relative: torch multiplies from step to step and gathers rounding; ours is closed.
-        assert lr_at(schedule, step) == pytest.approx(expected, rel=1e-9, abs=1e-18), step
+        assert schedule(step) == pytest.approx(expected, rel=1e-9, abs=1e-18), step
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "cosine_with_restarts"])
 @pytest.mark.parametrize("warmup", [0, 1, 50])
 @pytest.mark.parametrize("min_lr", [0.0, 3e-4])
 def test_every_step_equals_torchs_sequential_schedulers(kind: str, warmup: int, min_lr: float) -> None:
-    assert_same(Schedule(kind, BASE, 1000, warmup, min_lr))
+    assert_same(LRSchedule(kind, BASE, 1000, warmup, min_lr))
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_total_iters_counts_the_warm_up(kind: str) -> None:
-    schedule = Schedule(kind, BASE, 400, 50, 1e-5, total_iters=300)
+    schedule = LRSchedule(kind, BASE, 400, 50, 1e-5, total_iters=300)
     assert_same(schedule, 300)
-    assert lr_at(schedule, 300) == pytest.approx(1e-5)
+    assert schedule(300) == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize("T_mult", [1, 2, 3])
 def test_t_0_counts_the_main_phase_and_wins_over_total_iters(T_mult: int) -> None:
-    assert_same(Schedule("cosine_with_restarts", BASE, 1000, 100, 1e-5, total_iters=700, T_0=120, T_mult=T_mult))
+    assert_same(LRSchedule("cosine_with_restarts", BASE, 1000, 100, 1e-5, total_iters=700, T_0=120, T_mult=T_mult))
 
 
 def test_t_max_counts_the_main_phase_and_wins_over_total_iters() -> None:
-    schedule = Schedule("cosine", BASE, 1000, 100, total_iters=300, T_max=900)
+    schedule = LRSchedule("cosine", BASE, 1000, 100, total_iters=300, T_max=900)
     assert_same(schedule)
-    assert lr_at(schedule, 550) == pytest.approx(BASE / 2)
+    assert schedule(550) == pytest.approx(BASE / 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_past_the_end_the_rate_stays_where_it_ended(kind: str) -> None:
-    schedule = Schedule(kind, BASE, 100, 10, 1e-4)
+    schedule = LRSchedule(kind, BASE, 100, 10, 1e-4)
     expected = BASE if kind == "constant" else 1e-4
     for step in (100, 101, 150, 10_000):
-        assert lr_at(schedule, step) == pytest.approx(expected, rel=1e-12)
+        assert schedule(step) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_cosine_shorter_than_the_run_never_climbs_back() -> None:
-    rates = [lr_at(Schedule("cosine", BASE, 500, 20, T_max=100), step) for step in range(20, 600)]
+    rates = [LRSchedule("cosine", BASE, 500, 20, T_max=100)(step) for step in range(20, 600)]
     assert all(later <= earlier for earlier, later in zip(rates, rates[1:], strict=False))
 
 
 def test_a_restart_exactly_at_the_end_of_the_run_does_not_happen() -> None:
-    schedule = Schedule("cosine_with_restarts", BASE, 1000, 100, T_0=300, T_mult=1)
-    assert lr_at(schedule, 400) == pytest.approx(BASE)
-    assert lr_at(schedule, 1000) == pytest.approx(0.0, abs=1e-12)
-    grown = Schedule("cosine_with_restarts", BASE, 1000, 100, T_0=300, T_mult=2)
-    assert lr_at(grown, 1000) == pytest.approx(0.0, abs=1e-12)
+    schedule = LRSchedule("cosine_with_restarts", BASE, 1000, 100, T_0=300, T_mult=1)
+    assert schedule(400) == pytest.approx(BASE)
+    assert schedule(1000) == pytest.approx(0.0, abs=1e-12)
+    grown = LRSchedule("cosine_with_restarts", BASE, 1000, 100, T_0=300, T_mult=2)
+    assert grown(1000) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_an_end_inside_a_cycle_holds_the_rate_of_that_moment() -> None:
-    schedule = Schedule("cosine_with_restarts", BASE, 1000, 100, T_0=500, T_mult=2)
-    assert lr_at(schedule, 5000) == lr_at(schedule, 1000) == pytest.approx(BASE * (1 + math.cos(math.pi * 0.4)) / 2)
+    schedule = LRSchedule("cosine_with_restarts", BASE, 1000, 100, T_0=500, T_mult=2)
+    assert schedule(5000) == schedule(1000) == pytest.approx(BASE * (1 + math.cos(math.pi * 0.4)) / 2)
 
 
 @pytest.mark.parametrize("T_mult", [1, 2])
 @pytest.mark.parametrize("cycles", [1, 2, 3, 7])
 def test_num_cycles_fills_the_run_with_whole_cycles(cycles: int, T_mult: int) -> None:
-    schedule = Schedule("cosine_with_restarts", BASE, 1000, 55, 1e-5, num_cycles=cycles, T_mult=T_mult)
-    rates = [lr_at(schedule, step) for step in range(55, 1000)]
+    schedule = LRSchedule("cosine_with_restarts", BASE, 1000, 55, 1e-5, num_cycles=cycles, T_mult=T_mult)
+    rates = [schedule(step) for step in range(55, 1000)]
     assert sum(later > earlier for earlier, later in zip(rates, rates[1:], strict=False)) == cycles - 1
-    assert lr_at(schedule, 1000) == pytest.approx(1e-5, rel=1e-6)
+    assert schedule(1000) == pytest.approx(1e-5, rel=1e-6)
     assert not [line for line in describe(schedule) if "cut short" in line]
 
 
 def test_num_cycles_beside_t_0_stops_the_restarts() -> None:
-    schedule = Schedule("cosine_with_restarts", BASE, 1000, 0, 1e-5, T_0=100, num_cycles=2)
-    assert lr_at(schedule, 100) == pytest.approx(BASE)
-    assert [lr_at(schedule, step) for step in (200, 250, 999, 1000)] == pytest.approx([1e-5] * 4)
+    schedule = LRSchedule("cosine_with_restarts", BASE, 1000, 0, 1e-5, T_0=100, num_cycles=2)
+    assert schedule(100) == pytest.approx(BASE)
+    assert [schedule(step) for step in (200, 250, 999, 1000)] == pytest.approx([1e-5] * 4)
 
 
 def test_wsd_is_constant_then_falls_in_a_line() -> None:
-    schedule = Schedule("wsd", BASE, 1000, 50, 3e-4, decay_steps=200)
-    assert {lr_at(schedule, step) for step in range(50, 801)} == {BASE}
-    assert lr_at(schedule, 900) == pytest.approx((BASE + 3e-4) / 2)
-    assert lr_at(schedule, 1000) == pytest.approx(3e-4)
-    assert lr_at(Schedule("wsd", BASE, 1000, 50, decay_pct=0.2), 900) == pytest.approx(BASE / 2)
-    assert lr_at(Schedule("wsd", BASE, 1000, 50), 950) == pytest.approx(BASE / 2)
+    schedule = LRSchedule("wsd", BASE, 1000, 50, 3e-4, decay_steps=200)
+    assert {schedule(step) for step in range(50, 801)} == {BASE}
+    assert schedule(900) == pytest.approx((BASE + 3e-4) / 2)
+    assert schedule(1000) == pytest.approx(3e-4)
+    assert LRSchedule("wsd", BASE, 1000, 50, decay_pct=0.2)(900) == pytest.approx(BASE / 2)
+    assert LRSchedule("wsd", BASE, 1000, 50)(950) == pytest.approx(BASE / 2)
 
 
 def test_wsd_is_the_same_for_any_horizon_until_decay_begins() -> None:
-    short, long = (Schedule("wsd", BASE, total, 50, decay_steps=100) for total in (500, 5000))
-    assert all(lr_at(short, step) == lr_at(long, step) for step in range(400))
+    short, long = (LRSchedule("wsd", BASE, total, 50, decay_steps=100) for total in (500, 5000))
+    assert all(short(step) == long(step) for step in range(400))
 
 
 @examples(150)
@@ -142,9 +142,9 @@ def test_no_rate_leaves_the_range_between_floor_and_peak(
     kind: str, total: int, pct: float, T_0: int | None, T_mult: int, cycles: int | None, step: int
 ) -> None:
     warmup = warmup_steps_from_pct(total, pct)
-    schedule = Schedule(kind, BASE, total, warmup, 1e-4, T_0=T_0, T_mult=T_mult, num_cycles=cycles)
+    schedule = LRSchedule(kind, BASE, total, warmup, 1e-4, T_0=T_0, T_mult=T_mult, num_cycles=cycles)
     low = 0.0 if step < warmup else 1e-4
-    assert low <= lr_at(schedule, step) <= BASE * (1 + 1e-12)
+    assert low <= schedule(step) <= BASE * (1 + 1e-12)
     describe(schedule)
 
 
@@ -157,23 +157,23 @@ def test_warm_up_share_is_rounded_down() -> None:
 
 
 def test_a_last_cycle_cut_short_is_reported_with_the_rate_it_leaves() -> None:
-    lines = describe(Schedule("cosine_with_restarts", 1e-3, 1000, 100, T_0=500, T_mult=2, total_iters=1000))
+    lines = describe(LRSchedule("cosine_with_restarts", 1e-3, 1000, 100, T_0=500, T_mult=2, total_iters=1000))
     (cut,) = [line for line in lines if "cut short" in line]
     assert "0.000656" in cut and "40%" in cut and "step 1600" in cut
     assert any("restarts: 1, at steps 600" in line for line in lines)
 
 
 def test_description_names_what_is_probably_not_meant() -> None:
-    def warned(schedule: Schedule) -> str:
+    def warned(schedule: LRSchedule) -> str:
         return "\n".join(line for line in describe(schedule) if line.startswith("warning: "))
 
-    assert "no warm-up" in warned(Schedule("cosine", BASE, 100))
-    assert "plain cosine" in warned(Schedule("cosine_with_restarts", BASE, 100, 10, T_mult=2))
-    assert "T_0 has no effect" in warned(Schedule("cosine", BASE, 100, 10, T_0=5))
-    assert "total_iters has no effect" in warned(Schedule("cosine", BASE, 100, 10, T_max=90, total_iters=50))
-    assert "40 steps train at lr 0" in warned(Schedule("cosine", BASE, 100, 10, total_iters=60))
-    assert "cut short" in warned(Schedule("linear", BASE, 100, 10, total_iters=200))
-    assert warned(Schedule("cosine", BASE, 100, 10)) == ""
+    assert "no warm-up" in warned(LRSchedule("cosine", BASE, 100))
+    assert "plain cosine" in warned(LRSchedule("cosine_with_restarts", BASE, 100, 10, T_mult=2))
+    assert "T_0 has no effect" in warned(LRSchedule("cosine", BASE, 100, 10, T_0=5))
+    assert "total_iters has no effect" in warned(LRSchedule("cosine", BASE, 100, 10, T_max=90, total_iters=50))
+    assert "40 steps train at lr 0" in warned(LRSchedule("cosine", BASE, 100, 10, total_iters=60))
+    assert "cut short" in warned(LRSchedule("linear", BASE, 100, 10, total_iters=200))
+    assert warned(LRSchedule("cosine", BASE, 100, 10)) == ""
 
 
 @pytest.mark.parametrize(
@@ -192,96 +192,96 @@ def test_description_names_what_is_probably_not_meant() -> None:
 def test_an_impossible_curve_is_refused_and_what_is_allowed_is_named(wrong: dict, said: str) -> None:
     given = {"kind": "cosine", "base_lr": BASE, "total_steps": 100, "warmup_steps": 10} | wrong
     with pytest.raises(SettingError, match=said):
-        Schedule(**given)
+        LRSchedule(**given)
 
 
 def test_more_growing_cycles_than_a_number_can_count_are_refused_before_the_attempt() -> None:
     given = {"kind": "cosine_with_restarts", "base_lr": BASE, "total_steps": 100, "warmup_steps": 10}
     for cycles, mult, most in ((400, 10, 307), (308, 10, 307), (1024, 2, 1023), (10**300, 3, 645), (3, 10**300, 1)):
         with pytest.raises(SettingError, match=f"^num_cycles: {cycles} is not allowed with T_mult {mult}; it must be at most {most}, or"):
-            Schedule(**given, num_cycles=cycles, T_mult=mult)
-        schedule = Schedule(**given, num_cycles=most, T_mult=mult)
-        assert all(0 <= lr_at(schedule, step) <= BASE for step in range(120)) and describe(schedule)
+            LRSchedule(**given, num_cycles=cycles, T_mult=mult)
+        schedule = LRSchedule(**given, num_cycles=most, T_mult=mult)
+        assert all(0 <= schedule(step) <= BASE for step in range(120)) and describe(schedule)
     # Beside T_0 the number only ends the restarts, and other kinds have none.
-    for schedule in (Schedule(**given, num_cycles=400, T_mult=10, T_0=5), Schedule(**(given | {"kind": "cosine"}), num_cycles=400, T_mult=10)):
-        assert lr_at(schedule, 99) < BASE and describe(schedule)
+    for schedule in (LRSchedule(**given, num_cycles=400, T_mult=10, T_0=5), LRSchedule(**(given | {"kind": "cosine"}), num_cycles=400, T_mult=10)):
+        assert schedule(99) < BASE and describe(schedule)
 
 
 def test_parameters_of_a_settings_file_are_understood_and_unknown_ones_refused() -> None:
-    schedule = Schedule.from_params("cosine", BASE, 100, {"eta_min": 1e-4, "T_max": 90.0, "warmup_steps": 10})
+    schedule = LRSchedule.from_params("cosine", BASE, 100, {"eta_min": 1e-4, "T_max": 90.0, "warmup_steps": 10})
     assert (schedule.min_lr, schedule.T_max, schedule.warmup_steps) == (1e-4, 90, 10)
     assert isinstance(schedule.T_max, int)
-    assert Schedule.from_params("cosine", BASE, 100, {"min_lr": 1e-4}).min_lr == 1e-4
+    assert LRSchedule.from_params("cosine", BASE, 100, {"min_lr": 1e-4}).min_lr == 1e-4
     allowed = "warmup_steps, total_iters, T_0, T_max, T_mult, num_cycles, decay_steps, decay_pct, eta_min"
     for name, hint in (("Tmax", " Did you mean 'T_max'?"), ("kind", ""), ("base_lr", ""), ("total_steps", " Did you mean 'total_iters'?")):
         with pytest.raises(SettingError) as err:
-            Schedule.from_params("cosine", BASE, 100, {name: 90})
+            LRSchedule.from_params("cosine", BASE, 100, {name: 90})
         assert str(err.value) == f"lr_scheduler_params: {name!r} is not known; choose one of {allowed}.{hint}"
     with pytest.raises(SettingError, match="whole number"):
-        Schedule.from_params("cosine", BASE, 100, {"T_max": 90.5})
+        LRSchedule.from_params("cosine", BASE, 100, {"T_max": 90.5})
 
 
 def test_drawn_curve_has_both_ends_and_the_peak() -> None:
-    schedule = Schedule("cosine", BASE, 100_000, 777)
+    schedule = LRSchedule("cosine", BASE, 100_000, 777)
     points = curve(schedule, 50)
     assert len(points) == 50 and points[0][0] == 0 and points[-1][0] == 99_999
     assert max(rate for _, rate in points) == BASE
     assert len(curve(schedule)) == 200
     assert [step for step, _ in curve(schedule, 3)] == [0, 777, 99_999]
-    assert [step for step, _ in curve(Schedule("cosine", BASE, 5, 5), 50)] == [0, 1, 2, 3, 4]
-    assert len(curve(Schedule("cosine", BASE, 3), 50)) == 3
+    assert [step for step, _ in curve(LRSchedule("cosine", BASE, 5, 5), 50)] == [0, 1, 2, 3, 4]
+    assert len(curve(LRSchedule("cosine", BASE, 3), 50)) == 3
 
 
 def test_a_warm_up_that_is_the_whole_run_leaves_wsd_nothing_to_decay() -> None:
-    schedule = Schedule("wsd", BASE, 10, 10)
+    schedule = LRSchedule("wsd", BASE, 10, 10)
     assert schedule.decay_length == 0
-    assert lr_at(schedule, 9) < BASE
-    assert 0 <= lr_at(schedule, 10) <= BASE
+    assert schedule(9) < BASE
+    assert 0 <= schedule(10) <= BASE
     describe(schedule)
 
 
 def test_shares_may_be_the_whole_and_a_decay_a_single_step() -> None:
-    assert warmup_steps_from_pct(100, 1) == 100 and Schedule("wsd", BASE, 100, decay_pct=1.0).decay_length == 100
-    assert Schedule("wsd", BASE, 5).decay_length == 1
-    short = Schedule("wsd", BASE, 100, decay_steps=1)
-    assert [lr_at(short, step) for step in (0, 98, 99, 100)] == [BASE, BASE, BASE, 0.0]
+    assert warmup_steps_from_pct(100, 1) == 100 and LRSchedule("wsd", BASE, 100, decay_pct=1.0).decay_length == 100
+    assert LRSchedule("wsd", BASE, 5).decay_length == 1
+    short = LRSchedule("wsd", BASE, 100, decay_steps=1)
+    assert [short(step) for step in (0, 98, 99, 100)] == [BASE, BASE, BASE, 0.0]
 
 
 def test_a_length_that_its_kind_does_not_use_does_not_stretch_the_curve() -> None:
-    assert Schedule("linear", BASE, 100, total_iters=60, T_0=5, T_max=5).horizon == 60
-    assert Schedule("cosine", BASE, 100, total_iters=60, T_0=5).horizon == 60
-    assert Schedule("cosine_with_restarts", BASE, 100, total_iters=60, T_max=5).horizon == 60
-    assert Schedule("cosine", BASE, 100, 70, total_iters=60, T_max=5).horizon == 100
-    assert Schedule("cosine_with_restarts", BASE, 100, 70, total_iters=60, T_0=5).horizon == 100
+    assert LRSchedule("linear", BASE, 100, total_iters=60, T_0=5, T_max=5).horizon == 60
+    assert LRSchedule("cosine", BASE, 100, total_iters=60, T_0=5).horizon == 60
+    assert LRSchedule("cosine_with_restarts", BASE, 100, total_iters=60, T_max=5).horizon == 60
+    assert LRSchedule("cosine", BASE, 100, 70, total_iters=60, T_max=5).horizon == 100
+    assert LRSchedule("cosine_with_restarts", BASE, 100, 70, total_iters=60, T_0=5).horizon == 100
 
 
 @pytest.mark.parametrize("T_mult", [1, 2])
 @pytest.mark.parametrize("cycles", [None, 1, 2])
 def test_behind_the_last_of_its_cycles_the_rate_stays_at_the_floor(T_mult: int, cycles: int | None) -> None:
-    schedule = Schedule("cosine_with_restarts", BASE, 100, 10, 1e-4, total_iters=60, T_mult=T_mult, num_cycles=cycles)
-    assert {lr_at(schedule, step) for step in range(60, 120)} == {1e-4}
+    schedule = LRSchedule("cosine_with_restarts", BASE, 100, 10, 1e-4, total_iters=60, T_mult=T_mult, num_cycles=cycles)
+    assert {schedule(step) for step in range(60, 120)} == {1e-4}
 
 
 def test_the_rise_begins_at_a_rate_above_nothing_and_ends_at_the_peak() -> None:
-    assert [lr_at(Schedule("linear", 1.0, 10, 2), step) for step in (0, 1, 2)] == [1e-10, pytest.approx(0.5 + 0.5e-10, rel=1e-14), 1.0]
+    assert [LRSchedule("linear", 1.0, 10, 2)(step) for step in (0, 1, 2)] == [1e-10, pytest.approx(0.5 + 0.5e-10, rel=1e-14), 1.0]
 
 
 def test_the_curve_in_words_has_each_phase() -> None:
-    assert describe(Schedule("linear", 1e-3, 100, 10)) == [
+    assert describe(LRSchedule("linear", 1e-3, 100, 10)) == [
         "linear: peak lr 0.001, 100 steps, last step trains at lr 1.11e-05",
         "warm-up: steps 0 to 10, linear from 1e-13",
     ]
-    assert "stable until step 90, then linear to 0 at 100" in describe(Schedule("wsd", 1e-3, 100, 10))
-    assert "restarts: 8, at steps 20, 30, 40, 50, 60, 70, 80, 90" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, T_0=10))
-    assert "restarts: 9, at steps 10, 20, 30, 40, 50, 60, 70, 80, ..." in describe(Schedule("cosine_with_restarts", 1e-3, 100, 0, T_0=10))
-    assert "restarts: 2, at steps 40, 70" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, num_cycles=3))
-    assert "restarts: 1, at steps 20" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, T_0=10, num_cycles=2))
-    assert "restarts: 89, at steps 11, 12, 13, 14, 15, 16, 17, 18, ..." in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, T_0=1))
-    assert "restarts: 1, at steps 55" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, T_0=45))
-    assert "restarts: 0" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10))
-    assert "restarts: 0" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, num_cycles=2, total_iters=10))
-    assert "restarts: 0" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, total_iters=60))
-    assert "restarts: 3, at steps 20, 40, 80" in describe(Schedule("cosine_with_restarts", 1e-3, 100, 10, T_0=10, T_mult=2))
+    assert "stable until step 90, then linear to 0 at 100" in describe(LRSchedule("wsd", 1e-3, 100, 10))
+    assert "restarts: 8, at steps 20, 30, 40, 50, 60, 70, 80, 90" in describe(LRSchedule("cosine_with_restarts", 1e-3, 100, 10, T_0=10))
+    assert "restarts: 9, at steps 10, 20, 30, 40, 50, 60, 70, 80, ..." in describe(LRSchedule("cosine_with_restarts", 1e-3, 100, 0, T_0=10))
+    assert "restarts: 2, at steps 40, 70" in describe(LRSchedule("cosine_with_restarts", 1e-3, 100, 10, num_cycles=3))
+    assert "restarts: 1, at steps 20" in describe(LRSchedule("cosine_with_restarts", 1e-3, 100, 10, T_0=10, num_cycles=2))
+    assert "restarts: 89, at steps 11, 12, 13, 14, 15, 16, 17, 18, ..." in describe(LRSchedule("cosine_with_restarts", 1e-3, 100, 10, T_0=1))
+    assert "restarts: 1, at steps 55" in describe(LRSchedule("cosine_with_restarts", 1e-3, 100, 10, T_0=45))
+    assert "restarts: 0" in describe(LRSchedule("cosine_with_restarts", 1e-3, 100, 10))
+    assert "restarts: 0" in describe(LRSchedule("cosine_with_restarts", 1e-3, 100, 10, num_cycles=2, total_iters=10))
+    assert "restarts: 0" in describe(LRSchedule("cosine_with_restarts", 1e-3, 100, 10, total_iters=60))
+    assert "restarts: 3, at steps 20, 40, 80" in describe(LRSchedule("cosine_with_restarts", 1e-3, 100, 10, T_0=10, T_mult=2))
 
 
 # Which parameters each kind takes.
@@ -297,7 +297,7 @@ GIVEN = {"T_0": 5, "T_mult": 2, "num_cycles": 3, "T_max": 5, "decay_steps": 5, "
 
 def warned(kind: str, **given: float) -> list[str]:
     """The warnings about a run of 100 steps with a warm-up of 10."""
-    lines = describe(Schedule(kind, 1e-3, 100, 10, **given))
+    lines = describe(LRSchedule(kind, 1e-3, 100, 10, **given))
     return [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
 
 
@@ -349,12 +349,12 @@ def test_what_is_said_of_the_end_of_a_curve(kind: str, given: dict[str, float], 
 @pytest.mark.parametrize(("wrong", "said"), [({"decay_pct": 0.0}, "decay_pct"), ({"decay_pct": 1.1}, "decay_pct"), ({"base_lr": math.inf}, "finite")])
 def test_shares_and_rates_outside_of_their_range_are_refused(wrong: dict, said: str) -> None:
     with pytest.raises(SettingError, match=said):
-        Schedule(**({"kind": "wsd", "base_lr": BASE, "total_steps": 100} | wrong))
+        LRSchedule(**({"kind": "wsd", "base_lr": BASE, "total_steps": 100} | wrong))
 
 
 def test_a_step_before_the_start_has_no_rate() -> None:
     with pytest.raises(ValueError, match="before the start"):
-        lr_at(Schedule("linear", BASE, 100), -1)
+        LRSchedule("linear", BASE, 100)(-1)
 
 
 @pytest.mark.parametrize("name", ["total_steps", "total_iters", "T_0", "T_max", "T_mult", "num_cycles", "decay_steps"])
@@ -362,17 +362,17 @@ def test_a_length_is_a_whole_number_of_at_least_one(name: str) -> None:
     given = {"kind": "cosine", "base_lr": BASE, "total_steps": 100}
     for wrong in (0, -1, 1.5):
         with pytest.raises(SettingError, match=f"^{name}: {wrong} is not allowed"):
-            Schedule(**(given | {name: wrong}))
-    assert getattr(Schedule(**(given | {name: 1})), name) == 1
+            LRSchedule(**(given | {name: wrong}))
+    assert getattr(LRSchedule(**(given | {name: 1})), name) == 1
 
 
 def test_a_warm_up_and_a_floor_stay_within_the_run_and_the_peak() -> None:
     for wrong in (-1, 0.5, 101):
         with pytest.raises(SettingError, match=f"^warmup_steps: {wrong} is not allowed"):
-            Schedule("cosine", BASE, 100, wrong)
+            LRSchedule("cosine", BASE, 100, wrong)
     with pytest.raises(SettingError, match="^eta_min"):
-        Schedule("cosine", BASE, 100, min_lr=-1e-9)
-    flat = Schedule("cosine", BASE, 100, 100, BASE)
-    assert lr_at(flat, 100) == BASE
+        LRSchedule("cosine", BASE, 100, min_lr=-1e-9)
+    flat = LRSchedule("cosine", BASE, 100, 100, BASE)
+    assert flat(100) == BASE
     with pytest.raises(SettingError, match="^lr_scheduler: 'none' is not known"):
-        Schedule("none", BASE, 100)
+        LRSchedule("none", BASE, 100)

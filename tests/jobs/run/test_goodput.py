@@ -19,7 +19,7 @@ from jobs.run import event_log, goodput
 from jobs.run.goodput import Part, account, parts_of
 from jobs.run.rundir import RunDir
 from launcher.attempt.evidence import clock_record
-from train.metrics.goodput_timer import Clock
+from train.metrics.goodput_timer import GoodputTimer
 
 
 class Hands:
@@ -35,7 +35,7 @@ class Hands:
 def sections(*moves: tuple[str, float]) -> tuple[dict[str, Any], float]:
     """The record after these moves of a clock: a word and the seconds that pass after it; and all seconds together."""
     hands = Hands()
-    clock = Clock(None, hands.at, hands)
+    clock = GoodputTimer(None, hands.at, hands)
     for word, seconds in moves:
         if word == "step":
             clock.finished_step()
@@ -108,7 +108,7 @@ def test_a_hang_is_the_silence_from_the_last_movement_to_the_end() -> None:
 
 def test_samples_that_another_rank_waited_for_are_counted_when_one_learns_of_them() -> None:
     hands = Hands()
-    clock = Clock(None, hands.at, hands)
+    clock = GoodputTimer(None, hands.at, hands)
     clock.enter(Part.FIRST_STEP)
     clock.finished_step()
     asked = clock.now()
@@ -229,7 +229,7 @@ def test_steps_after_the_newest_checkpoint_are_lost_when_the_ranks_are_killed(fa
 
 def test_a_process_that_is_killed_leaves_its_clock_at_most_a_second_behind(tmp_path: Path) -> None:
     path = tmp_path / "clock.json"
-    code = f"import sys, time; from pathlib import Path; from train.metrics.goodput_timer import Clock; clock = Clock(Path({str(path)!r}), time.monotonic() - 5); print(flush=True); time.sleep(60)"
+    code = f"import sys, time; from pathlib import Path; from train.metrics.goodput_timer import GoodputTimer; clock = GoodputTimer(Path({str(path)!r}), time.monotonic() - 5); print(flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline()
     time.sleep(1.5)
@@ -240,7 +240,7 @@ def test_a_process_that_is_killed_leaves_its_clock_at_most_a_second_behind(tmp_p
 
 
 def test_a_disk_that_refuses_costs_the_record_and_not_the_training(tmp_path: Path) -> None:
-    clock = Clock(tmp_path / "missing" / "clock.json")
+    clock = GoodputTimer(tmp_path / "missing" / "clock.json")
     clock.finished_step()
     clock.stop()
     run = RunDir(tmp_path / "a-1")

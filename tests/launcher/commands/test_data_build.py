@@ -20,7 +20,7 @@ from conftest import REPOSITORY
 from jobs.config.settings import Job
 from jobs.core.errors import SettingError
 from train.data.build import build
-from train.data.loader import Feed
+from train.data.loader import TrainLoader
 from train.data.sources import open_data
 from train.data.tokens import read_tokens
 
@@ -334,7 +334,7 @@ def test_reading_processes_give_the_same_rows(tmp_path: Path) -> None:
     found = []
     for workers in (0, 1):
         job = Job(job_name="t", batch_size=8, micro_batch_size=4, grad_accum_steps=2, max_steps=3, seq_len=8, precision="fp32", num_workers=workers)
-        feed = Feed(job, SimpleNamespace(rank=0, world=1, attempt=1, device=torch.device("cpu")), data)
-        found.append([batch["tokens"].tolist() for step in range(3) for batch in feed.of_step(step)])
+        feed = TrainLoader(job, SimpleNamespace(rank=0, world_size=1, attempt=1, device=torch.device("cpu")), data)
+        found.append([batch["tokens"].tolist() for step in range(3) for batch in feed.take(step)])
         feed.close()
     assert found[0] == found[1]

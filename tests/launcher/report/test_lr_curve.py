@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 
 from jobs.config.validation import schedule_of
-from jobs.specs.lr_schedule import Schedule, describe, lr_at
+from jobs.specs.lr_schedule import LRSchedule, describe
 from launcher.report.lr_plot import plot
 
 
@@ -25,22 +25,22 @@ def stars(lines: list[str]) -> list[set[int]]:
 
 
 @pytest.mark.parametrize("schedule", [
-    Schedule("cosine_with_restarts", 1e-3, 1000, 100, 1e-4, T_0=100, T_mult=2),
-    Schedule("cosine", 1e-3, 1000, 50), Schedule("wsd", 1e-3, 997, 50, decay_steps=200), Schedule("linear", 1e-3, 10), Schedule("constant", 1e-3, 1),
+    LRSchedule("cosine_with_restarts", 1e-3, 1000, 100, 1e-4, T_0=100, T_mult=2),
+    LRSchedule("cosine", 1e-3, 1000, 50), LRSchedule("wsd", 1e-3, 997, 50, decay_steps=200), LRSchedule("linear", 1e-3, 10), LRSchedule("constant", 1e-3, 1),
 ], ids=lambda s: s.kind)  # fmt: skip
-def test_every_star_of_the_plot_is_a_rate_and_every_column_has_one(schedule: Schedule) -> None:
+def test_every_star_of_the_plot_is_a_rate_and_every_column_has_one(schedule: LRSchedule) -> None:
     rows = stars(plot(schedule, 72, 14))
     columns = max(max(row, default=0) for row in rows) + 1
     assert columns == min(72, max(2, schedule.total_steps)) or schedule.total_steps == 1
     assert all(any(column in row for row in rows) for column in range(min(columns, schedule.total_steps)))
     # The first step of each column lies where the column has a star, within a row.
     for column in range(min(columns, schedule.total_steps)):
-        at = 13 - round(lr_at(schedule, column * schedule.total_steps // columns) / schedule.base_lr * 13)
+        at = 13 - round(schedule(column * schedule.total_steps // columns) / schedule.base_lr * 13)
         assert any(column in rows[row] for row in range(max(0, at - 1), min(14, at + 2)))
 
 
 def test_a_restart_inside_one_column_is_a_line_from_floor_to_peak() -> None:
-    rows = stars(plot(Schedule("cosine_with_restarts", 1e-3, 100_000, T_0=1000), 20, 10))
+    rows = stars(plot(LRSchedule("cosine_with_restarts", 1e-3, 100_000, T_0=1000), 20, 10))
     assert all(len(row) == 20 for row in rows)
 
 

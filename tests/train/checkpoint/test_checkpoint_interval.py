@@ -9,7 +9,7 @@ from jobs.config.resolver import load
 from jobs.core.contract import Exit
 from jobs.core.errors import SettingError
 from launcher.submission.create_run import resolve_here
-from train.checkpoint.interval import LEAST_S, MOST_S, History, Rhythm, choose, history_of, prior_hours
+from train.checkpoint.interval import LEAST_S, MOST_S, History, YoungInterval, choose, history_of, prior_hours
 
 __all__ = ["farm"]
 
@@ -66,8 +66,8 @@ def test_before_the_first_save_the_cost_is_not_known_and_one_comes_soon() -> Non
 def test_the_rhythm_follows_a_measured_cost_by_a_clock_that_only_goes_forward() -> None:
     now, said = [0.0], []
     job = resolve_here(["CHECKPOINT_EVERY=auto"], {}, __import__("pathlib").Path(__file__).parents[3]).job
-    saver = type("Saver", (), {"last_blocked": None, "last_seconds": None, "saved": 0})()
-    rhythm = Rhythm(job, [end("killed", 1, hours=8.0)] * 9, said.append, clock=lambda: now[0])
+    saver = type("CheckpointManager", (), {"last_blocked": None, "last_seconds": None, "saved": 0})()
+    rhythm = YoungInterval(job, [end("killed", 1, hours=8.0)] * 9, said.append, clock=lambda: now[0])
     assert not rhythm.due(5, saver)
     now[0] = LEAST_S
     assert rhythm.due(5, saver)

@@ -23,7 +23,7 @@ from jobs.run.rundir import RunDir
 from launcher.local.executor import pids_of_ranks
 from train import perf_flags
 from train.data import workers
-from train.data.loader import Feed, ValidationFeed
+from train.data.loader import TrainLoader, ValidationLoader
 from train.data.synthetic import AffineTokens, Digits
 from train.data.windows import TokenWindows
 from train.models.convnet import ConvNet
@@ -35,7 +35,7 @@ class Rt:
     """What a feed needs of a runtime."""
 
     def __init__(self, rank: int = 0, world: int = 1):
-        self.rank, self.world, self.attempt, self.device = rank, world, 1, torch.device("cpu")
+        self.rank, self.world_size, self.attempt, self.device = rank, world, 1, torch.device("cpu")
 
 
 class Augmented:
@@ -62,9 +62,9 @@ def job_of(**settings: Any) -> Job:
     return Job(**{"job_name": "t", "batch_size": 8, "micro_batch_size": 2, "grad_accum_steps": 4, "max_steps": 12, "precision": "fp32", **settings})
 
 
-def read(feed: Feed, steps: range) -> list[tuple[list[int], list[float]]]:
+def read(feed: TrainLoader, steps: range) -> list[tuple[list[int], list[float]]]:
     """(ids, noise) of each forward pass."""
-    return [(batch["ids"].tolist(), batch["noise"].flatten().tolist()) for step in steps for batch in feed.of_step(step)]
+    return [(batch["ids"].tolist(), batch["noise"].flatten().tolist()) for step in steps for batch in feed.take(step)]
 
 
 @pytest.fixture
@@ -83,71 +83,71 @@ def feeds() -> Any:
 
 def test_workers_give_the_samples_of_the_thread_in_its_order(feeds: Any) -> None:
     data = Augmented()
-    plain = read(feeds(Feed, job_of(), Rt(), data), range(12))
+    plain = read(feeds(TrainLoader, job_of(), Rt(), data), range(12))
     for settings in ({"num_workers": 1}, {"num_workers": 2, "prefetch_factor": 4}):
-        feed = feeds(Feed, job_of(**settings), Rt(), data)
+        feed = feeds(TrainLoader, job_of(**settings), Rt(), data)
         assert [ids for ids, _ in read(feed, range(12))] == [ids for ids, _ in plain]
-        assert {process for batch in feed.of_step(11) for process in batch["process"].tolist()} - {os.getpid()}
+        assert {process for batch in feed.take(11) for process in batch["process"].tolist()} - {os.getpid()}
 
 
 def test_a_feed_that_begins_in_the_middle_draws_what_the_straight_one_drew_whoever_reads(feeds: Any) -> None:
-    straight = read(feeds(Feed, job_of(num_workers=2), Rt(), Augmented()), range(12))
-    resumed = feeds(Feed, job_of(num_workers=1, prefetch_factor=1), Rt(), Augmented())
-    resumed.first(7)
+    straight = read(feeds(TrainLoader, job_of(num_workers=2), Rt(), Augmented()), range(12))
+    resumed = feeds(TrainLoader, job_of(num_workers=1, prefetch_factor=1), Rt(), Augmented())
+    resumed.peek(7)
     assert read(resumed, range(7, 12)) == straight[7 * 4 :]
     # At another number of ranks a forward pass of the same size has the same place in the batch.
-    half = [feeds(Feed, job_of(num_workers=1, grad_accum_steps=2), Rt(rank, 2), Augmented()) for rank in range(2)]
+    half = [feeds(TrainLoader, job_of(num_workers=1, grad_accum_steps=2), Rt(rank, 2), Augmented()) for rank in range(2)]
     both = [read(feed, range(2)) for feed in half]
     assert [both[index % 2][index // 2] for index in range(8)] == straight[:8]
 
 
 def test_a_feed_whose_steps_are_all_done_still_has_a_batch_to_warm_up_with(feeds: Any) -> None:
     """An attempt that only finishes the last validation, or its last words."""
-    ids = [feeds(Feed, job_of(num_workers=workers), Rt(), Augmented()).first(12)["ids"].tolist() for workers in (0, 1, 2)]
+    ids = [feeds(TrainLoader, job_of(num_workers=workers), Rt(), Augmented()).peek(12)["ids"].tolist() for workers in (0, 1, 2)]
     assert ids[0] == ids[1] == ids[2] and len(ids[0]) == 2
 
 
 def test_a_step_that_is_tried_again_gets_the_same_samples_and_starts_no_process_anew(feeds: Any) -> None:
-    feed = feeds(Feed, job_of(num_workers=1, precision="fp16"), Rt(), Augmented())
+    feed = feeds(TrainLoader, job_of(num_workers=1, precision="fp16"), Rt(), Augmented())
     first, again = read(feed, range(3, 4)), read(feed, range(3, 4))
     assert first == again
-    processes = {process for step in (4, 5) for batch in feed.of_step(step) for process in batch["process"].tolist()}
+    processes = {process for step in (4, 5) for batch in feed.take(step) for process in batch["process"].tolist()}
     assert len(processes) == 1
 
 
 def test_a_worker_that_dies_is_an_error_that_says_so_and_not_a_hang(feeds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # torch looks every five seconds.
     monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
-    feed = feeds(Feed, job_of(num_workers=2), Rt(), Augmented((20, "die")))
+    feed = feeds(TrainLoader, job_of(num_workers=2), Rt(), Augmented((20, "die")))
     with pytest.raises(DataWorkerError, match=r"process \d+\) was killed by SIGKILL.*out of memory.*NUM_WORKERS"):
         read(feed, range(12))
 
 
 @pytest.mark.parametrize(("fault", "error", "said"), [("refuse", SettingError, r"^token 7 does not fit$"), ("break", KeyError, "no such image")])
 def test_what_reading_raises_in_a_worker_is_raised_here(feeds: Any, fault: str, error: type[Exception], said: str) -> None:
-    feed = feeds(Feed, job_of(num_workers=1), Rt(), Augmented((20, fault)))
+    feed = feeds(TrainLoader, job_of(num_workers=1), Rt(), Augmented((20, fault)))
     with pytest.raises(error, match=said):
         read(feed, range(12))
 
 
-def batches(feed: ValidationFeed, portions: list[Any]) -> list[dict[str, torch.Tensor]]:
+def batches(feed: ValidationLoader, portions: list[Any]) -> list[dict[str, torch.Tensor]]:
     feed.begin(portions)
     found = [feed.next() for _ in portions]
     feed.end()
     return found
 
 
-def processes_of(feed: ValidationFeed, portions: list[Any]) -> set[int]:
+def processes_of(feed: ValidationLoader, portions: list[Any]) -> set[int]:
     return {process for batch in batches(feed, portions) for process in batch["process"].tolist()}
 
 
 def test_persistent_workers_outlive_a_validation_and_others_do_not(feeds: Any) -> None:
     portions = list(np.arange(12).reshape(4, 3))
-    kept = feeds(ValidationFeed, job_of(num_workers=1), Augmented())
+    kept = feeds(ValidationLoader, job_of(num_workers=1), Augmented())
     assert processes_of(kept, portions) == processes_of(kept, portions)
     plain = [batch["ids"].tolist() for batch in batches(kept, portions)]
     assert plain == [ids.tolist() for ids in portions]
-    anew = feeds(ValidationFeed, job_of(num_workers=1, persistent_workers=False), Augmented())
+    anew = feeds(ValidationLoader, job_of(num_workers=1, persistent_workers=False), Augmented())
     first = processes_of(anew, portions)
     until(lambda: not any(alive(pid) for pid in first), 20, "the end of the reading processes")
     assert processes_of(anew, portions).isdisjoint(first)
@@ -242,7 +242,7 @@ def test_a_stop_that_reaches_a_worker_before_it_is_one_does_not_end_it(feeds: An
         become(rank, number)
 
     monkeypatch.setattr(workers, "_become_worker", stopped_first)
-    feed = feeds(Feed, job_of(num_workers=2), Rt(), Augmented())
+    feed = feeds(TrainLoader, job_of(num_workers=2), Rt(), Augmented())
     assert len(read(feed, range(3))) == 12
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 

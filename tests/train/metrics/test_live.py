@@ -21,9 +21,9 @@ from jobs.specs.gpu_peaks import peak_of
 from jobs.specs.precision import Precision
 from train.distributed import runtime
 from train.metrics.flops import flops_per_sample
-from train.metrics.goodput_timer import Clock
-from train.metrics.profiler import Tracer
-from train.metrics.throughput import Live, progress_text
+from train.metrics.goodput_timer import GoodputTimer
+from train.metrics.profiler import StepProfiler
+from train.metrics.throughput import Throughput, progress_text
 from train.models.registry import build_model
 
 __all__ = ["farm"]
@@ -70,8 +70,8 @@ def test_a_gpu_that_is_not_in_the_table_has_no_peak(name: str) -> None:
 
 def test_a_line_covers_the_time_since_the_one_before() -> None:
     now = [100.0]
-    clock = Clock(now=lambda: now[0])
-    live = Live(job_of(), One(CPU), (5e8, "x"), clock)  # type: ignore[arg-type]
+    clock = GoodputTimer(now=lambda: now[0])
+    live = Throughput(job_of(), One(CPU), (5e8, "x"), clock)  # type: ignore[arg-type]
     clock.enter(Part.DATA_WAIT)
     now[0] += 0.25
     clock.enter(Part.SAVE_STALL)
@@ -135,7 +135,7 @@ def test_live_figures_and_a_trace_of_the_asked_steps_come_with_a_run(farm: Farm)
 
 def test_a_run_that_ends_inside_the_range_still_leaves_its_trace(tmp_path: Any) -> None:
     said: list[str] = []
-    tracer = Tracer(job_of(profile_steps="2-9"), tmp_path / "trace.json.gz", said.append, enabled=True)
+    tracer = StepProfiler(job_of(profile_steps="2-9"), tmp_path / "trace.json.gz", said.append, enabled=True)
     for step in (1, 2, 3):
         tracer.before(step)
         torch.ones(8, 8) @ torch.ones(8, 8)
@@ -145,11 +145,11 @@ def test_a_run_that_ends_inside_the_range_still_leaves_its_trace(tmp_path: Any) 
     names = [event.get("name") for event in json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]]
     assert names.count("aten::matmul") == 2 and [path.name for path in tmp_path.iterdir()] == ["trace.json.gz"]
     # A disk that refuses, and a rank that is not asked.
-    missing = Tracer(job_of(profile_steps="1"), tmp_path / "nowhere" / "trace.json.gz", said.append, enabled=True)
+    missing = StepProfiler(job_of(profile_steps="1"), tmp_path / "nowhere" / "trace.json.gz", said.append, enabled=True)
     missing.before(1)
     missing.after(1)
     assert "could not be written" in said[-1]
-    other = Tracer(job_of(profile_steps="1"), tmp_path / "other.json.gz", said.append, enabled=False)
+    other = StepProfiler(job_of(profile_steps="1"), tmp_path / "other.json.gz", said.append, enabled=False)
     other.before(1)
     other.after(1)
     assert not (tmp_path / "other.json.gz").exists()
@@ -157,7 +157,7 @@ def test_a_run_that_ends_inside_the_range_still_leaves_its_trace(tmp_path: Any) 
 
 def test_the_first_line_says_precision_reason_weights_scale_and_hardware() -> None:
     def said(**settings: Any) -> str:
-        return runtime.describe(job_of(**settings), SimpleNamespace(device=CPU, world=2), "command line")  # type: ignore[arg-type]
+        return runtime.describe(job_of(**settings), SimpleNamespace(device=CPU, world_size=2), "command line")  # type: ignore[arg-type]
 
     assert said(precision="fp32") == "precision fp32 (command line): ieee fp32; weights fp32, no loss scaling · 2 x CPU, 1 thread per process"
     assert "bf16 O2 (command line)" in said(amp_opt_level="O2") and "matrices bfloat16 with fp32 masters" in said(amp_opt_level="O2")

@@ -296,7 +296,7 @@ def test_fp8_products_are_joined_on_a_gpu(backend: str, recompute: bool) -> None
     from jobs.config.settings import Job
     from jobs.specs.precision import Precision
     from train.precision.fp8 import convert, load_early
-    from train.precision.numerics import forward_context
+    from train.precision.numerics import autocast_context
 
     if importlib.util.find_spec("transformer_engine" if backend == "te" else "torchao") is None:
         pytest.skip(f"{backend} is not installed")
@@ -321,7 +321,7 @@ def test_fp8_products_are_joined_on_a_gpu(backend: str, recompute: bool) -> None
         model.fused.recompute = converted.recompute or noop_context_fn
     model.compile_regions()
     tokens, targets = tokens[:2], targets[:2]
-    with forward_context(Precision.FP8, tokens.device, converted.context)():
+    with autocast_context(Precision.FP8, tokens.device, converted.context)():
         made = fused_forward(model, tokens, targets)
     assert made[2].keys() == reference[2].keys() and all(bool(torch.isfinite(g).all()) for g in made[2].values())
     assert float((made[0].float() - reference[0][:2].float()).norm() / reference[0][:2].float().norm()) < 0.1
