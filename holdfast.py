@@ -282,7 +282,7 @@ def latest_checkpoint() -> Path | None:
     """The newest checkpoint that is whole, every byte of it read and compared; None when there is none. Call it on every rank."""
     here = _here()
     if here.is_main:
-        user_checkpoint.clear_leftovers(here.run.checkpoints, here.attempt)
+        directory.clear_leftovers(here.run.checkpoints, keep_attempt=here.attempt)
     path, damaged = user_checkpoint.newest(here.run.checkpoints, here.attempt, may_change=here.is_main)
     for name, reason in damaged:
         here.note(Event.DAMAGED, name=name, reason=reason)
@@ -330,11 +330,16 @@ def commit(folder: Path, step: int | None = None, keep_last: int | None = None) 
     begun = time.monotonic()
     if here.metrics is not None:
         here.metrics.sync()  # a checkpoint must not be newer than the metrics that lead up to it
-    final, size = user_checkpoint.commit(source, here.run.checkpoints, at, here.attempt, keep_last or int(setting("keep_last", 2)))
+    keep = keep_last or int(setting("keep_last", 2))
+    final, size = user_checkpoint.commit(source, here.run.checkpoints, at, here.attempt, keep, warn=_warn_about_old_checkpoint)
     here.note(Event.CHECKPOINT, step=at, seconds=round(time.monotonic() - begun, 3), bytes=size)
     if before:
         here.progress.enter(before)
     return final
+
+
+def _warn_about_old_checkpoint(problem: str) -> None:
+    print(f"holdfast: WARNING: old checkpoint {problem}", file=sys.stderr, flush=True)
 
 
 def _wait_for(done: Callable[[], bool]) -> None:

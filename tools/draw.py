@@ -80,10 +80,10 @@ STEP = Walk(
         Step(1, "train/metrics/logger.py:MetricsFile.write", "each log_every steps; the first moment that waits for the GPU"),
         Step(1, "train/checkpoint/manager.py:CheckpointManager.save", "each checkpoint_every steps, or when Young's interval is over"),
         Step(1, "train/checkpoint/state_dict.py:local_shards", "fp32 weights and optimizer by name, copied to host memory; then training goes on"),
-        Step(3, "train/checkpoint/commit.py:Commit.write", "under a name with the attempt in it; fsync of each file"),
-        Step(3, "train/checkpoint/commit.py:Commit.finish", "manifest of sha256 sums, then one rename: only now is it a checkpoint"),
+        Step(3, "jobs/checkpoint/commit.py:Commit.write", "under a name with the attempt in it; fsync of each file"),
+        Step(3, "jobs/checkpoint/commit.py:Commit.finish", "manifest of sha256 sums, then one rename: only now is it a checkpoint"),
         Step(3, "jobs/run/event_log.py:append", "the line `checkpoint`, with seconds and bytes"),
-        Step(3, "train/checkpoint/commit.py:prune", "old ones go, after the new one is safe"),
+        Step(3, "jobs/checkpoint/commit.py:prune", "old ones go, after the new one is safe"),
     ),
 )
 

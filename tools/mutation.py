@@ -52,7 +52,7 @@ TARGETS: dict[str, list[str]] = {
     "jobs/specs/lr_schedule.py": ["tests/jobs/config/test_schedule.py"],
     "jobs/config/validation.py": _RULES,
     "jobs/checkpoint/directory.py": _COMMIT,
-    "train/checkpoint/commit.py": _COMMIT,
+    "jobs/checkpoint/commit.py": _COMMIT,
     "train/data/order.py": ["tests/train/data/test_data_order.py"],
     "train/compilation/kernel_cache.py": ["tests/train/compilation/test_compile_cache.py", "-k", "not another_node and not next_attempt"],
     "slurm/script/render.py": ["tests/slurm/test_render.py", "-m", "not slurm", "-k", "not shellcheck"],

@@ -10,7 +10,7 @@
 
 A sharded run has files for each process, model.00000-of-00002.safetensors, with its own rows of every tensor. What is larger than 2 GiB
 lies in several files, so that several processors write, hash and verify it.
-A directory under a step's name is complete by definition: train/checkpoint/commit.py is the protocol that makes that true.
+A directory under a step's name is complete by definition: jobs/checkpoint/commit.py is the protocol that makes that true.
 """
 
 import hashlib
@@ -223,23 +223,33 @@ def newest_verified(folder: Path, attempt: int, ahead: Ahead | None = None) -> t
 
 def set_aside(path: Path, attempt: int) -> str:
     """Takes its final name from a damaged checkpoint. Returns the name that it has now: the old one where the disk refuses."""
-    name = f"{DAMAGED}{path.name}-{attempt}"
-    while (path.parent / name).exists():
-        name += "+"
+    target = damaged_path(path, attempt)
     try:
-        os.rename(path, path.parent / name)
+        os.rename(path, target)
     except OSError:
         return path.name
-    return name
+    return target.name
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Deletes what an earlier attempt began and never finished. Only the owner of the run may call this."""
+def damaged_path(path: Path, attempt: int) -> Path:
+    """A free name for a damaged checkpoint that attempt `attempt` sets aside."""
+    name = f"{DAMAGED}{path.name}-{attempt}"
+    while os.path.lexists(path.parent / name):
+        name += "+"
+    return path.parent / name
+
+
+def clear_leftovers(folder: Path, keep_attempt: int = 0) -> None:
+    """Delete what earlier attempts began and never finished. Only the owner of the run may call this.
+
+    `keep_attempt`: the staging folders of this attempt stay, because another rank may have made one already."""
     try:
         leftovers = [path for path in folder.iterdir() if path.name.startswith((STAGING, TRASH))]
     except OSError:
         return
     for path in leftovers:
+        if keep_attempt and path.name.endswith(f".tmp-{keep_attempt}"):
+            continue
         doomed = path
         if path.name.startswith(STAGING):
             # Renamed before its files go: a writer of an older attempt that is still alive could otherwise give a

@@ -18,10 +18,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from jobs.checkpoint import directory  # noqa: E402
+from jobs.checkpoint.commit import Commit, Disk, prune  # noqa: E402
 from jobs.checkpoint.directory import FileEntry, file_name  # noqa: E402
-from train.checkpoint.commit import Commit, Disk, prune  # noqa: E402
 
-CALLS = ("mkdir", "create", "write", "open_folder", "fsync", "close", "rename", "unlink", "rmdir")
+CALLS = ("mkdir", "create", "write", "open_file", "open_folder", "fsync", "close", "rename", "unlink", "rmdir")
 STEPS = (10, 20, 30)
 KEEP = 2
 

@@ -6,7 +6,7 @@ import time
 
 
 def _disk(**calls):
-    from train.checkpoint import commit
+    from jobs.checkpoint import commit
 
     for name, call in calls.items():
         setattr(commit.Disk, name, call)
@@ -14,7 +14,7 @@ def _disk(**calls):
 
 def disk_full_at_the_third_save():
     """ENOSPC at the second file of the third save and never again."""
-    from train.checkpoint import commit
+    from jobs.checkpoint import commit
 
     real, count = commit.Disk.fsync, [0]
 
@@ -43,7 +43,7 @@ def read_only():
 
 def slow_disk(flush_s=0.25):
     """Each flush takes a quarter of a second: a save takes one second and more."""
-    from train.checkpoint import commit
+    from jobs.checkpoint import commit
 
     real = commit.Disk.fsync
 
@@ -121,7 +121,7 @@ def compilation_that_hangs():
 
 def slow_first_saves():
     """Every save of the first attempt takes SLOW_SAVE_S more before it is complete."""
-    from train.checkpoint import commit
+    from jobs.checkpoint import commit
 
     if os.environ["HOLDFAST_ATTEMPT"] != "1":
         return

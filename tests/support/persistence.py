@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.commit import Disk
+from jobs.checkpoint.commit import Disk
 
 
 @dataclass
@@ -62,6 +62,11 @@ class Recorder(Disk):
         inode = self._new(path)
         self._entry(path, "link", inode)
         self._open[fd] = (path, inode)
+        return fd
+
+    def open_file(self, path: Path) -> int:
+        fd = super().open_file(path)
+        self._open[fd] = (path, self._inodes[path])
         return fd
 
     def open_folder(self, path: Path) -> int:

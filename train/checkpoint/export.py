@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from jobs.checkpoint import directory
+from jobs.checkpoint.commit import write_file
 from jobs.config.resolver import load
 from jobs.config.settings import Job
 from jobs.core.contract import Exit
 from jobs.core.errors import CheckpointError, HoldfastError, SettingError
 from jobs.run.rundir import RunDir
-from train.checkpoint.commit import write_file
 from train.checkpoint.state_dict import CheckpointReader, TensorShard, safetensors_parts
 from train.models.gpt import GPTConfig
 from train.models.registry import PRESETS, preset_config

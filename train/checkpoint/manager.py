@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from jobs.checkpoint import directory
+from jobs.checkpoint.commit import DISK, Commit, Disk, amend, prune
 from jobs.checkpoint.directory import FileEntry
 from jobs.config.settings import Job
 from jobs.core.contract import Event
@@ -30,7 +31,6 @@ from jobs.core.errors import CheckpointError, RunOwnedError
 from jobs.run import claim, event_log
 from jobs.run.rundir import RunDir
 from train.checkpoint import state_dict
-from train.checkpoint.commit import DISK, Commit, Disk, amend, prune
 from train.checkpoint.host_staging import PinnedPool
 from train.checkpoint.interval import YoungInterval
 from train.checkpoint.state_dict import TensorShard, TrainStateRecord
@@ -231,7 +231,7 @@ class CheckpointManager:
             self._say(f"  WARNING: old checkpoint {problem}")
 
     def _commit(self, save: _Save) -> _Problem | None:
-        """The protocol of train/checkpoint/commit.py over all writers. None when the checkpoint is complete, the same on every rank."""
+        """The protocol of jobs/checkpoint/commit.py over all writers. None when the checkpoint is complete, the same on every rank."""
         commit = Commit(self._run.checkpoints, save.state.step, self._rt.attempt, self._disk)
         there, problem = False, None
         if self._rt.is_main:
@@ -260,9 +260,9 @@ class CheckpointManager:
 
     def _begin(self, commit: Commit, save: _Save) -> tuple[bool, _Problem | None]:
         self._check_claim()
-        if commit.final.exists() and commit.already_there():
-            return True, None
         try:
+            if commit.already_there():
+                return True, None
             self._check_room(save)
             commit.begin()
         except OSError as err:

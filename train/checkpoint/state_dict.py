@@ -1,7 +1,7 @@
 """Checkpoints: what one holds, how tensors become its files, and how they come back into a model.
 
 Names, manifest and verification are in jobs/checkpoint/directory.py, the order of calls that makes a checkpoint complete in
-train/checkpoint/commit.py, and who writes when in train/checkpoint/manager.py. Weights are fp32 whatever the precision of training, moments go by
+jobs/checkpoint/commit.py, and who writes when in train/checkpoint/manager.py. Weights are fp32 whatever the precision of training, moments go by
 the name of their parameter, and a sharded tensor is saved as rows: so a checkpoint resumes at any precision, at any number of
 processes and in any parallel mode. Files are safetensors: nothing that is read here can run code.
 """

@@ -17,7 +17,7 @@ from crash import CALLS, Counting, check, last_ack, scenario, write_one
 from private_mount import in_private_mount
 
 from jobs.checkpoint import directory
-from train.checkpoint.commit import Commit, Disk, prune
+from jobs.checkpoint.commit import Commit, Disk, prune
 
 PYTHON = [sys.executable, "-S", "-E", "-B", crash.__file__]
 
@@ -155,7 +155,7 @@ def test_an_error_at_any_call_leaves_what_was_acknowledged_and_the_next_save_wor
 
 def test_all_calls_that_change_the_disk_go_through_the_seam() -> None:
     # A call beside the seam would be a call that no sweep ends.
-    text = Path(sys.modules["train.checkpoint.commit"].__file__ or "").read_text()
+    text = Path(sys.modules["jobs.checkpoint.commit"].__file__ or "").read_text()
     body = text.partition("DISK = Disk()")[2]
     for call in (
         "os.mkdir",

@@ -18,12 +18,12 @@ from torch import nn
 from training import Farm, at_step, curve, events, farm, logs, result, saved
 
 from jobs.checkpoint import directory
+from jobs.checkpoint.commit import Commit
 from jobs.config.resolver import load
 from jobs.core.contract import Exit
 from jobs.core.errors import CheckpointError, SettingError
 from jobs.run.rundir import RunDir
 from train.checkpoint import state_dict
-from train.checkpoint.commit import Commit
 from train.checkpoint.restore import initialise
 from train.checkpoint.state_dict import TrainStateRecord
 

@@ -379,7 +379,7 @@ def test_a_manifest_that_points_outside_is_refused(tmp_path: Path) -> None:
 
 def test_leftovers_of_earlier_attempts_go_and_this_ones_stay(tmp_path: Path) -> None:
     user_checkpoint.staging(tmp_path, 4, 1), user_checkpoint.staging(tmp_path, 4, 2), (tmp_path / ".damaged-step-1-1").mkdir()
-    user_checkpoint.clear_leftovers(tmp_path, 2)
+    directory.clear_leftovers(tmp_path, keep_attempt=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".damaged-step-1-1", ".step-00000004.tmp-2"]
 
 

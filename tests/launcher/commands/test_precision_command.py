@@ -228,7 +228,7 @@ def test_nothing_of_a_compiled_model_is_left_when_the_next_size_is_tried(monkeyp
         return found
 
     monkeypatch.setattr(bench, "build", kept)
-    monkeypatch.setattr(bench.runtime, "start", lambda job: One(torch.device("cpu")))
+    monkeypatch.setattr(bench.runtime, "init", lambda job: One(torch.device("cpu")))
     shape = {"n_layers": 1, "d_model": 16, "n_heads": 1, "d_ff": 16}
     bench.measure(job_of("bf16", "cpu", model_options=shape, seq_len=16, compile=True), 2, 1)
     assert any(one() is not None for one in left), "as it was when 1b left 9 of 80 GB to none"

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import commit
+from jobs.checkpoint import commit
 from train.data.sources import Dataset, open_data
 
 

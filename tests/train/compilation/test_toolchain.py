@@ -70,7 +70,7 @@ def test_both_need_python_headers(tools: Path, tmp_path: Path) -> None:
 
 def test_refused_before_model_is_built(tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "include" / "Python.h").unlink()
-    monkeypatch.setattr(bench.runtime, "start", lambda job: One(CPU))
+    monkeypatch.setattr(bench.runtime, "init", lambda job: One(CPU))
     with pytest.raises(ImpossibleJobError) as refused:
         bench.measure(job_of("fp32", "cpu", compile=True), 1, 1)
     text = str(refused.value)

@@ -1,20 +1,21 @@
-"""How a checkpoint comes to be complete: the commit protocol, call by call. It knows files, not tensors.
+"""Commit protocol of checkpoints, for those of `train` and of user scripts. It handles files, not tensors.
 
-    1  mkdir    .step-N.tmp-ATTEMPT      rank 0; aside, and the name carries the attempt
+    1  mkdir    .step-N.tmp-ATTEMPT      rank 0; a temporary name, which carries the attempt
     2  create, write, fsync, close       each writer its own files, hashed while they are written
-    3  create, write, fsync, close       manifest.json, by rank 0, when all writers said that they are done
-    4  fsync    .step-N.tmp-ATTEMPT      else the folder may come back from a power cut without its files
+       open, fsync, close                files that a user script wrote, hashed afterwards
+    3  create, write, fsync, close       manifest.json, by rank 0, when all writers have reported
+    4  fsync    .step-N.tmp-ATTEMPT      and the folders in it, else it may come back from a power cut without its files
     5  rename   .step-N.tmp-ATTEMPT -> step-N
     6  fsync    checkpoints/             from here on it is acknowledged
     7  prune: rename step-K -> .trash-..., fsync checkpoints/, and only then delete
 
-A failed fsync is never tried again: Linux marks the pages clean, and a second fsync would say yes to data that is gone.
-Every call goes through `Disk`, so that the tests can end, refuse, record or forget each single one.
+A failed fsync is never tried again: Linux marks the pages clean, and a second fsync would succeed though the data are lost.
+All system calls go through `Disk`, so that tests can crash at, fail, record or drop each one.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -43,6 +44,9 @@ class Disk:
     def write(self, fd: int, data: memoryview) -> int:
         return os.write(fd, data)
 
+    def open_file(self, path: Path) -> int:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
     def open_folder(self, path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
@@ -66,19 +70,19 @@ DISK = Disk()
 
 
 class Commit:
-    """One checkpoint on its way. Rank 0 calls `begin` and `finish`, each writer `write`; errors are OSError until `finish`."""
+    """One checkpoint that is being committed. Rank 0 calls `begin` and `finish`, each writer `write`; all raise OSError.
 
-    def __init__(self, folder: Path, step: int, attempt: int, disk: Disk = DISK):
+    `adopt` takes the place of `begin` and `write` for a folder that another program filled."""
+
+    def __init__(self, folder: Path, step: int, attempt: int, disk: Disk = DISK, staging: Path | None = None):
+        """`staging`: the folder that becomes the checkpoint, on the file system of `folder`; by default that of this attempt."""
         self.folder, self.step, self.attempt, self.disk = folder, step, attempt, disk
         self.final = directory.path_of(folder, step)
-        self.staging = directory.staging_of(folder, step, attempt)
+        self.staging = staging or directory.staging_of(folder, step, attempt)
 
     def begin(self) -> None:
         """Makes the staging folder. What an earlier try of this very attempt left there goes to the trash first."""
-        if not self.folder.is_dir():
-            # Its own parent is flushed too, or a power cut takes the folder with all that was acknowledged in it.
-            self.disk.mkdir(self.folder)
-            flush_folder(self.folder.parent, self.disk)
+        make_folder(self.folder, self.disk)
         if os.path.lexists(self.staging):
             delete(self._to_trash(self.staging), self.disk)
         self.disk.mkdir(self.staging)
@@ -87,10 +91,20 @@ class Commit:
         """Writes one file of this process and flushes it to disk."""
         return write_file(self.staging / name, parts, self.disk)
 
+    def adopt(self, names: Sequence[str]) -> dict[str, FileEntry]:
+        """Flush and hash files that are in the staging folder already, as paths in it. Raises OSError and CheckpointError."""
+        make_folder(self.folder, self.disk)
+        for name in names:
+            _flush(self.disk.open_file(self.staging / name), self.disk)
+        sums = directory.hash_files(self.staging, names)
+        return {name: FileEntry((self.staging / name).stat().st_size, sums[name]) for name in names}
+
     def finish(self, files: dict[str, FileEntry], state: dict[str, Any]) -> Path:
         """Manifest, flush, rename, flush. Raises OSError; the outcome is then unknown, and either one is whole."""
         manifest = Manifest(self.step, self.attempt, files, state)
         self.write(directory.MANIFEST, [manifest.text().encode()])
+        for path in sorted((path for path in self.staging.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True):
+            flush_folder(path, self.disk)
         flush_folder(self.staging, self.disk)
         if os.path.lexists(self.final):
             self._make_room()
@@ -100,11 +114,16 @@ class Commit:
         return self.final
 
     def already_there(self) -> bool:
-        """Whether this step stands under its final name and verifies. State is a function of the step: it is not written twice."""
+        """Whether this step has its final name already and verifies. State is a function of the step: it is not written twice.
+
+        The name is flushed, since it may be of a commit whose last fsync failed. Raises OSError where the disk refuses that."""
+        if not os.path.lexists(self.final):
+            return False
         try:
             directory.verify(self.final)
         except CheckpointError:
             return False
+        flush_folder(self.folder, self.disk)
         return True
 
     def abandon(self) -> None:
@@ -115,10 +134,7 @@ class Commit:
 
     def _make_room(self) -> None:
         """A final name that does not verify is set aside, never overwritten and never deleted."""
-        name = f"{directory.DAMAGED}{self.final.name}-{self.attempt}"
-        while os.path.lexists(self.folder / name):
-            name += "+"
-        self.disk.rename(self.final, self.folder / name)
+        self.disk.rename(self.final, directory.damaged_path(self.final, self.attempt))
 
     def _to_trash(self, path: Path) -> Path:
         trash = trash_name(path)
@@ -190,7 +206,21 @@ def write_file(path: Path, parts: Iterable[memoryview | bytes], disk: Disk = DIS
 
 def flush_folder(path: Path, disk: Disk = DISK) -> None:
     """A rename or a new file is safe only when the folder that holds its name is on disk."""
-    fd = disk.open_folder(path)
+    _flush(disk.open_folder(path), disk)
+
+
+def make_folder(path: Path, disk: Disk = DISK) -> None:
+    """Create a folder and those above it that are missing. The parent of each is flushed: a power cut would otherwise remove the folder
+    with everything that was acknowledged in it. Several processes may do so at once."""
+    if path.is_dir():
+        return
+    make_folder(path.parent, disk)
+    with suppress(FileExistsError):
+        disk.mkdir(path)
+    flush_folder(path.parent, disk)
+
+
+def _flush(fd: int, disk: Disk) -> None:
     try:
         disk.fsync(fd)
     finally:
