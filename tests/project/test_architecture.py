@@ -184,9 +184,9 @@ def test_the_search_for_private_names_finds_them(tmp_path: Path) -> None:
 # Past this, ask what second concept has moved in. These have one and are long all the same.
 MOST_LINES = 330
 LONGER = {
-    "holdfast.py": 410,  # one file, since a person's script imports it alone
+    "holdfast.py": 420,  # one file, since a person's script imports it alone
     "jobs/config/settings.py": 360,
-    "launcher/commands/clean.py": 380,
+    "launcher/commands/clean.py": 370,
     "launcher/cluster/doctor.py": 380,
     "launcher/commands/precision.py": 380,
     "launcher/attempt/watchdog.py": 370,

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from damaged_runs import make_runs
-from train.checkpoint.commit import Commit, Disk
 
 from jobs.checkpoint import commit, directory
 from jobs.checkpoint.commit import Commit, Disk
 from jobs.checkpoint.directory import FileEntry, Manifest
 from jobs.core.errors import CheckpointError
 from jobs.run.rundir import RunDir
-from train.checkpoint import commit, restore
+from train.checkpoint import restore
 
 NAMES = ("model.safetensors", "optimizer.safetensors")
 
