@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TypeVar
 
 from jobs.core.errors import SubmitError
 from slurm.environment import clean_environment
 from slurm.job_number import job_number
-from slurm.states import ENDED, base, is_live
+from slurm.job_queue import Queue
+from slurm.states import is_live
 
 # Errors of clients that could not reach slurmctld, or lost it before it answered (it may have acted on the request): ask again later.
 # The connection errors of src/common/slurm_errno.c; "Unexpected message received" is what a slurmctld that is killed while it answers leaves.
@@ -177,18 +177,6 @@ def _lies_in(text: str, folder: Path) -> bool:
     """Whether the path that a text begins with lies in a folder, by whatever links. Where it ends need not be known: names may hold ` a=`."""
     real = os.path.realpath(folder)
     return any(os.path.realpath(text[: slash.start()]) == real for slash in re.finditer("/", text) if slash.start())
-
-
-class Queue(dict[str, tuple[str, str, str]]):
-    """Jobs that wait or run: id -> (state, reason, nodes). `ended` has the state of jobs that are over and not yet purged (MinJobAge)."""
-
-    ended: Mapping[str, str] = MappingProxyType({})
-
-    @classmethod
-    def of(cls, jobs: Mapping[str, tuple[str, str, str]]) -> "Queue":
-        queue = cls({job_id: job for job_id, job in jobs.items() if base(job[0]) not in ENDED})
-        queue.ended = {job_id: job[0] for job_id, job in jobs.items() if base(job[0]) in ENDED}
-        return queue
 
 
 class Slurm:

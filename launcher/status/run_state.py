@@ -9,7 +9,7 @@ from jobs.core.contract import LOCAL, Cause, Event
 from jobs.run import claim, event_log
 from jobs.run.retry_policy import budgets_of, judge
 from jobs.run.rundir import RunDir
-from slurm.client import Queue
+from slurm.job_queue import Queue
 from slurm.pending_reasons import in_words
 from slurm.states import WAITING, base
 

@@ -7,8 +7,9 @@ import pytest
 
 from jobs.core.errors import SubmitError
 from slurm import allocation, client
-from slurm.client import Queue, Slurm, expand_nodelist, job_info, parse_config, parse_json_state, parse_sacct, parse_scontrol, parse_squeue
+from slurm.client import Slurm, expand_nodelist, job_info, parse_config, parse_json_state, parse_sacct, parse_scontrol, parse_squeue
 from slurm.environment import clean_environment
+from slurm.job_queue import Queue
 
 GONE = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 DEAF = "echo 'error: Unable to contact slurm controller (connect failure)' >&2; exit 1"

@@ -253,7 +253,7 @@ def test_scancel_by_root_of_another_users_run_is_no_requeue() -> None:
         become = ("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "env")
         return subprocess.run([*become, *command], cwd=REPOSITORY, env={**env, **more}, capture_output=True, text=True, timeout=120)
 
-    # An interpreter below /root cannot be started by others.
+    # An interpreter in the home of root cannot be started by others.
     python = next((python for python in (sys.executable, "/usr/bin/python3") if call(python, "-c", "import launcher.cli.app, torch").returncode == 0), None)
     if python is None:
         shutil.rmtree(room)

@@ -26,7 +26,8 @@ from jobs.run.rundir import RunDir
 from launcher.commands import submit
 from launcher.output import table
 from launcher.status import run_status
-from slurm.client import Queue, Slurm
+from slurm.client import Slurm
+from slurm.job_queue import Queue
 from slurm.pending_reasons import in_words
 
 HOLDFAST = Path(sys.executable).with_name("holdfast")
