@@ -11,7 +11,7 @@ import pytest
 from colleague import REPOSITORY, Users, needs_two_users, two_users
 
 pytestmark = needs_two_users
-HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
+HOLDFAST = (sys.executable, "-P", "-m", "launcher.cli.app")
 # Of Python, installed, of holdfast; loaded early and late.
 _NAMES = ("json", "runpy", "argparse", "typing", "numpy", "torch", "yaml", "submitit", "launcher", "train", "jobs", "slurm")
 
@@ -40,7 +40,7 @@ def test_data_build_imports_nothing_from_the_working_folder(mine: Users, victim:
     """PYTHONPATH with an empty entry, as `PYTHONPATH=$PYTHONPATH:DIR` makes it, means the working folder."""
     (mine.private / "a.txt").write_text("some text\n" * 200)
     out = mine.private / "tokens"
-    done = _run(mine, HOLDFAST, "data", "build", f"{mine.private}/a.txt", f"--out={out}")
+    done = _run(mine, *HOLDFAST, "data", "build", f"{mine.private}/a.txt", f"--out={out}")
     assert not victim.exists(), "a planted module was executed"
     assert done.returncode == 0 and (out / "train.bin").exists(), done.stdout + done.stderr
     if path:
@@ -65,7 +65,7 @@ def test_modules_that_commands_start_import_nothing_from_the_working_folder(mine
 def test_verify_autocast_finds_a_model_in_the_working_folder(mine: Users, victim: Path) -> None:
     text = (REPOSITORY / "tests" / "support" / "models" / "overflowing.py").read_text()
     (mine.shared / "mine.py").write_text(text)
-    done = _run(mine, HOLDFAST, "verify", "autocast", "mine:build", "--json", "DEVICE=cpu", XDG_CACHE_HOME=str(mine.private))
+    done = _run(mine, *HOLDFAST, "verify", "autocast", "mine:build", "--json", "DEVICE=cpu", XDG_CACHE_HOME=str(mine.private))
     assert not victim.exists(), "a planted module was executed"
     assert "Explode" in done.stdout, done.stdout + done.stderr
 
@@ -74,13 +74,13 @@ def test_verify_autocast_finds_a_model_in_the_working_folder(mine: Users, victim
 def test_local_submission_imports_nothing_from_the_working_folder(mine: Users, victim: Path) -> None:
     (mine.shared / "fit.py").write_text(f"import pathlib; pathlib.Path('{mine.private}/own').touch()\n")
     words = ("ENTRY=fit.py", "DEVICE=cpu", "NODES=1", "GPUS_PER_NODE=1", f"RUNS_DIR={mine.private}/runs", "--wait")
-    done = _run(mine, HOLDFAST, "submit", "--local", *words)
+    done = _run(mine, *HOLDFAST, "submit", "--local", *words)
     assert not victim.exists(), "a planted module was executed"
     assert done.returncode == 0 and (mine.private / "own").exists(), done.stdout + done.stderr
 
 
 def test_completion_imports_nothing_from_the_working_folder(mine: Users, victim: Path) -> None:
-    script = _run(mine, HOLDFAST, "completion", "bash").stdout
+    script = _run(mine, *HOLDFAST, "completion", "bash").stdout
     line = next(line for line in script.splitlines() if "launcher.cli.app" in line)
     command = shlex.split(line[line.index(sys.executable) :])
     done = _run(mine, *command[: command.index("launcher.cli.app") + 1], "completion", "--line", "holdfast ")
@@ -111,5 +111,5 @@ def test_frozen_code_is_imported_whatever_the_shell_exports(mine: Users) -> None
     project.mkdir()
     (project / "fit.py").write_text("import os, pathlib, sys; assert 'PYTHONSAFEPATH' not in os.environ; pathlib.Path(sys.path[0], 'own').touch()\n")
     words = ("ENTRY=fit.py", "DEVICE=cpu", "NODES=1", "GPUS_PER_NODE=1", "RUN_ID=r1", "JOB_NAME=own", f"RUNS_DIR={mine.private}/runs")
-    done = mine.owner(HOLDFAST, "run", *words, cwd=project, env={"PYTHONSAFEPATH": "1"})
+    done = mine.owner(*HOLDFAST, "run", *words, cwd=project, env={"PYTHONSAFEPATH": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
