@@ -49,6 +49,16 @@ def open_fd(path: Path, flags: int, mode: int = 0o644, *, links: bool = False) -
     return fd
 
 
+def follow_own_link(path: Path) -> Path:
+    """The target of a symbolic link that this user made, else the path itself: the batch log of a job that was submitted without --output is
+    such a link (`link_batch_log`). The target must still be a regular file to be opened."""
+    try:
+        is_own = stat.S_ISLNK((found := path.lstat()).st_mode) and found.st_uid == os.geteuid()
+    except OSError:
+        return path
+    return path.resolve() if is_own else path
+
+
 def open_file(path: Path, *, links: bool = False) -> BinaryIO:
     """A regular file, open for reading and not buffered. Raises as `open_fd` does."""
     return open(open_fd(path, os.O_RDONLY, links=links), "rb", buffering=0)

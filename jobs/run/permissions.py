@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from jobs.core import trust
+from jobs.core import safe_read, trust
 from jobs.core.contract import RankEnv
 from jobs.core.errors import SettingError
 from jobs.run.rundir import RunDir
@@ -92,7 +92,7 @@ def script_to_submit(run: RunDir, members: Iterable[int] = ()) -> Path:
     place = run.array.members if run.is_member else run.members if run.has_members else run.path
     start = f"export {RankEnv.RUN_DIR}="
     with suppress(OSError, ValueError):
-        line = next((line for line in run.script.read_text().splitlines() if line.startswith(start)), "")
+        line = next((line for line in safe_read.read_text(run.script).splitlines() if line.startswith(start)), "")
         written = "".join(shlex.split(line.removeprefix(start))).removesuffix("/$SLURM_ARRAY_TASK_ID")
         if written and os.path.realpath(written) != os.path.realpath(place):
             raise SettingError(

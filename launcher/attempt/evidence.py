@@ -97,7 +97,7 @@ def _stop_words(run: RunDir) -> str:
 def tail_of_log(log: Path, offset: int, most: int = 65_536) -> str:
     """What was written to a log since `offset`; at most its last `most` bytes."""
     try:
-        with safe_read.open_file(log) as file:
+        with safe_read.open_file(safe_read.follow_own_link(log)) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(offset if offset <= size else 0, size - most))
             return safe_read.read_some(file, log, most).decode(errors="replace")

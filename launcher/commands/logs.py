@@ -263,7 +263,7 @@ class _Reader:
         self._write(f"--- {' · '.join([f'attempt {attempt.number}', f'job {attempt.job_id}', *after])} ---\n".encode())
 
     def _copy(self, path: Path, stream: str, begin: int, end: int) -> None:
-        with safe_read.open_file(path) as file:  # opened anew each time: over NFS that is what asks for the true size
+        with safe_read.open_file(safe_read.follow_own_link(path)) as file:  # opened anew each time: over NFS that is what asks for the true size
             file.seek(begin)
             while begin < end:
                 data = safe_read.read_some(file, path, min(_CHUNK, end - begin))

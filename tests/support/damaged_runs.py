@@ -31,7 +31,7 @@ DAMAGED, CHECKPOINT, TOLERATED = "damaged", "checkpoint", "tolerated"
 # Seconds of wall time for one command. A hang is one that never ends.
 LIMIT_S = 30
 # Peak resident memory of a process that runs all commands on one case.
-LIMIT_MB = 300
+LIMIT_MB = 250
 _ADDRESS_SPACE = 3 * 2**30
 # Loaded once here, and not again in each forked process.
 COMMAND_MODULES = (checkpoints, clean, submit, diff, completion, logs, render, rerun, settings_table, sweep, verify_data, watch)
@@ -336,7 +336,7 @@ class _TooLong(BaseException):
 
 
 def answers(work: Path, commands: Sequence[Sequence[str]], limit_s: float = LIMIT_S) -> tuple[list[Answer], float]:
-    """Each command in one forked process without Slurm, and the peak of its memory in MB. Commands of which none was run are missing."""
+    """Each command in one forked process without Slurm, and how far its peak of memory lies above that at the start, in MB. Commands of which none was run are missing."""
     kept = work / "answers.json"
     kept.unlink(missing_ok=True)
     pid = os.fork()
@@ -369,6 +369,7 @@ def _child(work: Path, commands: Sequence[Sequence[str]], kept: Path, limit_s: f
 
     signal.signal(signal.SIGALRM, stop)
     done: list[tuple[int | None, str, str, float]] = []
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for words in commands:
         paths = (work / "out", work / "err")
         begun = time.monotonic()
@@ -385,6 +386,6 @@ def _child(work: Path, commands: Sequence[Sequence[str]], kept: Path, limit_s: f
             with contextlib.suppress(UnicodeError):
                 out.flush()
         done.append((code, *(path.read_text(errors="replace")[:2_000_000] for path in paths), time.monotonic() - begun))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     kept.with_suffix(".part").write_text(json.dumps({"answers": done, "mb": peak}))
     os.rename(kept.with_suffix(".part"), kept)

@@ -16,8 +16,8 @@ from on_device import One
 
 from benchmarks.largest import expected_gb, job_of_cell
 from jobs.config.memory_estimate import Shape, activations, estimate
-from jobs.config.resolver import load
 from jobs.config.settings import Job
+from jobs.config.yaml_io import read_yaml
 from jobs.specs.precision import MODES, Precision
 from train import optim
 from train.models.registry import PRESETS, build_model
@@ -186,7 +186,9 @@ def test_the_estimate_lies_within_a_thirtieth_of_what_a_gpu_held(model: str, sam
 
 
 def test_without_our_kernels_it_lies_within_a_tenth() -> None:
-    job = load(REPOSITORY / "jobs" / "gpt_1b_h100.yaml").model_copy(update={"grad_accum_steps": 1, "amp_opt_level": None, "fused_kernels": False})
+    job = Job(**read_yaml(REPOSITORY / "jobs" / "gpt_1b_h100.yaml", "the job file")).model_copy(
+        update={"grad_accum_steps": 1, "amp_opt_level": None, "fused_kernels": False}
+    )
     expected = estimate(job)
     assert expected and expected.peak / 1e9 == pytest.approx(74.7, rel=0.1)
 

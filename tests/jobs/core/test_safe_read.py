@@ -236,7 +236,7 @@ def test_cancel_of_a_damaged_run_is_an_error(runs: Path) -> None:
     answer, _ = holdfast(runs.parent, "cancel", "open-bbbb")
     assert answer.code == 1 and "ledger.jsonl: is a FIFO" in answer.err and "was not cancelled" in answer.err
     answer, _ = holdfast(runs.parent, "resume", "open-bbbb")
-    assert answer.code == 1 and "ledger.jsonl: is a FIFO" in answer.err
+    assert answer.code == 2 and "ledger.jsonl" in answer.err and "holdfast resume would execute what it holds" in answer.err
 
 
 def test_watch_shows_a_repaired_run_at_once(runs: Path) -> None:
