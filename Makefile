@@ -56,7 +56,7 @@ coverage: $(READY)  ## all tests, and which lines and branches of jobs/ and slur
 	@.venv/bin/coverage combine --quiet
 	@.venv/bin/coverage report
 
-chaos: $(READY)  ## every fault of docs/survival.md on the lab, and that page written anew; about half an hour
+chaos: $(READY)  ## every fault of docs/evidence/survival.md on the lab, and that page written anew; about half an hour
 	@launcher/setup.sh slurm
 	@.venv/bin/python -m tools.chaos
 

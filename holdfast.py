@@ -19,7 +19,7 @@
             holdfast.exit_requeue()
 
 Started by holdfast, all of it concerns the run directory. Started by hand or by torchrun, the same script works the same way
-in the folder ./holdfast-run. docs/bring-your-own.md says more.
+in the folder ./holdfast-run. docs/howto/bring_your_own_script.md says more.
 """
 
 import faulthandler

@@ -64,7 +64,12 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--consumed", type=float, default=85_000, help="tokens per second that one GPU takes (docs/hardware.md: 1b preset in fp8)")
+    parser.add_argument(
+        "--consumed",
+        type=float,
+        default=85_000,
+        help="tokens per second that one GPU takes (benchmarks/results/2026-11-28-precisions-and-memory.md: 1b preset in fp8)",
+    )
     parser.add_argument("--dir", type=Path, help="where to put the file: the disk that is to be measured")
     args = parser.parse_args()
     print(

@@ -1,4 +1,4 @@
-"""holdfast beside what a user would take instead, in one run on one card: the table of docs/performance.md.
+"""holdfast beside what a user would take instead, in one run on one card: the table of benchmarks/results/2026-11-28-speed.md.
 
     python -m benchmarks.peers [--shape 1b|3b|gemma|gpt2|gpt_neox|mixtral] [--steps 60] [--only bf16] [--out table.md] [--json figures.json]
 

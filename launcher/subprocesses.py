@@ -1,7 +1,7 @@
 """Commands that run holdfast's own modules in a subprocess, independent of what the working folder holds.
 
 `python -m MODULE` puts the working folder first on sys.path: a json.py or numpy.py in it would be executed, and `train.py` may be the
-user's own script (docs/bring-your-own.md). Here the working folder is on the path only where the user's code is wanted, and then last.
+user's own script (docs/howto/bring_your_own_script.md). Here the working folder is on the path only where the user's code is wanted, and then last.
 """
 
 import sys

@@ -3,7 +3,7 @@
     python -m tools.chaos            all rows (`make chaos`)
     python -m tools.chaos 10 18      these rows only
 
-Both write what was seen to docs/survival.json, row by row, and docs/survival.md from it.
+Both write what was seen to docs/evidence/survival.json, row by row, and docs/evidence/survival.md from it.
 
 Each row is a function that breaks something and returns a `Row`; tests/slurm/test_survival.py runs a few of them in `make test`.
 """
@@ -41,7 +41,7 @@ from slurm.devcluster import lab, proc, slurm_conf
 PAIR = {"NODES": "2", "GPUS_PER_NODE": "1", "MAX_STEPS": "120", "EVAL_EVERY": "60"}
 INTERVAL = int(SMALL["CHECKPOINT_EVERY"])
 _MODELS = Path(__file__).resolve().parents[1] / "tests" / "support" / "models"
-RESULTS = REPOSITORY / "docs" / "survival.json"
+RESULTS = REPOSITORY / "docs" / "evidence" / "survival.json"
 
 
 @dataclass

@@ -1,13 +1,13 @@
-"""docs/commands.md: every command with its options, from the command line itself, and what programs may rely on."""
+"""docs/reference/commands.md: every command with its options, from the command line itself, and what programs may rely on."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from typer.main import get_command
 
-from jobs.core.contract import Exit
 from launcher.cli.app import app
 from launcher.status.run_status import FIELDS
+from tools.reference_docs import EXIT_CODES
 
 _INTRO = """\
 <!-- Generated from the command line itself by `make golden`; changes made here are lost. -->
@@ -22,15 +22,6 @@ settings, job files and runs. zsh and fish have theirs.
 
 Exit codes of every command:
 """
-
-_CODES = {
-    Exit.DONE: "done",
-    Exit.FAILED: "failure; the message says what failed",
-    Exit.USAGE: "wrong usage or settings",
-    Exit.REQUEUE: "stopped on request, will continue",
-    Exit.IMPOSSIBLE: "the job can never run as configured",
-    Exit.INTERRUPTED: "interrupted by Ctrl-C",
-}
 
 # What `--help` has no room for.
 _MORE = {
@@ -59,8 +50,8 @@ where each begins was written down when it began. With `-f` it ends when the run
 
 
 def page() -> str:
-    """The text of docs/commands.md."""
-    parts = [_INTRO, "| code | meaning |\n|---|---|\n" + "".join(f"| {int(code)} | {meaning} |\n" for code, meaning in _CODES.items())]
+    """The text of docs/reference/commands.md."""
+    parts = [_INTRO, "| code | meaning |\n|---|---|\n" + "".join(f"| {int(code)} | {meaning} |\n" for code, meaning in EXIT_CODES.items())]
     for words, command in _commands(get_command(app), "holdfast"):
         parts.append(f"## {words}\n")
         usage = " ".join(filter(None, [words, *(_argument(parameter) for parameter in command.params if not _is_option(parameter)), _settings(command)]))

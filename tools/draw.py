@@ -1,4 +1,4 @@
-"""The pictures of docs/architecture.md, its tables of the three walks and of the modules: `python tools/draw.py` writes them anew.
+"""The pictures of docs/explanation/architecture.md and its tables of the three walks: `python tools/draw.py` writes them.
 
 A step of a walk names a file and a function; tests/project/test_house.py holds that each one exists, and that nothing here is stale.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = "docs/architecture.md"
+PAGE = "docs/explanation/architecture.md"
 PACKAGES = ("jobs", "slurm", "launcher", "train")
 
 
@@ -37,78 +37,78 @@ class Walk:
 PRECISION = Walk(
     "precision",
     "PRECISION=bf16, from the shell to the autocast",
-    ("launcher: what a person does", "jobs: what a job is", "slurm: what Slurm is told", "train: what a GPU does"),
+    ("launcher: commands", "jobs: settings", "slurm: batch script", "train: one process per GPU"),
     (
-        Step(0, "Makefile", "make submit PRECISION=bf16 starts holdfast submit; the word stays in MAKEFLAGS, unexpanded"),
-        Step(0, "launcher/commands/submit.py:submit_job", "a submit from first to last; one that is refused leaves nothing"),
-        Step(1, "jobs/config/overrides.py:words_from_make", "PRECISION=bf16 as it was typed"),
-        Step(1, "jobs/config/resolver.py:resolve", "gathers the layers; the highest wins, and leaves its origin: command line"),
-        Step(1, "jobs/config/layers.py:gather", "one layer each: site, job file, environment, command line; the word is precision"),
-        Step(1, "jobs/config/settings.py:Job", "the text becomes Precision.BF16; the job is frozen"),
-        Step(1, "jobs/config/validation.py:check", "the row of jobs/specs/precision.py against the site's GPU; refused here, before any queue"),
-        Step(2, "slurm/script/render.py:render_script", "the script holds the run directory, and no setting of training"),
-        Step(0, "launcher/submission/create_run.py:make", "job.yaml says precision: bf16, origins.json says who"),
-        Step(0, "launcher/submission/submitit_executor.py:to_slurm", "sbatch, through submitit; the job waits"),
-        Step(0, "launcher/attempt/lifecycle.py:begin", "on the node: the attempt is counted, the ranks learn where to meet"),
-        Step(3, "train/__main__.py:main", "one process per GPU reads job.yaml and nothing else"),
-        Step(3, "train/startup.py:build_trainer", "joins the other ranks, opens the data, builds and restores the model"),
-        Step(3, "train/distributed/runtime.py:init", "the same row against the real GPU; the one TF32 switch"),
-        Step(3, "train/build.py:build", "the model in fp32, and the context of its forward"),
-        Step(3, "train/precision/numerics.py:autocast_context", "torch.autocast(dtype=bfloat16), as the row says"),
-        Step(3, "train/train_step.py:TrainStep.__call__", "with context(): the forward of every micro-batch"),
+        Step(0, "Makefile", "runs holdfast submit; MAKEFLAGS keeps the value unexpanded"),
+        Step(0, "launcher/commands/submit.py:submit_job", "the whole submission; a refused one leaves no files"),
+        Step(1, "jobs/config/overrides.py:words_from_make", "PRECISION=bf16 as typed"),
+        Step(1, "jobs/config/resolver.py:resolve", "merges the layers; records the origin: command line"),
+        Step(1, "jobs/config/layers.py:gather", "site file, job file, environment, command line"),
+        Step(1, "jobs/config/settings.py:Job", "parses the text to Precision.BF16; the job is immutable"),
+        Step(1, "jobs/config/validation.py:check", "checks the precision against the site's GPU before queueing"),
+        Step(2, "slurm/script/render.py:render_script", "the script holds the run directory and no training setting"),
+        Step(0, "launcher/submission/create_run.py:make", "writes job.yaml and origins.json"),
+        Step(0, "launcher/submission/submitit_executor.py:to_slurm", "sbatch through submitit; the job is pending"),
+        Step(0, "launcher/attempt/lifecycle.py:begin", "on the node: claims the attempt, sets the rendezvous"),
+        Step(3, "train/__main__.py:main", "one process per GPU; reads only job.yaml"),
+        Step(3, "train/startup.py:build_trainer", "joins the ranks, opens the data, builds and restores the model"),
+        Step(3, "train/distributed/runtime.py:init", "checks the precision against the GPU; sets TF32"),
+        Step(3, "train/build.py:build", "builds the fp32 model and its autocast context"),
+        Step(3, "train/precision/numerics.py:autocast_context", "torch.autocast(dtype=bfloat16)"),
+        Step(3, "train/train_step.py:TrainStep.__call__", "forward of every micro-batch inside the context"),
     ),
 )
 
 STEP = Walk(
     "step",
     "One optimizer step, from the batch to the checkpoint",
-    ("pure functions of the step", "the loop", "the arithmetic", "saving, in a thread"),
+    ("functions of the step", "training loop", "arithmetic", "checkpoint thread"),
     (
-        Step(0, "train/data/order.py:sample_ids", "which samples step N takes: from step and seed, so there is no state to save"),
-        Step(1, "train/trainer.py:Trainer.next_batches", "until every rank has its batches, or the ranks agree to stop"),
-        Step(1, "train/data/loader.py:TrainLoader.ready", "read ahead in a thread; all ranks wait until each has its samples"),
-        Step(1, "train/distributed/runtime.py:Distributed.all_reduce_max", "one small message on the CPU: samples there? a stop heard? a save due?"),
+        Step(0, "train/data/order.py:sample_ids", "sample ids of step N, from step and seed"),
+        Step(1, "train/trainer.py:Trainer.next_batches", "waits until every rank has its batches or the ranks agree to stop"),
+        Step(1, "train/data/loader.py:TrainLoader.ready", "prefetches in a thread; ready when every rank has its samples"),
+        Step(1, "train/distributed/runtime.py:Distributed.all_reduce_max", "CPU all-reduce: samples ready, stop requested, save due"),
         Step(1, "train/trainer.py:Trainer.train_step", "one optimizer step with its log line, validation and checkpoint"),
-        Step(0, "jobs/specs/lr_schedule.py:LRSchedule.__call__", "the learning rate of step N"),
-        Step(1, "train/rng.py:seed_everything", "dropout of step N: again from seed, step and rank"),
-        Step(2, "train/train_step.py:TrainStep.__call__", "the micro-batches of the step, one after the other"),
-        Step(2, "train/distributed/parallel.py:accumulating", "gradients pile up; ranks add theirs at the last micro-batch only"),
-        Step(2, "train/models/contract.py:read_loss", "forward under autocast: a sum of losses and how many targets it has"),
-        Step(2, "train/optim.py:gradients_of", "one division by the targets of the whole batch, one clip, one update"),
-        Step(1, "train/precision/numerics.py:OverflowPolicy.record_overflow", "fp16 only: not finite? a smaller scale, and the same step again", always=False),
-        Step(1, "jobs/run/progress.py:Progress.set", "the step counts from here, also for whoever looks from outside"),
-        Step(1, "train/metrics/logger.py:MetricsFile.write", "each log_every steps; the first moment that waits for the GPU"),
-        Step(1, "train/checkpoint/manager.py:CheckpointManager.save", "each checkpoint_every steps, or when Young's interval is over"),
-        Step(1, "train/checkpoint/state_dict.py:local_shards", "fp32 weights and optimizer by name, copied to host memory; then training goes on"),
-        Step(3, "jobs/checkpoint/commit.py:Commit.write", "under a name with the attempt in it; fsync of each file"),
-        Step(3, "jobs/checkpoint/commit.py:Commit.finish", "manifest of sha256 sums, then one rename: only now is it a checkpoint"),
-        Step(3, "jobs/run/event_log.py:append", "the line `checkpoint`, with seconds and bytes"),
-        Step(3, "jobs/checkpoint/commit.py:prune", "old ones go, after the new one is safe"),
+        Step(0, "jobs/specs/lr_schedule.py:LRSchedule.__call__", "learning rate of step N"),
+        Step(1, "train/rng.py:seed_everything", "seeds dropout from seed, step and rank"),
+        Step(2, "train/train_step.py:TrainStep.__call__", "runs the micro-batches of the step"),
+        Step(2, "train/distributed/parallel.py:accumulating", "accumulates gradients; all-reduces after the last micro-batch"),
+        Step(2, "train/models/contract.py:read_loss", "forward under autocast: loss sum and target count"),
+        Step(2, "train/optim.py:gradients_of", "divides by the targets of the global batch, clips, updates"),
+        Step(1, "train/precision/numerics.py:OverflowPolicy.record_overflow", "fp16: on overflow reduces the scale and repeats the step", always=False),
+        Step(1, "jobs/run/progress.py:Progress.set", "publishes the finished step"),
+        Step(1, "train/metrics/logger.py:MetricsFile.write", "every log_every steps; first synchronization with the GPU"),
+        Step(1, "train/checkpoint/manager.py:CheckpointManager.save", "every checkpoint_every steps or Young's interval"),
+        Step(1, "train/checkpoint/state_dict.py:local_shards", "copies weights and optimizer to host memory; training continues"),
+        Step(3, "jobs/checkpoint/commit.py:Commit.write", "writes a temporary directory; fsync of each file"),
+        Step(3, "jobs/checkpoint/commit.py:Commit.finish", "writes the manifest, then renames: now complete"),
+        Step(3, "jobs/run/event_log.py:append", "appends a `checkpoint` event"),
+        Step(3, "jobs/checkpoint/commit.py:prune", "deletes old checkpoints"),
     ),
 )
 
 SIGTERM = Walk(
     "sigterm",
     "One SIGTERM, from Slurm to the requeue",
-    ("Slurm", "every rank", "the batch script", "pure, or on disk"),
+    ("Slurm", "every rank", "batch script", "pure functions and files"),
     (
-        Step(0, "slurm/script/templates/train.sbatch.j2", "preemption: SIGCONT and SIGTERM to every process, SIGKILL after the grace time"),
-        Step(2, "slurm/script/templates/train.sbatch.j2", "trap: writes the signal down and waits on for srun"),
-        Step(1, "jobs/rank/stop_flag.py:StopFlag.install", "the handler sets a flag; nothing else happens in a handler"),
-        Step(1, "train/distributed/runtime.py:Distributed.all_reduce_max", "at the next step boundary all ranks agree to stop"),
-        Step(1, "train/trainer.py:Trainer.shut_down", "saves where the ranks agreed to stop, then closes everything"),
-        Step(1, "train/checkpoint/manager.py:CheckpointManager.save", "blocking: waits for the save in flight, then writes this step"),
-        Step(1, "jobs/rank/stop_flag.py:leave_marker", "exit.N.json: stopped, by TERM, at step N; exit code 75"),
-        Step(2, "launcher/attempt/lifecycle.py:end", "srun is gone; the script has become this program"),
-        Step(3, "launcher/attempt/evidence.py:evidence_of", "markers, logs, hang, lost nodes; what Slurm says beside it"),
-        Step(3, "launcher/attempt/classify_exit.py:classify", "preempted, and the words that prove it"),
-        Step(3, "launcher/attempt/finalize.py:write_end", "the line `end`: cause, step, lost steps, where the time went"),
-        Step(3, "jobs/run/retry_policy.py:judge", "again? budgets per cause; preemption costs none while the run gets forward"),
-        Step(2, "launcher/attempt/requeue.py:send_back", "asks Slurm, then writes the line `requeue`"),
-        Step(0, "slurm/client.py:Slurm.requeue", "scontrol requeue, content if Slurm has done it; else a successor"),
-        Step(2, "launcher/attempt/lifecycle.py:begin", "the same script again, on nodes that Slurm chooses"),
-        Step(3, "jobs/run/claim.py:claim", "its number is taken by one rename; a ghost of the old attempt may write no more"),
-        Step(1, "jobs/checkpoint/directory.py:newest_verified", "resumed at the step that was saved: nothing lost"),
+        Step(0, "slurm/script/templates/train.sbatch.j2", "preemption: SIGCONT and SIGTERM to all, SIGKILL after the grace time"),
+        Step(2, "slurm/script/templates/train.sbatch.j2", "trap: records the signal, keeps waiting for srun"),
+        Step(1, "jobs/rank/stop_flag.py:StopFlag.install", "the handler sets a flag"),
+        Step(1, "train/distributed/runtime.py:Distributed.all_reduce_max", "at the step boundary all ranks agree to stop"),
+        Step(1, "train/trainer.py:Trainer.shut_down", "saves the step at which the ranks agreed to stop, then closes everything"),
+        Step(1, "train/checkpoint/manager.py:CheckpointManager.save", "blocking: waits for the save in flight, then saves this step"),
+        Step(1, "jobs/rank/stop_flag.py:leave_marker", "writes exit.N.json; exits with 75"),
+        Step(2, "launcher/attempt/lifecycle.py:end", "runs after srun has exited"),
+        Step(3, "launcher/attempt/evidence.py:evidence_of", "collects markers, logs, hang report, lost nodes, Slurm's answer"),
+        Step(3, "launcher/attempt/classify_exit.py:classify", "cause preempted, with the evidence"),
+        Step(3, "launcher/attempt/finalize.py:write_end", "appends an `end` event: cause, steps, time parts"),
+        Step(3, "jobs/run/retry_policy.py:judge", "retry decision from the limits per cause"),
+        Step(2, "launcher/attempt/requeue.py:send_back", "requests the requeue, appends a `requeue` event"),
+        Step(0, "slurm/client.py:Slurm.requeue", "scontrol requeue, or a successor job"),
+        Step(2, "launcher/attempt/lifecycle.py:begin", "the same script, on nodes that Slurm chooses"),
+        Step(3, "jobs/run/claim.py:claim", "claims the next number by one rename; fences the old attempt"),
+        Step(1, "jobs/checkpoint/directory.py:newest_verified", "resumes at the saved step"),
     ),
 )
 
@@ -178,10 +178,10 @@ def _way(start: int, goal: int, index: int) -> str:
 
 
 _ROOMS = {
-    "launcher": ("what a person does", "commands, submitting, both ends of an attempt,|watch, logs, report, sweep, doctor, drill", "typer rich submitit · optuna matplotlib when asked"),
-    "slurm": ("all that knows Slurm", "script and its quoting, clients, job states,|site files, the private lab", "jinja2 · sbatch squeue sacct scontrol"),
-    "jobs": ("what a job is", "settings and their layers, precision, run directory,|ledger, signals and exit codes, verdict", "pydantic yaml"),
-    "train": ("what a GPU does", "models, data, step, checkpoint, stop, metrics;|one process per GPU, knows nothing of Slurm", "torch accelerate numpy safetensors"),
+    "launcher": ("commands", "submission, start and end of an attempt,|watch, logs, report, sweep, doctor, drill", "typer rich submitit · optuna matplotlib on demand"),
+    "slurm": ("Slurm", "batch script and quoting, clients, job states,|site files, dev cluster", "jinja2 · sbatch squeue sacct scontrol"),
+    "jobs": ("jobs and runs", "settings and layers, precision, run directory,|event log, signals, exit codes, retry policy", "pydantic yaml"),
+    "train": ("training", "models, data, step, checkpoint, metrics;|one process per GPU, independent of Slurm", "torch accelerate numpy safetensors"),
 }  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def house() -> str:
     wide, high, gap = 324, 104, 56
     at = {"launcher": (20, 40), "slurm": (20 + wide + gap, 40), "jobs": (20 + 2 * (wide + gap), 40), "train": (20 + 2 * (wide + gap), 40 + high + gap)}
     width, height = 40 + 3 * wide + 2 * gap, 60 + 2 * high + gap
-    parts = [_frame(width, height, "The house: launcher imports slurm and jobs, slurm imports jobs, train imports jobs")]
+    parts = [_frame(width, height, "Packages: launcher imports slurm and jobs, slurm imports jobs, train imports jobs")]
     parts.append(f'<path class="way" d="M{at["launcher"][0] + wide} 92 H{at["slurm"][0] - 2}" marker-end="url(#tip)"/>')
     parts.append(f'<path class="way" d="M{at["slurm"][0] + wide} 92 H{at["jobs"][0] - 2}" marker-end="url(#tip)"/>')
     parts.append(f'<path class="way" d="M{at["train"][0] + wide / 2} {at["train"][1]} V{40 + high + 2}" marker-end="url(#tip)"/>')
@@ -202,7 +202,7 @@ def house() -> str:
         parts += [f'<text x="{x + 12}" y="{y + 46 + 16 * n}">{escape(line)}</text>' for n, line in enumerate(inside.split("|"))]
         parts.append(f'<text class="number" x="{x + 12}" y="{y + 88}">{escape(outside)}</text>')
     x, y = at["launcher"][0], at["train"][1]
-    words = ("An arrow means: may import. launcher and train meet on disk only,", "in the run directory: job.yaml one way, ledger, markers, metrics and", "checkpoints the other. So a node needs no launcher to train, and the", "launcher no torch to say what a run is doing.")  # fmt: skip
+    words = ("An arrow means: may import. launcher and train share only the", "run directory: job.yaml in one direction; event log, markers,", "metrics and checkpoints in the other. The launcher needs no", "torch to report the state of a run.")  # fmt: skip
     parts += [f'<text x="{x + 4}" y="{y + 24 + 18 * n}">{line}</text>' for n, line in enumerate(words)]
     return "\n".join([*parts, "</svg>\n"])
 
@@ -217,11 +217,6 @@ def modules() -> dict[str, str]:
     return {name: " ".join((doc or "").split("\n\n")[0].split()) for name, doc in said.items()}
 
 
-def _modules_table(package: str) -> str:
-    rows = [f"| `{name}` | {line.replace('|', chr(92) + '|')} |" for name, line in modules().items() if name.startswith(f"{package}/")]
-    return "\n".join(["| module | what it is |", "|---|---|", *rows])
-
-
 def _walk_table(walk: Walk) -> str:
     rows = [f"| {index} | `{step.place}` | {step.what} |" for index, step in enumerate(walk.steps, 1)]
     return "\n".join(["| | where | what happens |", "|---|---|---|", *rows])
@@ -229,7 +224,7 @@ def _walk_table(walk: Walk) -> str:
 
 def page(text: str) -> str:
     """The page with everything between its marks written anew."""
-    blocks = {f"walk {walk.name}": _walk_table(walk) for walk in WALKS} | {f"modules {package}": _modules_table(package) for package in PACKAGES}
+    blocks = {f"walk {walk.name}": _walk_table(walk) for walk in WALKS}
     for name, block in blocks.items():
         begin, end = f"<!-- {name}: written by tools/draw.py -->\n", f"\n<!-- end of {name} -->"
         head, found, rest = text.partition(begin)

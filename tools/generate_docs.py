@@ -19,7 +19,8 @@ from jobs.specs.precision import ALIASES, MODES
 from launcher.output import settings_table
 from launcher.submission.create_run import resolve_here
 from slurm.script.render import render_by_hand, script_for
-from tools import command_docs
+from tools import command_docs, reference_docs
+from tools.reference_docs import table
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = "tests/golden"
@@ -44,9 +45,9 @@ _VARIANTS: dict[str, tuple[list[str], int | None]] = {
 
 _GROUPS = {
     "run": "The run",
-    "slurm": "What to ask of Slurm",
+    "slurm": "Slurm resources",
     "site": "The site",
-    "retries": "What may go wrong how often",
+    "retries": "Retry limits",
     "model": "Model",
     "data": "Data",
     "batch": "Batch",
@@ -75,7 +76,7 @@ Every setting has one name, and that name works everywhere. For `batch_size`:
 A later layer wins over an earlier one:
 
 1. the default, as in the tables below;
-2. the site file (`SITE=name` is `slurm/sites/name.yaml`; a path is a file of your own);
+2. the site file (`SITE=NAME` is `slurm/sites/NAME.yaml`; a path is a file of your own);
 3. the job file (`JOB=`; jobs/quickstart.yaml when left out, and none for a script of your own, `ENTRY=`);
 4. the environment;
 5. the command line.
@@ -101,14 +102,14 @@ under a heading (`training:`, `slurm:`, `optimizer:` and the like), which change
 
 
 def settings_page() -> str:
-    """The text of docs/settings.md."""
+    """The text of docs/reference/settings.md."""
     parts = [_FORMS]
     for group in dict.fromkeys(group_of(name) for name in names()):
         parts.append(f"## {_GROUPS.get(group, group.capitalize())}\n")
         rows = [_row(name) for name in names() if group_of(name) == group]
-        parts.append(_table(("setting", "type", "default", "unit", "allowed", "meaning"), rows))
+        parts.append(table(("setting", "type", "default", "unit", "allowed", "meaning"), rows))
     parts.append("## Precision modes\n")
-    parts.append(_table(("precision", "weights", "compute", "loss scaling", "needs", "remark"), [_mode_row(mode) for mode in MODES.values()]))
+    parts.append(table(("precision", "weights", "compute", "loss scaling", "needs", "remark"), [_mode_row(mode) for mode in MODES.values()]))
     parts.append("Other words for them: " + ", ".join(f"`{word}` is {mode}" for word, mode in ALIASES.items()) + ".\n")
     parts.append("## Words of other tools\n\nThey are understood in every place where the setting is, and shown as what they mean.\n")
     rows = [(f"`{word}`", f"`{name}`") for word, name in NAME_ALIASES.items()]
@@ -118,7 +119,7 @@ def settings_page() -> str:
             "`precision`: fp32 where `use_amp` is false, else bf16 (`bfloat16`, also when `amp_dtype` is left out) or fp16 (`float16`)",
         )
     )
-    parts.append(_table(("word", "means"), rows))
+    parts.append(table(("word", "means"), rows))
     return "\n".join(parts)
 
 
@@ -137,9 +138,10 @@ def _script(name: str, words: list[str], array_size: int | None) -> str:
 def generated() -> dict[str, str]:
     """Path in the repository -> the text that belongs there."""
     return {
-        "docs/settings.md": settings_page(),
-        "docs/commands.md": command_docs.page(),
-        "docs/job.schema.json": settings_table.schema() + "\n",
+        "docs/reference/settings.md": settings_page(),
+        "docs/reference/commands.md": command_docs.page(),
+        **reference_docs.pages(),
+        "docs/reference/job.schema.json": settings_table.schema() + "\n",
         "slurm/train.sbatch": render_by_hand(Job()),
         **{f"{GOLDEN}/{name}": text for name, text in golden_scripts().items()},
     }
@@ -229,11 +231,6 @@ def _metadata(name: str) -> list[Any]:
 def _mode_row(mode: Any) -> tuple[str, ...]:
     gpu = f"sm_{mode.min_arch}" if mode.min_arch else "any GPU"
     return (f"`{mode.name}`", mode.weights, mode.compute, "dynamic" if mode.loss_scaling else "-", f"{gpu} or a CPU" if mode.on_cpu else gpu, mode.note)
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
 def main(arguments: list[str] | None = None) -> int:

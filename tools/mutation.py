@@ -1,6 +1,6 @@
 """Whether the tests notice a mistake: small ones are made in a module, one at a time, and its tests must fail for each.
 
-    python -m tools.mutation                    every module of TARGETS; docs/mutation.json and the table of docs/testing.md anew
+    python -m tools.mutation                    every module of TARGETS; docs/evidence/mutation.json and docs/evidence/mutation.md
     python -m tools.mutation jobs/run/retry_policy.py    these modules alone
     python -m tools.mutation --list MODULE      the mistakes that would be made, without trying them
     python -m tools.mutation --only 12,31 MODULE   those of the list alone, and what the tests said; nothing is written
@@ -33,8 +33,15 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RESULT, SAME, PAGE = REPOSITORY / "docs/mutation.json", REPOSITORY / "tools/mutation_same.json", REPOSITORY / "docs/testing.md"
-BEGIN, END = "<!-- mutation: written by tools/mutation.py -->", "<!-- end of mutation -->"
+RESULT, SAME, PAGE = REPOSITORY / "docs/evidence/mutation.json", REPOSITORY / "tools/mutation_same.json", REPOSITORY / "docs/evidence/mutation.md"
+_HEAD = """\
+<!-- Written by `make mutation`; changes made here are lost. -->
+# Mutation testing
+
+Each mutant is one small change of a module. It is killed when a test of that module fails.
+Mutants that cannot change the behaviour are listed with the reason.
+
+"""
 
 _RULES = ["tests/jobs/config/test_rules.py", "tests/jobs/config/test_settings.py", "-k", "rules or batch or near or hardware or architecture or contradict"]
 _LAYERS = ["tests/jobs/config/test_sources.py", "-k", "not real_make"]
@@ -514,8 +521,7 @@ def main() -> int:
             if not asked.only:
                 results[module] = found
                 RESULT.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
-                page = PAGE.read_text() if PAGE.exists() else f"{BEGIN}\n{END}\n"
-                PAGE.write_text(page.partition(BEGIN)[0] + BEGIN + "\n" + table(results) + "\n" + END + page.partition(END)[2])
+                PAGE.write_text(_HEAD + table(results) + "\n")
     return 1 if survived else 0
 
 

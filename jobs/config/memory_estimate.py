@@ -2,7 +2,7 @@
 
 What is held is exact: weights, moments, gradients, and what the forward pass keeps for the backward pass when nothing is
 compiled (a test compares all of it with what torch holds). What is estimated: what fp8 libraries copy, and that nothing else is
-alive at the peak. docs/hardware.md compares it with what a GPU held; `python -m benchmarks.hardware memory` does so for more
+alive at the peak. benchmarks/results/2026-11-28-precisions-and-memory.md compares it with what a GPU held; `python -m benchmarks.hardware memory` does so for more
 shapes. On top come the allocator's gaps (0.3 to 0.7 GB of 67 to 82, in segments that grow) and what CUDA and NCCL take for
 themselves (1.7 GB on an H100).
 """
@@ -125,7 +125,7 @@ def estimate(job: Job) -> Estimate | None:
     early = gradients if (job.grad_accum_steps or 1) > 1 or (job.parallel == "ddp" and job.world_size > 1) else 0
     forward = held + early + copies + kept - (block if s.checkpointed else 0) + loss
     # Beside a block that is computed again, in fp32 and with Transformer Engine: one gradient as wide as the feed-forward layer, by what eight cells of
-    # docs/hardware.md held at their peak.
+    # benchmarks/results/2026-11-28-precisions-and-memory.md held at their peak.
     wide = element == 4 or (job.precision is Precision.FP8 and job.fp8_backend == "te")
     beside = tokens * element * s.f if s.checkpointed and wide else 0
     # The head's gradient twice, scaled and as it was.

@@ -1,7 +1,7 @@
 """Every setting of a job: name, type, default, unit, bounds and help, declared once.
 
 The YAML key is the field's name, the environment variable and the `KEY=value` word are the name in capitals,
-the flag is the name behind two dashes. The types are at home in `jobs.config.types`; docs/settings.md, the JSON schema and `holdfast explain` are made from here.
+the flag is the name behind two dashes. The types are at home in `jobs.config.types`; docs/reference/settings.md, the JSON schema and `holdfast explain` are made from here.
 """
 
 import types

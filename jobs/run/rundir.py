@@ -240,6 +240,7 @@ class AttemptDir:
         return self.path / f"collectives.{rank}.json"
 
     def preflight(self, node: str) -> Path:
+        """What the checks of a node before the attempt found."""
         return self.path / f"preflight.{node}.json"
 
     @property
@@ -256,6 +257,7 @@ class AttemptDir:
         return self.path / f"exit.{rank}.json"
 
     def error(self, rank: int) -> Path:
+        """Traceback of a rank that failed."""
         return self.path / f"error.{rank}.txt"
 
     def helper(self, rank: int) -> Path:

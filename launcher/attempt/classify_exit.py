@@ -2,7 +2,7 @@
 
 The order of trust: what the ranks and the watchdog wrote themselves, what Slurm's daemons wrote into the batch log, what
 slurmctld and the accounting say, the exit code of the step. A cause is only named when something points to it; otherwise it
-is `unknown`. docs/preemption.md has the table of what Slurm sends, docs/survival.md what was recorded for every fault.
+is `unknown`. docs/explanation/preemption.md has the table of what Slurm sends, docs/evidence/survival.md what was recorded for every fault.
 """
 
 import errno

@@ -109,7 +109,7 @@ def site_text(cluster: Cluster, partition: Partition, chosen: Mapping[str, str],
     gpus = partition.gpus
     lines = [
         f"# Written by holdfast init on {today} from what Slurm {cluster.version} says of {cluster.name or 'this cluster'}. Change what is not so;",
-        "# `holdfast explain SITE=<this file>` shows what it comes to, docs/sites.md what else can stand here.",
+        "# `holdfast explain SITE=<this file>` shows what it comes to, docs/howto/sites.md what else can stand here.",
         "",
         "# Partitions:",
         *(f"#   {found.name:<14} {found.in_words()}{', the default' if found.is_default else ''}" for found in cluster.partitions),

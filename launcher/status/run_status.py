@@ -34,7 +34,7 @@ _PACE_LINES = 8
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run as `status` shows it; `status --json` prints these fields, and docs/commands.md lists them (`FIELDS`)."""
+    """One run as `status` shows it; `status --json` prints these fields, and docs/reference/commands.md lists them (`FIELDS`)."""
 
     run: str
     path: str
@@ -78,7 +78,7 @@ FIELDS: dict[str, str] = {
     "queue_reason": "why Slurm lets it wait, in words; empty when it does not wait",
     "seconds_left": "until max_steps at the pace of the last steps, while it runs, or null",
     "peak_pct": "the last logged share of the GPU's peak of matrix arithmetic, in percent, while it runs and where the peak is known, or null",
-    "time_s": "seconds by part over all attempts (docs/preemption.md): useful, start_up, restore, first_step, data_wait, save_stall, evaluation, lost, stop, hang, script, other",
+    "time_s": "seconds by part over all attempts (docs/explanation/preemption.md): useful, start_up, restore, first_step, data_wait, save_stall, evaluation, lost, stop, hang, script, other",
     "queue_s": "seconds outside of any allocation: before the first attempt and between attempts",
     "useful_share": "useful GPU time over all GPU time of the run, or null",
 }

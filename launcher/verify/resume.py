@@ -296,7 +296,7 @@ def _kill(pid: int) -> None:
 
 
 def cells(case: Case) -> tuple[str, ...]:
-    """One row of the table, here and in docs/checkpoints.md."""
+    """One row of the table, here and in docs/explanation/checkpoints.md."""
     losses = "identical" if case.same_losses else f"differ by {case.loss_difference:.1e}"
     return (
         case.name,

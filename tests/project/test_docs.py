@@ -32,7 +32,7 @@ from jobs.config.setting_names import OTHER_VARIABLES, setting_name
 from launcher.cli.app import app
 from slurm import site_file
 
-PAGES = sorted(path for path in (*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("examples/*.md")))
+PAGES = sorted(path for path in (*REPOSITORY.glob("*.md"), *(page for top in ("docs", "examples", "benchmarks") for page in (REPOSITORY / top).rglob("*.md"))))
 # Words of a person's own, and of commands that take no settings.
 _PLACEHOLDERS = {"KEY", "RUN", "RUNS_DIR", "JOB", "ARGS", "SITE"}
 
@@ -87,7 +87,7 @@ def commands_of(text: str) -> list[str]:
 
 
 def test_there_are_pages_and_blocks_of_every_kind() -> None:
-    assert len(PAGES) > 8
+    assert len(PAGES) > 30 and {"tutorial", "howto", "reference", "explanation", "adr", "evidence", "results"} <= {page.parent.name for page in PAGES}
     assert {"sh", "python", "yaml", "shown"} <= {block.kind for block in BLOCKS}
 
 
@@ -181,7 +181,7 @@ def shown_commands(block: Block) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_commands_targets_options_and_settings_that_a_page_names_exist(page: Path) -> None:
     wrong = [
         f"{where(block)}: {command}: no {word}"
@@ -231,8 +231,8 @@ def runnable() -> dict[str, list[Block]]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", runnable())
 def test_what_a_page_says_to_type_works(page: str, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = cluster.runs.parent / Path(page).stem
-    folder.mkdir()
+    folder = cluster.runs.parent / "pages" / Path(page).with_suffix("")
+    folder.mkdir(parents=True)
     (folder / "examples").symlink_to(REPOSITORY / "examples")
     path = os.pathsep.join([str(Path(sys.executable).parent), cluster.env["PATH"]])
     env = {**{name: value for name, value in cluster.env.items() if name != "RUNS_DIR"}, "PATH": path, "PYTHONPATH": str(REPOSITORY), "NO_COLOR": "1"}
@@ -278,7 +278,7 @@ def dead_links(page: Path) -> list[str]:
     return dead
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_relative_links_lead_somewhere(page: Path) -> None:
     assert not dead_links(page)
 

@@ -3,7 +3,7 @@
     python tests/support/walked.py FOLDER        prints the calls as JSON, in order: ["launcher/commands/submit.py:submit_job", ...]
 
 Only Slurm is not real: `sbatch` is a stub, and FakeSlurm answers for slurmctld. tests/project/test_house.py compares the walks of
-docs/architecture.md with what this says.
+docs/explanation/architecture.md with what this says.
 """
 
 import contextlib

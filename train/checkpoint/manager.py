@@ -95,7 +95,7 @@ class CheckpointManager:
 
     def preallocate(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Allocate the host buffers in a thread before the first save needs them. Pinning takes about 0.6 s for a GB and blocks kernel launches
-        (docs/performance.md), so the thread pauses twice as long as each buffer took, until a save needs the memory."""
+        (benchmarks/results/2026-11-28-speed.md), so the thread pauses twice as long as each buffer took, until a save needs the memory."""
         if not self._writes:
             return
         wanted = [

@@ -40,7 +40,7 @@ def ddp_options(job: Job, model: nn.Module) -> dict[str, Any]:
 def _bucket_mb(job: Job, model: nn.Module) -> int:
     """The setting bucket_cap_mb, with what `auto` means. While a bucket is being all-reduced, NCCL kernels occupy SMs that the GEMMs could
     use, and most of that time each rank only waits for the others: few large buckets cost the GEMMs less (measured on two GPUs of a node,
-    docs/performance.md). The last one hides behind nothing, which weighs more between nodes: there torch's own size stays."""
+    benchmarks/results/2026-11-28-speed.md). The last one hides behind nothing, which weighs more between nodes: there torch's own size stays."""
     if job.bucket_cap_mb != "auto":
         return job.bucket_cap_mb
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

@@ -1,7 +1,7 @@
 """Triton kernels for what torch.compile leaves slow around the matrix products: norm with residual, SwiGLU, rotary positions, loss, AdamW.
 
 Each has its plain form in train/models/ops.py or train/optim.py; the kernels compute the same in fp32 and round at the same places.
-docs/performance.md has what each of them was predicted to save, and what it saved.
+benchmarks/results/2026-11-28-speed.md has what each of them was predicted to save, and what it saved.
 """
 
 import importlib.util

@@ -136,7 +136,7 @@ def test_sharding_recomputation_and_accumulation_change_what_they_should() -> No
     assert plain.weights + plain.moments == 12 * 1_261_529_088
 
 
-# Preset, sequences of 2,048 tokens, precision, recomputed: what torch had allocated at most, GB (docs/hardware.md; torch 2.11, compiled,
+# Preset, sequences of 2,048 tokens, precision, recomputed: what torch had allocated at most, GB (benchmarks/results/2026-11-28-precisions-and-memory.md; torch 2.11, compiled,
 # on an H200 where 16 of 1b were trained, else the largest micro-batch of an H100 or of an H200).
 MEASURED = [
     ("1b", 16, "bf16 O2", False, 73.5),

@@ -300,7 +300,7 @@ def test_every_shipped_job_file_resolves_on_every_shipped_site(path: Path, where
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_file_fits_the_schema(path: Path) -> None:
-    schema = json.loads((docs.ROOT / "docs/job.schema.json").read_text())
+    schema = json.loads((docs.ROOT / "docs/reference/job.schema.json").read_text())
     for key, value in read_yaml(path, path.name).items():
         assert key in schema["properties"], f"{path.name}: {key}"
         assert fits(schema["properties"][key], value, schema), f"{path.name}: {key}: {value!r}"
@@ -327,7 +327,7 @@ def fits(part: dict[str, Any], value: Any, schema: dict[str, Any]) -> bool:
 
 
 def test_the_schema_refuses_what_it_should() -> None:
-    schema = json.loads((docs.ROOT / "docs/job.schema.json").read_text())
+    schema = json.loads((docs.ROOT / "docs/reference/job.schema.json").read_text())
     assert schema["additionalProperties"] is False
     for key, wrong in (("nodes", 0), ("nodes", "2"), ("precision", "bf-16"), ("compile", 1), ("modules", 3), ("model_options", [])):
         assert not fits(schema["properties"][key], wrong, schema), key
@@ -362,11 +362,11 @@ def test_the_settings_page_has_a_row_for_every_setting_alias_and_mode() -> None:
 def test_a_stale_a_missing_and_a_left_over_file_are_each_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     docs.write(tmp_path)
     assert docs.stale(tmp_path) == [] and docs.write(tmp_path) == []
-    (tmp_path / "docs/settings.md").write_text("old")
+    (tmp_path / "docs/reference/settings.md").write_text("old")
     (tmp_path / "slurm/train.sbatch").unlink()
     (tmp_path / docs.GOLDEN / "gone.sbatch").write_text("#!/bin/bash\n")
     assert docs.stale(tmp_path) == [
-        "docs/settings.md is not what its sources say now",
+        "docs/reference/settings.md is not what its sources say now",
         "slurm/train.sbatch is missing",
         "tests/golden/gone.sbatch belongs to no job file",
     ]

@@ -1,6 +1,6 @@
 """From what is left behind to a cause: every row that was seen on a real Slurm, and those that the lab cannot make.
 
-The texts are as Slurm 22.05.8 wrote them; docs/preemption.md has the table."""
+The texts are as Slurm 22.05.8 wrote them; docs/explanation/preemption.md has the table."""
 
 import copy
 from dataclasses import replace

@@ -274,7 +274,7 @@ def test_without_optuna_a_grid_works_and_a_study_is_refused_with_the_command_tha
 
 
 def test_the_guide_names_every_option() -> None:
-    text = (REPOSITORY / "docs" / "sweep.md").read_text()
+    text = (REPOSITORY / "docs" / "howto" / "sweeps.md").read_text()
     missing = [name for name, field in Sweep.model_fields.items() if field.description and f"`--{name.replace('_', '-')}" not in text]
     assert not missing
 
