@@ -56,7 +56,7 @@ coverage: $(READY)  ## all tests, and which lines and branches of jobs/ and slur
 	@.venv/bin/coverage combine --quiet
 	@.venv/bin/coverage report
 
-chaos: $(READY)  ## every fault of docs/evidence/survival.md on the lab, and that page written anew; about half an hour
+chaos: $(READY)  ## every fault of docs/evidence/survival.md on the lab, and regenerate that page; about half an hour
 	@launcher/setup.sh slurm
 	@.venv/bin/python -m tools.chaos
 
@@ -71,10 +71,10 @@ lint: $(READY)  ## ruff, mypy, codespell, shellcheck
 	@command -v shellcheck >/dev/null || { echo "make lint needs shellcheck, a package of your system: apt-get install shellcheck" >&2; exit 1; }
 	@$(FILES) ':!*.j2' | xargs -0 awk 'FNR == 1 && /^\043!.*sh$$/ { print FILENAME } { nextfile }' | xargs shellcheck
 
-pins: $(READY)  ## write constraints.txt anew with the newest versions that fit; TORCH=2.14.0 for another torch
+pins: $(READY)  ## rewrite constraints.txt with the newest versions that fit; TORCH=2.14.0 for another torch
 	@env -u MAKEFLAGS .venv/bin/python -m tools.pins $(if $(TORCH),--torch $(TORCH))
 
-golden: $(READY)  ## write golden scripts, generated pages, schema and pictures anew; review the diff
+golden: $(READY)  ## write golden scripts, generated pages, schema and pictures; review the diff
 	@.venv/bin/python -m tools.generate_docs
 	@.venv/bin/python tools/draw.py
 

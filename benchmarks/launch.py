@@ -76,11 +76,9 @@ def main() -> None:
 
 def _commands(room: Path, repeat: int) -> None:
     """Rendering and help, beside torchx and submitit where they are installed."""
-    # A render whose inputs are all as they were is answered from what was kept; the other one has never seen its words.
     commands: list[Command] = [
         ("python -c pass", [sys.executable, "-c", "pass"], None),
         ("holdfast render", [HOLDFAST, "render"], None),
-        ("  of words never seen", [HOLDFAST, "render"], {**os.environ, "XDG_CACHE_HOME": "/proc/nowhere"}),
         ("holdfast --help", [HOLDFAST, "--help"], None),
         ("a Tab in the shell", [HOLDFAST, "completion", "--line", "holdfast submit PREC"], None),
         (f"submitit {version('submitit')}, script", [sys.executable, "-c", SUBMITIT], None),

@@ -42,7 +42,7 @@ AS_HF = "hf"
 
 
 def words_of(shape: Shape, precision: list[str], folder: str, gpus: int = 1) -> list[str]:
-    """Settings of a run. `hf` among the words of `precision`: the model is built by transformers."""
+    """Settings of a run, as KEY=value. `hf` in `precision`: the model is built by transformers."""
     as_hf = AS_HF in precision
     precision = [word for word in precision if word != AS_HF]
     options = [] if shape.preset != "nano" else [f"MODEL_OPTIONS=d_model={shape.d},n_layers={shape.layers},n_heads={shape.heads},d_ff={shape.ff}"]

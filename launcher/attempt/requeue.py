@@ -61,7 +61,8 @@ def send_back(run: RunDir, job: Job, number: int, job_id: str, restarts: int, sl
             _write_cancel(run, number, job_id)
         if fate is not _Fate.LOST:
             return fate is _Fate.KEPT
-    return True
+    print(f"holdfast: slurmctld lost {_MAX_REQUESTS} requests to requeue job {job_id}; holdfast resume {run.id} starts the run again", flush=True)
+    return False
 
 
 def _is_cancelled(job_id: str, restarts: int, slurm: Slurm) -> bool:

@@ -64,7 +64,7 @@ def drill(ctx: typer.Context) -> None:
 
 @app.command(context_settings=SETTINGS, options_metavar="[KEY=value | --key value]...")
 def demo(ctx: typer.Context) -> None:
-    """Train on a private real Slurm, be preempted and resume, in about two minutes; without Slurm, on the local executor."""
+    """Train on a private Slurm cluster, be preempted and resume, in 1 to 7 minutes; without Slurm, on the local executor."""
     from launcher.cluster.demo import demo as show_it
 
     raise typer.Exit(show_it(list(ctx.args)))

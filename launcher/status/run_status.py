@@ -63,7 +63,7 @@ class RunStatus:
 FIELDS: dict[str, str] = {
     "run": "id of the run",
     "path": "its directory",
-    "state": "waiting, running, finished, failed, cancelled, stopped (no job has it, resume goes on), or damaged (a file of it cannot be read; the note says which, and why)",
+    "state": "waiting, running, finished, failed, cancelled, stopped (no job; `resume` continues it), or damaged (a file of it cannot be read; the note says which, and why)",
     "job_id": "Slurm's id of its newest job, `123_4` for a task of an array, `local-` and a process for a run without Slurm",
     "attempt": "number of the newest attempt; 0 before the first",
     "step": "the last optimizer step that was done",

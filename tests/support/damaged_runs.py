@@ -31,7 +31,7 @@ DAMAGED, CHECKPOINT, TOLERATED = "damaged", "checkpoint", "tolerated"
 # Seconds of wall time for one command. A hang is one that never ends.
 LIMIT_S = 30
 # Peak resident memory of a process that runs all commands on one case.
-LIMIT_MB = 250
+LIMIT_MB = 100
 _ADDRESS_SPACE = 3 * 2**30
 # Loaded once here, and not again in each forked process.
 COMMAND_MODULES = (checkpoints, clean, submit, diff, completion, logs, render, rerun, settings_table, sweep, verify_data, watch)
