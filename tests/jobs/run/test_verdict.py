@@ -827,3 +827,18 @@ def test_a_lost_requeue_excludes_the_bad_nodes_again(tmp_path: Path, job_is_know
     assert [call.args[2] for call in ran.call_args_list if call.args[:2] == ("scontrol", "update")] == [f"JobId={mine.id}", f"JobId={waiting}"]
     requests = [event for event in event_log.read(run.ledger) if event["event"] == Event.REQUEUE]
     assert len(requests) == 2 and "slurmctld lost the request before in a crash" in requests[1]["way"]
+
+
+def test_a_request_that_is_lost_every_time_starts_no_attempt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A fake: slurmctld forgets each request."""
+    run, _ = made_run(tmp_path)
+    job, slurm = load(run.job_yaml).model_copy(update={"requeue_confirm_s": 3}), FakeSlurm()
+    mine = slurm.new()
+    mine.state = "RUNNING"
+
+    def crash(_: float) -> None:
+        mine.state, mine.restarts = "RUNNING", 0
+
+    with mock.patch("launcher.attempt.requeue.signal.signal"), mock.patch("launcher.attempt.requeue.time.sleep", crash):
+        assert not send_back(run, job, 1, mine.id, 0, slurm)
+    assert f"slurmctld lost 20 requests to requeue job {mine.id}; holdfast resume {run.id} starts the run again" in capsys.readouterr().out
