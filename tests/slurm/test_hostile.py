@@ -143,7 +143,7 @@ STUBS = {
     "python": """case "$*" in
 "-m launcher.attempt begin") echo "$RECORD/env.sh"; printf %s "$HOLDFAST_LOG_OFFSET" > "$RECORD/offset" ;;
 "-m launcher.attempt end "*) printf "%s\\0" "$@" > "$RECORD/end" ;;
-"-m launcher.attempt.watchdog "*) ;;  # beside the ranks: it may come after them
+"-m launcher.attempt.watchdog "*|"-m launcher.attempt.step_guard "*) ;;  # they run beside the ranks, and may be called after them
 *) printf "%s\\0" "$0" "$@" > "$RECORD/python" ;;
 esac""",
 }
